@@ -1,0 +1,53 @@
+"""Find the main object of an image without labels: LOST on frozen Vision Transformers.
+
+    d = lostreg.Discoverer("dinov2_vits14_reg")
+    d.discover("dog.jpg").xyxy
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lostreg.backbone_table import BACKBONES, BackboneSpec
+from lostreg.errors import LostregError
+
+if TYPE_CHECKING:
+    from lostreg.backbones import Backbone, load_backbone
+    from lostreg.datasets import load_benchmark
+    from lostreg.discoverer import Discoverer
+    from lostreg.features import patch_features
+    from lostreg.lost import LostResult, lost_boxes
+    from lostreg.regions import Discovery
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "BackboneSpec",
+    "Discoverer",
+    "Discovery",
+    "LostResult",
+    "LostregError",
+    "load_backbone",
+    "load_benchmark",
+    "lost_boxes",
+    "patch_features",
+]
+
+# Loaded when first asked for: PyTorch takes seconds to import, and `lostreg --help` does not need it.
+_HOMES = {
+    "Backbone": "backbones",
+    "load_backbone": "backbones",
+    "load_benchmark": "datasets",
+    "Discoverer": "discoverer",
+    "patch_features": "features",
+    "LostResult": "lost",
+    "lost_boxes": "lost",
+    "Discovery": "regions",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lostreg' has no attribute '{name}'")
+    return getattr(import_module(f"lostreg.{_HOMES[name]}"), name)
