@@ -1,0 +1,105 @@
+"""Corloc: the share of images whose box overlaps an object well enough. Pure functions on arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from lostreg.errors import OptionError
+
+IOU_THRESHOLD: Final = 0.5
+
+
+@dataclass(frozen=True)
+class Corloc:
+    """How many images were hit.
+
+    Attributes:
+        hits: images whose first box has an intersection over union of at least 0.5 with any object.
+        images: images scored.
+    """
+
+    hits: int
+    images: int
+
+    @property
+    def percent(self) -> float:
+        """Corloc in [0, 100]; 0 for no images."""
+        return 100.0 * self.hits / self.images if self.images else 0.0
+
+    def wilson_interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the hit rate in percent (Wilson 1927), as if images were drawn at random."""
+        if not self.images:
+            return (0.0, 100.0)
+        interval = stats.binomtest(self.hits, self.images).proportion_ci(0.95, method="wilson")
+        return (100.0 * float(interval.low), 100.0 * float(interval.high))
+
+    def __str__(self) -> str:
+        return f"corloc {self.percent:.2f} ({self.hits}/{self.images})"
+
+
+def pairwise_iou(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
+    """Intersection over union of every box with every other.
+
+    Args:
+        boxes: shape (n, 4), ``x1, y1, x2, y2`` with exclusive right and bottom edges.
+        others: shape (m, 4), likewise.
+
+    Returns:
+        Shape (n, m), in [0, 1]; boxes without area overlap nothing.
+
+    Raises:
+        OptionError: if a shape is not (n, 4).
+    """
+    first, second = _as_boxes(boxes), _as_boxes(others)
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    overlap = np.clip(high - low, 0.0, None).prod(axis=2)
+    union = _areas(first)[:, None] + _areas(second)[None, :] - overlap
+    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+
+
+def is_hit(boxes: ArrayLike, truth: ArrayLike) -> bool:
+    """Whether the first predicted box overlaps any object by at least 0.5.
+
+    Args:
+        boxes: predictions, shape (n, 4); only the first counts, and no prediction is a miss.
+        truth: ground truth, shape (m, 4), in the same convention.
+    """
+    predicted = _as_boxes(boxes)
+    if not len(predicted):
+        return False
+    return bool((pairwise_iou(predicted[:1], truth) >= IOU_THRESHOLD).any())
+
+
+def corloc(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike]) -> Corloc:
+    """Score one list of boxes an image against one list of objects an image.
+
+    Args:
+        predictions: for each image, boxes of shape (n, 4), best first.
+        truths: for each image, objects of shape (m, 4).
+
+    Raises:
+        OptionError: if the two are of different lengths.
+    """
+    if len(predictions) != len(truths):
+        raise OptionError(f"expected one prediction an image, got {len(predictions)} for {len(truths)} images")
+    hits = sum(is_hit(boxes, truth) for boxes, truth in zip(predictions, truths, strict=True))
+    return Corloc(hits, len(truths))
+
+
+def _areas(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    areas: NDArray[np.float64] = np.clip(boxes[:, 2:] - boxes[:, :2], 0.0, None).prod(axis=1)
+    return areas
+
+
+def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(boxes, dtype=np.float64)
+    if array.size == 0:
+        return array.reshape(0, 4)
+    if array.ndim != 2 or array.shape[1] != 4:
+        raise OptionError(f"boxes must have shape (n, 4), not {array.shape}")
+    return array
