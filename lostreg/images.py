@@ -1,0 +1,166 @@
+"""Pictures in, tensors out: decode, orient, bound the size, normalise, pad."""
+
+import struct
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from lostreg.errors import ImageError
+
+ImageSource = str | Path | NDArray[np.uint8] | Image.Image
+
+SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+MAX_PIXELS: Final = 200_000_000
+_DECODE_ERRORS: Final = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+_SIXTEEN_BIT: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_pillow_limit = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image.
+
+    Attributes:
+        pixels: RGB, shape (h, w, 3), uint8; smaller than the original where a side limit was asked for.
+        width: of the original image, in pixels.
+        height: of the original image, in pixels.
+    """
+
+    pixels: NDArray[np.uint8]
+    width: int
+    height: int
+
+
+def read_image(
+    source: ImageSource, *, max_side: int | None = None, exif: bool = True, max_pixels: int = MAX_PIXELS
+) -> Picture:
+    """Decode one image as 8-bit RGB.
+
+    Grey, palette, 16-bit and CMYK images are converted; transparent ones are laid on white.
+
+    Args:
+        source: a file, a PIL image, or an RGB array of shape (h, w, 3), uint8.
+        max_side: the longer side is scaled down to this many pixels; None keeps the size.
+        exif: whether to turn the image as its EXIF orientation says. Benchmarks' boxes refer to stored pixels,
+            photographs are meant to be turned.
+        max_pixels: a file with more pixels is refused before it is decoded.
+
+    Raises:
+        ImageError: if the file is missing, unreadable, truncated or too large, or the array of another kind.
+    """
+    if isinstance(source, np.ndarray):
+        pixels = _check_array(source)
+    elif isinstance(source, Image.Image):
+        pixels = _decode(source, "image", exif=exif)
+    else:
+        pixels = _read_file(Path(source), exif=exif, max_pixels=max_pixels)
+    height, width = pixels.shape[:2]
+    return Picture(_limit_side(pixels, max_side), width, height)
+
+
+def _read_file(path: Path, *, exif: bool, max_pixels: int) -> NDArray[np.uint8]:
+    if not path.exists():
+        raise ImageError(f"{path}: no such file")
+    try:
+        with _open_any_size(path) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError(
+                    f"{path}: {image.width}x{image.height} is {image.width * image.height:,} pixels, more than "
+                    f"the limit of {max_pixels:,}; not decoded (--max-pixels raises the limit)"
+                )
+            return _decode(image, str(path), exif=exif)
+    except _DECODE_ERRORS as error:
+        reason = "empty file" if path.is_file() and not path.stat().st_size else str(error).partition("\n")[0]
+        raise ImageError(f"{path}: not a readable image ({reason})") from error
+
+
+@contextmanager
+def _open_any_size(path: Path) -> Iterator[Image.Image]:
+    """Read a file's header without Pillow's own, fixed pixel limit: ours is checked right after."""
+    with _pillow_limit:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+    with image:
+        yield image
+
+
+def _decode(image: Image.Image, name: str, *, exif: bool) -> NDArray[np.uint8]:
+    if exif:
+        image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BIT:
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 0xFFFF:
+            raise ImageError(f"{name}: expected 8 or 16 bits a channel, found values up to {grey.max()}")
+        return np.repeat((grey // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ImageError(f"{name}: expected 8 or 16 bits a channel, found floating point")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    # np.array, not asarray: PyTorch wants memory it may write to.
+    return np.array(image.convert("RGB"))
+
+
+def _check_array(array: NDArray[Any]) -> NDArray[np.uint8]:
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or not array.size:
+        raise ImageError(f"expected an RGB array (h, w, 3) of uint8, got {array.shape} of {array.dtype}")
+    return np.ascontiguousarray(array)
+
+
+def _limit_side(pixels: NDArray[np.uint8], max_side: int | None) -> NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    if max_side is None or max(height, width) <= max_side:
+        return pixels
+    scale = max_side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+
+
+def patch_grid(pixels: NDArray[np.uint8], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches that cover the pixels: the last ones may be partly padding."""
+    height, width = pixels.shape[:2]
+    return -(-height // patch_size), -(-width // patch_size)
+
+
+def to_batch(
+    pictures: Sequence[NDArray[np.uint8]],
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Normalise images that share a patch grid, and pad them on the right and bottom with zeros.
+
+    Args:
+        pictures: RGB arrays (h, w, 3), uint8; the same number of patch rows and columns each.
+        patch_size: side of a patch in pixels.
+        mean: per channel, in [0, 1].
+        std: per channel, in [0, 1].
+        device: where the batch is made.
+
+    Returns:
+        Shape (B, 3, H, W), float32; H and W are the next multiples of the patch size.
+    """
+    rows, columns = patch_grid(pictures[0], patch_size)
+    batch = torch.zeros(len(pictures), 3, rows * patch_size, columns * patch_size, device=device)
+    shift = torch.tensor(mean, device=device).view(3, 1, 1)
+    scale = torch.tensor(std, device=device).view(3, 1, 1)
+    for image, pixels in zip(batch, pictures, strict=True):
+        height, width = pixels.shape[:2]
+        values = torch.from_numpy(pixels).to(device).permute(2, 0, 1).float().div(255)
+        image[:, :height, :width] = (values - shift) / scale
+    return batch
