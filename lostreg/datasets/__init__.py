@@ -1,0 +1,13 @@
+"""Benchmarks: images with ground-truth boxes, and where they come from."""
+
+from lostreg.datasets.base import Benchmark, Example, require_images
+from lostreg.datasets.registry import BENCHMARKS, find_benchmarks, load_benchmark
+
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "Example",
+    "find_benchmarks",
+    "load_benchmark",
+    "require_images",
+]

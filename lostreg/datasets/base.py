@@ -1,0 +1,80 @@
+"""What a benchmark is: images, their boxes, and a fingerprint of both."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lostreg.errors import DatasetError
+
+ImageId = str | int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image of a benchmark with its ground truth.
+
+    Attributes:
+        image_id: file stem for VOC, integer id for COCO.
+        path: the image file (may be absent where only annotations are needed).
+        boxes: ground-truth boxes, shape (n, 4) with n >= 1, float64, pixels, ``x1, y1, x2, y2``
+            with exclusive right and bottom edges, already in the convention of the metric.
+    """
+
+    image_id: ImageId
+    path: Path
+    boxes: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """An ordered set of examples.
+
+    Attributes:
+        name: what the user asked for, such as ``voc07``.
+        split: ``trainval`` and the like, or an empty string.
+        examples: in the order in which they are predicted and scored.
+        notes: one line each on what was left out while loading, for the user to read.
+    """
+
+    name: str
+    split: str
+    examples: tuple[Example, ...]
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over ids and boxes in order: two runs with the same value scored the same task."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            line = json.dumps([example.image_id, example.boxes.tolist()])
+            digest.update(line.encode() + b"\n")
+        return digest.hexdigest()
+
+    def limited(self, limit: int | None) -> "Benchmark":
+        """The first ``limit`` examples, or all of them for None."""
+        if limit is None:
+            return self
+        return Benchmark(self.name, self.split, self.examples[:limit], self.notes)
+
+
+def require_images(benchmark: Benchmark) -> None:
+    """Raise `DatasetError` that names the missing image files, if any."""
+    missing = [example.path for example in benchmark.examples if not example.path.is_file()]
+    if missing:
+        raise DatasetError(
+            f"{benchmark.name}: {len(missing)} of {len(benchmark)} images are missing, "
+            f"{name_some([str(path) for path in missing])}"
+        )
+
+
+def name_some(names: list[str], most: int = 5) -> str:
+    """The first few of ``names`` in words, with a count of the rest."""
+    shown = ", ".join(names[:most])
+    rest = len(names) - most
+    return f"{shown} and {rest} more" if rest > 0 else shown

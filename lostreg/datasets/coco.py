@@ -1,0 +1,175 @@
+"""Benchmarks in the format of COCO: a folder of images and one JSON file of boxes."""
+
+import contextlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lostreg.datasets.base import Benchmark, Example, name_some
+from lostreg.errors import DatasetError
+
+Boxes = NDArray[np.float64]
+
+_FARTHEST = 1e9  # no image is this wide, and infinities and NaN fail the comparison too
+
+
+def load_coco(images: Path, annotations: Path, *, name: str = "coco", keep: Sequence[int] | None = None) -> Benchmark:
+    """Load a COCO instances file.
+
+    Crowd boxes are dropped and corners rounded to integers, halves to even: ``x1, y1`` from ``x, y``
+    and ``x2, y2`` from ``x + w, y + h``.
+
+    Args:
+        images: the folder that the ``file_name`` entries are relative to; it may be absent.
+        annotations: JSON with the lists ``images`` and ``annotations``.
+        name: what the benchmark calls itself.
+        keep: image ids to load, in the order wanted, or None for all in file order.
+
+    Returns:
+        The examples; ids are COCO's integers. Images with no box are left out with a note.
+
+    Raises:
+        DatasetError: if the file is missing, not JSON, not of this structure, has no boxes, or lacks
+            ids in ``keep``.
+    """
+    names, boxes = read_coco(annotations, keep=keep)
+    examples = [
+        Example(image_id, images / file_name, boxes[image_id])
+        for image_id, file_name in names.items()
+        if len(boxes[image_id])
+    ]
+    return Benchmark(name, "", tuple(examples), left_out_notes(len(names), len(examples)))
+
+
+def read_coco(path: Path, *, keep: Sequence[int] | None = None) -> tuple[dict[int, str], dict[int, Boxes]]:
+    """Read file names and rounded boxes, both by image id.
+
+    Args:
+        path: a COCO instances file.
+        keep: image ids to read, in the order wanted, or None for all in file order.
+
+    Returns:
+        ``file_name`` by id in the order described, and for the same ids the boxes that are not
+        crowd, shape (n, 4) with n >= 0, float64, pixels, ``x1, y1, x2, y2``.
+
+    Raises:
+        DatasetError: as `load_coco`.
+    """
+    content = _read_json(path)
+    names = _image_names(content["images"], path)
+    if keep is not None:
+        missing = [str(image_id) for image_id in keep if image_id not in names]
+        if missing:
+            raise DatasetError(
+                f"{path} lacks {len(missing)} of the {len(keep)} images wanted, ids {name_some(missing)}"
+            )
+        names = {image_id: names[image_id] for image_id in keep}
+    entries = _object_entries(content["annotations"], names, path)
+    if not entries:
+        raise DatasetError(
+            f"{path} has no boxes for its {len(names)} images "
+            f"({len(content['annotations'])} annotations, none of them usable: crowd or of other images)"
+        )
+    index = _index(names, entries)
+    return names, {image_id: _round_boxes(index.imgToAnns[image_id]) for image_id in names}
+
+
+def left_out_notes(total: int, loaded: int) -> tuple[str, ...]:
+    """The note on images without boxes, if there are any."""
+    if loaded == total:
+        return ()
+    return (f"{total - loaded} of {total} images left out: they have no box, or only crowd boxes",)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DatasetError(f"cannot read the COCO annotations {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DatasetError(
+            f"{path}: expected a JSON object with the lists 'images' and 'annotations', got a {type(content).__name__}"
+        )
+    for key in ("images", "annotations"):
+        if key not in content:
+            raise DatasetError(f"{path} has no {key!r}; its keys are {name_some(list(content)) or 'none'}")
+        if not isinstance(content[key], list):
+            raise DatasetError(f"{path}: {key!r} must be a list, got a {type(content[key]).__name__}")
+    if not content["images"]:
+        raise DatasetError(f"{path} lists no images")
+    return content
+
+
+def _image_names(entries: Iterable[Any], path: Path) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for position, entry in enumerate(entries):
+        where = f"{path}: images[{position}]"
+        if not isinstance(entry, dict):
+            raise DatasetError(f"{where} must be an object, got a {type(entry).__name__}")
+        image_id, file_name = entry.get("id"), entry.get("file_name")
+        if type(image_id) is not int:
+            raise DatasetError(f"{where}: 'id' must be an integer, got {image_id!r}")
+        if not isinstance(file_name, str) or not file_name:
+            raise DatasetError(f"{where}: 'file_name' must be a non-empty string, got {file_name!r}")
+        if image_id in names:
+            raise DatasetError(f"{where}: the id {image_id} was used before")
+        names[image_id] = file_name
+    return names
+
+
+def _object_entries(entries: Iterable[Any], wanted: Mapping[int, str], path: Path) -> list[dict[str, Any]]:
+    """The annotations that are not crowd and belong to a wanted image, checked and cut to the box."""
+    kept = []
+    for position, entry in enumerate(entries):
+        where = f"{path}: annotations[{position}]"
+        if not isinstance(entry, dict):
+            raise DatasetError(f"{where} must be an object, got a {type(entry).__name__}")
+        image_id = entry.get("image_id")
+        if type(image_id) is not int:
+            raise DatasetError(f"{where}: 'image_id' must be an integer, got {image_id!r}")
+        if "bbox" not in entry:
+            raise DatasetError(f"{where} has no 'bbox': is this an instances file?")
+        crowd = entry.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise DatasetError(f"{where}: 'iscrowd' must be 0 or 1, got {crowd!r}")
+        if crowd or image_id not in wanted:
+            continue
+        kept.append({"id": position, "image_id": image_id, "bbox": _check_bbox(entry["bbox"], where)})
+    return kept
+
+
+def _check_bbox(bbox: Any, where: str) -> list[float]:
+    sound = (
+        isinstance(bbox, list)
+        and len(bbox) == 4
+        and all(type(value) in (int, float) and abs(value) < _FARTHEST for value in bbox)
+    )
+    if not sound or bbox[2] < 0 or bbox[3] < 0:
+        raise DatasetError(f"{where}: 'bbox' must be four numbers x, y, width, height, got {bbox!r}")
+    return [float(value) for value in bbox]
+
+
+def _index(names: Mapping[int, str], entries: list[dict[str, Any]]) -> Any:
+    """A pycocotools index of already checked entries."""
+    from pycocotools.coco import COCO
+
+    index = COCO()
+    index.dataset = {"images": [{"id": image_id} for image_id in names], "annotations": entries}
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports progress with print
+        index.createIndex()
+    return index
+
+
+def _round_boxes(entries: Sequence[Mapping[str, Any]]) -> Boxes:
+    """Corners from COCO's x, y, width, height, shape (n, 4), rounded half to even."""
+    xywh = np.asarray([entry["bbox"] for entry in entries], dtype=np.float64).reshape(-1, 4)
+    corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    rounded: Boxes = np.rint(corners) + 0.0  # no negative zeros: they would change the fingerprint
+    return rounded

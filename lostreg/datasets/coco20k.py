@@ -1,0 +1,149 @@
+"""COCO 20k: the 19,817 images of COCO train2014 that work on object discovery reports.
+
+The annotations are one file of 450 MB. It is read once; what lostreg needs of it is then kept as a
+small JSON file in the user's cache folder.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from lostreg.datasets.base import Benchmark, Example
+from lostreg.datasets.coco import Boxes, left_out_notes, read_coco
+from lostreg.errors import DatasetError
+
+COCO20K_COUNT = 19_817
+ANNOTATIONS = "annotations/instances_train2014.json"
+
+_CACHE_VERSION = 1  # raise it when the meaning of a cached box changes
+
+
+def load_coco20k(root: Path, *, name: str = "coco20k") -> Benchmark:
+    """Load COCO 20k from a folder with COCO 2014.
+
+    Args:
+        root: the folder that holds ``annotations`` and ``train2014``, or the one above it if it is
+            called ``coco``. The images may be absent.
+        name: what the benchmark calls itself.
+
+    Returns:
+        The examples in the published order, boxes as `lostreg.datasets.coco.load_coco` makes them.
+
+    Raises:
+        DatasetError: if the annotations are missing or malformed, or lack one of the images.
+    """
+    base = find_coco20k(root)
+    ids = coco20k_ids()
+    boxes = _load_boxes(base / ANNOTATIONS, ids)
+    examples = [
+        Example(image_id, base / coco20k_file_name(image_id), found)
+        for image_id, found in zip(ids, boxes, strict=True)
+        if len(found)
+    ]
+    return Benchmark(name, "", tuple(examples), left_out_notes(len(ids), len(examples)))
+
+
+def find_coco20k(root: Path) -> Path:
+    """The folder of ``root`` and ``root/coco`` that holds the train2014 annotations.
+
+    Raises:
+        DatasetError: if neither does; the message lists both files.
+    """
+    places = [root, root / "coco"]
+    for place in places:
+        with contextlib.suppress(OSError):  # such as a folder that must not be entered
+            if (place / ANNOTATIONS).is_file():
+                return place
+    tried = " and ".join(str(place / ANNOTATIONS) for place in places)
+    raise DatasetError(f"no COCO 2014 annotations below {root}: looked for {tried}")
+
+
+def coco20k_ids() -> tuple[int, ...]:
+    """The published image ids, in their published order (package data)."""
+    text = resources.files("lostreg.datasets").joinpath("coco_20k.txt").read_text(encoding="ascii")
+    ids = tuple(int(line) for line in text.split())
+    if len(ids) != COCO20K_COUNT:
+        raise DatasetError(f"coco20k: expected {COCO20K_COUNT} ids in lostreg's own list, found {len(ids)}")
+    return ids
+
+
+def coco20k_file_name(image_id: int) -> str:
+    """Where COCO 2014 keeps an image, relative to its folder."""
+    return f"train2014/COCO_train2014_{image_id:012d}.jpg"
+
+
+def _load_boxes(annotations: Path, ids: tuple[int, ...]) -> list[Boxes]:
+    """Boxes in the order of ``ids``, from the cache where it fits and else from the annotations."""
+    source = _source(annotations)
+    cache = _cache_file(source)
+    boxes = _read_cache(cache, source, ids)
+    if boxes is None:
+        _, by_id = read_coco(annotations, keep=ids)
+        boxes = [by_id[image_id] for image_id in ids]
+        _write_cache(cache, source, ids, boxes)
+    return boxes
+
+
+def _source(annotations: Path) -> list[str | int]:
+    """What tells one annotations file from another without reading it."""
+    try:
+        facts = annotations.stat()
+        return [str(annotations.resolve()), facts.st_size, facts.st_mtime_ns]
+    except OSError as error:
+        raise DatasetError(f"cannot read the COCO annotations {annotations}: {error}") from error
+
+
+def _cache_file(source: list[str | int]) -> Path | None:
+    """Where the boxes of this source are cached; None where the user has no home folder."""
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        folder = configured if configured.is_absolute() else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:24]
+    return folder / "lostreg" / f"coco20k-{key}.json"
+
+
+def _read_cache(cache: Path | None, source: list[str | int], ids: tuple[int, ...]) -> list[Boxes] | None:
+    """The cached boxes, or None where there is no cache or it is not exactly what is wanted."""
+    if cache is None:
+        return None
+    try:
+        content = json.loads(cache.read_bytes())
+        same = [content["version"], content["source"], content["ids"]] == [_CACHE_VERSION, source, list(ids)]
+        rows = content["boxes"]
+        if not same or len(rows) != len(ids):
+            return None
+        boxes = [np.asarray(row, dtype=np.float64) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    if any(box.size and (box.ndim != 2 or box.shape[1] != 4 or not np.isfinite(box).all()) for box in boxes):
+        return None
+    return [box.reshape(-1, 4) for box in boxes]
+
+
+def _write_cache(cache: Path | None, source: list[str | int], ids: tuple[int, ...], boxes: list[Boxes]) -> None:
+    """Write the cache in one step; a folder that cannot be written is no reason to stop."""
+    if cache is None:
+        return
+    rows = [box.astype(np.int64).tolist() for box in boxes]
+    content = {"version": _CACHE_VERSION, "source": source, "ids": list(ids), "boxes": rows}
+    temporary: Path | None = None
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=cache.parent, prefix=cache.stem, suffix=".part", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            json.dump(content, file, separators=(",", ":"))
+        temporary.replace(cache)
+    except OSError:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)

@@ -1,0 +1,57 @@
+"""Fixtures that several test modules share."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lostreg.backbones import Backbone, load_backbone
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout that these tests lie in."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Pictures and features that may not be redistributed: beside the checkout on the maintainers' machines."""
+    folder = REPOSITORY.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/data, which is not distributed with lostreg")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imgfocus() -> Backbone:
+    """The trained offline backbone."""
+    return load_backbone("imgfocus_vits14")
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    """A picture with a bright disc on a dark gradient, 150x110 pixels: no multiple of any patch size."""
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(disc_picture()).save(path, quality=95)
+    return path
+
+
+def disc_picture(width: int = 150, height: int = 110) -> np.ndarray:
+    """RGB (height, width, 3), uint8: a bright disc left of the middle."""
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([x * 60 // width, y * 60 // height, (x + y) % 40], axis=2).astype(np.uint8)
+    pixels[(x - width * 0.4) ** 2 + (y - height * 0.5) ** 2 < (height * 0.3) ** 2] = (230, 180, 40)
+    return pixels
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
