@@ -1,0 +1,319 @@
+"""A benchmark run: predict, appending to a file that survives a kill; score; write down what was measured.
+
+``predictions.jsonl`` is the run's memory: going on means reading it and computing what it lacks. ``results.json``
+is there from the start with the settings, so that a run with other settings is noticed.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import filelock
+import torch
+
+from lostreg.corloc import Corloc, is_hit
+from lostreg.datasets import Benchmark, Example
+from lostreg.discoverer import Discoverer
+from lostreg.errors import ImageError, PredictionsError
+from lostreg.predictions import Prediction, from_discovery, from_error, recover_predictions
+from lostreg.regions import Discovery
+
+PREDICTIONS_FILE: Final = "predictions.jsonl"
+RESULTS_FILE: Final = "results.json"
+_PACKAGES: Final = ("lostreg", "torch", "timm", "numpy", "scipy", "opencv-python-headless", "pillow")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, after each image.
+
+    Attributes:
+        done: images predicted, earlier runs included.
+        total: images of the benchmark.
+        hits: of the images that are done.
+        unreadable: of the images that are done.
+    """
+
+    done: int
+    total: int
+    hits: int
+    unreadable: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The outcome of a run.
+
+    Attributes:
+        score: hits and images.
+        unreadable: images that could not be read, counted as misses.
+        computed: images predicted by this run, not by an earlier one that it continued.
+        seconds: what predicting them took.
+    """
+
+    score: Corloc
+    unreadable: int
+    computed: int
+    seconds: float
+
+
+Callback = Callable[[Progress], None]
+Hook = Callable[[Example, Discovery], None]
+
+
+def evaluate(
+    benchmark: Benchmark,
+    discoverer: Discoverer,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    strict: bool = False,
+    extra: dict[str, Any] | None = None,
+    on_progress: Callback | None = None,
+    on_discovery: Hook | None = None,
+) -> Evaluation:
+    """Predict and score a benchmark, going on where an earlier run into the same folder stopped.
+
+    Args:
+        benchmark: its images must exist.
+        discoverer: backbone and options.
+        out: folder for ``predictions.jsonl`` and ``results.json``; made if need be.
+        overwrite: whether to start anew instead of going on.
+        strict: whether to stop at the first image that cannot be read, instead of counting a miss.
+        extra: further settings of the run to record and compare, such as a limit.
+        on_progress: called after each image.
+        on_discovery: called with each image's discovery before its line is written.
+
+    Raises:
+        PredictionsError: if the folder cannot be written, is in use by another run, or holds a run with other
+            settings.
+        ImageError: with ``strict``, at the first image that cannot be read; what came before it is kept.
+    """
+    settings = _settings(benchmark, discoverer, extra)
+    with _locked(out):
+        known = _prepare(out, settings, benchmark, overwrite=overwrite)
+        tally = _Tally(benchmark.examples, strict=strict, on_progress=on_progress)
+        for prediction in known:
+            tally.add(prediction)
+        start = time.perf_counter()
+        with (out / PREDICTIONS_FILE).open("a", encoding="utf-8", newline="\n") as file:
+            for prediction in _predict(benchmark.examples, discoverer, len(known), on_discovery):
+                tally.check(prediction)
+                file.write(prediction.to_line() + "\n")
+                file.flush()
+                tally.add(prediction)
+        seconds = time.perf_counter() - start
+        evaluation = Evaluation(tally.score, tally.unreadable, tally.done - len(known), seconds)
+        write_json(out / RESULTS_FILE, _results(settings, evaluation))
+    return evaluation
+
+
+class _Tally:
+    """Counts hits as predictions come in, in the order of the benchmark."""
+
+    def __init__(self, examples: Sequence[Example], *, strict: bool, on_progress: Callback | None) -> None:
+        self.examples = examples
+        self.strict = strict
+        self.on_progress = on_progress
+        self.done = self.hits = self.unreadable = 0
+
+    @property
+    def score(self) -> Corloc:
+        return Corloc(self.hits, self.done)
+
+    def check(self, prediction: Prediction) -> None:
+        if self.strict and prediction.error is not None:
+            raise ImageError(prediction.error)
+
+    def add(self, prediction: Prediction) -> None:
+        self.check(prediction)
+        self.hits += is_hit(prediction.boxes, self.examples[self.done].boxes)
+        self.unreadable += prediction.error is not None
+        self.done += 1
+        if self.on_progress:
+            self.on_progress(Progress(self.done, len(self.examples), self.hits, self.unreadable))
+
+
+def _predict(
+    examples: Sequence[Example], discoverer: Discoverer, known: int, on_discovery: Hook | None
+) -> Iterator[Prediction]:
+    if known == len(examples):
+        return
+    outcomes = discoverer.outcomes((example.path for example in examples), skip=known)
+    for example, outcome in zip(examples[known:], outcomes, strict=True):
+        if isinstance(outcome, ImageError):
+            yield from_error(example.image_id, outcome)
+            continue
+        if on_discovery:
+            on_discovery(example, outcome)
+        yield from_discovery(example.image_id, outcome)
+
+
+def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -> tuple[Corloc, int]:
+    """Score a predictions file, in whatever order its lines are.
+
+    Args:
+        predictions: at most one an image.
+        benchmark: the ground truth; an image without a prediction is a miss.
+
+    Returns:
+        The score, and how many images have no prediction.
+
+    Raises:
+        PredictionsError: if an image is predicted twice, or is not in the benchmark.
+    """
+    by_id: dict[str | int, Prediction] = {}
+    for prediction in predictions:
+        if prediction.image_id in by_id:
+            raise PredictionsError(f"two predictions for image {prediction.image_id!r}: expected one an image")
+        by_id[prediction.image_id] = prediction
+    strangers = by_id.keys() - {example.image_id for example in benchmark.examples}
+    if strangers:
+        wanted = benchmark.examples[0].image_id
+        raise PredictionsError(
+            f"{len(strangers)} of {len(by_id)} predictions are for images that {benchmark.name} "
+            f"{benchmark.split} does not have, such as {min(strangers, key=str)!r}: "
+            f"expected ids like {wanted!r}"
+        )
+    found = [by_id.get(example.image_id) for example in benchmark.examples]
+    hits = sum(
+        is_hit(prediction.boxes, example.boxes)
+        for prediction, example in zip(found, benchmark.examples, strict=True)
+        if prediction is not None
+    )
+    return Corloc(hits, len(found)), found.count(None)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that a reader, or a kill, meets the old content or the new and nothing between."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def _settings(benchmark: Benchmark, discoverer: Discoverer, extra: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "benchmark": {
+            "name": benchmark.name,
+            "split": benchmark.split,
+            "images": len(benchmark),
+            "fingerprint": benchmark.fingerprint(),
+            **(extra or {}),
+        },
+        "options": discoverer.options,
+    }
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the folder: the lock goes with the process, however it ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(out / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise PredictionsError(f"{out} is in use: another lostreg eval is writing there") from error
+    except OSError as error:
+        raise PredictionsError(f"cannot write to {out}: {error.strerror}") from error
+    try:
+        if not os.access(out, os.W_OK):
+            raise PredictionsError(f"cannot write to {out}: permission denied")
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overwrite: bool) -> list[Prediction]:
+    """Make sure that the folder belongs to this run, and return what it holds already."""
+    predictions, results = out / PREDICTIONS_FILE, out / RESULTS_FILE
+    if overwrite:
+        predictions.unlink(missing_ok=True)
+        results.unlink(missing_ok=True)
+    elif results.exists() or predictions.exists():
+        _check_same_run(results, settings)
+    known = recover_predictions(predictions)
+    wanted = [example.image_id for example in benchmark.examples[: len(known)]]
+    if [prediction.image_id for prediction in known] != wanted:
+        raise PredictionsError(
+            f"{predictions} does not follow the order of {benchmark.name}: it is not of this run; "
+            "use --overwrite or another --out"
+        )
+    if len(known) < len(benchmark) or not results.exists():
+        write_json(results, {"complete": False, **settings})
+    return known
+
+
+def _check_same_run(results: Path, settings: dict[str, Any]) -> None:
+    try:
+        earlier = json.loads(results.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PredictionsError(
+            f"{results.parent} holds predictions but no readable {results.name}: not a run to go on with; "
+            "use --overwrite or another --out"
+        ) from error
+    changes = [
+        f"{key} was {_show(before)} and is now {_show(now)}"
+        for section, values in settings.items()
+        for key, before, now in _differences(earlier.get(section), values)
+    ]
+    if changes:
+        raise PredictionsError(
+            f"{results.parent} holds a run with other settings: {'; '.join(changes)}; use --overwrite or another --out"
+        )
+
+
+def _differences(earlier: Any, now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    before = earlier if isinstance(earlier, dict) else {}
+    for key in [*now, *(key for key in before if key not in now)]:
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _results(settings: dict[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+    score = evaluation.score
+    return {
+        "complete": True,
+        "corloc": round(score.percent, 4),
+        "hits": score.hits,
+        "images": score.images,
+        "wilson_95": [round(bound, 4) for bound in score.wilson_interval()],
+        "unreadable": evaluation.unreadable,
+        **settings,
+        "run": {
+            "computed": evaluation.computed,
+            "seconds": round(evaluation.seconds, 3),
+            "images_per_s": round(evaluation.computed / evaluation.seconds, 3) if evaluation.seconds else None,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+        "versions": {"python": platform.python_version(), **_versions()},
+        "device": describe_device(settings["options"]["device"]),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # OpenCV goes by several names
+            continue
+    return found
+
+
+def describe_device(kind: str) -> str:
+    """A line on the machine: the GPU's name, or the processor's and how many threads PyTorch uses."""
+    if kind == "cuda":
+        return f"cuda: {torch.cuda.get_device_name()}"
+    return f"{kind}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
