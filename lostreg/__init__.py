@@ -1,7 +1,7 @@
 """Find the main object of an image without labels: LOST on frozen Vision Transformers.
 
-    d = lostreg.Discoverer("dinov2_vits14_reg")
-    d.discover("dog.jpg").xyxy
+d = lostreg.Discoverer("dinov2_vits14_reg")
+d.discover("dog.jpg").xyxy
 """
 
 from importlib import import_module

@@ -134,9 +134,7 @@ def _deit3(size: str, timm_size: str) -> BackboneSpec:
 
 def _clip(name: str, timm_name: str, patch: int, source: str = "lostreg") -> BackboneSpec:
     training = "image-text (CLIP, OpenAI)" if source == "lostreg" else "image-text (OpenCLIP, LAION-2B)"
-    return BackboneSpec(
-        name, timm_name, patch, 0, feature="v", licence="MIT", training=training, feature_source=source
-    )
+    return BackboneSpec(name, timm_name, patch, 0, feature="v", licence="MIT", training=training, feature_source=source)
 
 
 _ROWS: Final = (

@@ -1,13 +1,14 @@
 """How a row of the backbone table, or any other timm ViT, becomes a frozen model."""
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import timm
 import torch
-from timm.layers import Attention, AttentionRope, PatchEmbed
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import Eva, VisionTransformer
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
@@ -16,6 +17,7 @@ from torch import nn
 from lostreg import weights as weight_files
 from lostreg.backbone_table import BACKBONES, BackboneSpec
 from lostreg.errors import BackboneError
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -112,16 +114,17 @@ def build_backbone(spec: BackboneSpec, **timm_options: Any) -> Backbone:
         raise BackboneError(f"'{spec.timm_name}' does not take images of any size: {error}") from error
     _check_supported(spec, model)
     model.eval().requires_grad_(False)
-    config = model.pretrained_cfg
+    config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     return Backbone(_fill(spec, model), model, tuple(config["mean"]), tuple(config["std"]), "random")
 
 
 def _check_supported(spec: BackboneSpec, model: nn.Module) -> None:
     """Refuse what would silently give other tensors than the model's own queries, keys and values."""
     if not isinstance(model, VisionTransformer | Eva) or type(model.patch_embed) is not PatchEmbed:
+        embedding = type(getattr(model, "patch_embed", None)).__name__
         raise BackboneError(
-            f"'{spec.timm_name}' is a {type(model).__name__} with {type(getattr(model, 'patch_embed', None)).__name__}: "
-            "expected timm's VisionTransformer or Eva with a plain patch embedding"
+            f"'{spec.timm_name}' is a {type(model).__name__} with {embedding}: expected timm's VisionTransformer "
+            "or Eva with a plain patch embedding"
         )
     for block in model.blocks:
         if type(block) not in _BLOCKS or type(block.attn) not in _ATTENTIONS:

@@ -59,7 +59,8 @@ def pairwise_iou(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     overlap = np.clip(high - low, 0.0, None).prod(axis=2)
     union = _areas(first)[:, None] + _areas(second)[None, :] - overlap
-    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+    iou: NDArray[np.float64] = np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+    return iou
 
 
 def is_hit(boxes: ArrayLike, truth: ArrayLike) -> bool:

@@ -161,9 +161,7 @@ class Discoverer:
                     raise
                 window, skip = upcoming, 0
 
-    def _submit(
-        self, pool: ThreadPoolExecutor, images: Iterator[ImageSource], length: int
-    ) -> list[Future[Picture]]:
+    def _submit(self, pool: ThreadPoolExecutor, images: Iterator[ImageSource], length: int) -> list[Future[Picture]]:
         return [pool.submit(self._read, image) for image in islice(images, length)]
 
     def _read(self, image: ImageSource) -> Picture:
@@ -193,18 +191,14 @@ class Discoverer:
             by_grid.setdefault(patch_grid(picture.pixels, self.backbone.spec.patch_size), []).append(index)
         size = self.batch_size
         batches = [
-            members[start : start + size]
-            for members in by_grid.values()
-            for start in range(0, len(members), size)
+            members[start : start + size] for members in by_grid.values() for start in range(0, len(members), size)
         ]
         yield from sorted(batches)
 
     def _run(self, pictures: list[Picture]) -> list[Discovery]:
         backbone = self.backbone
         patch = backbone.spec.patch_size
-        batch = to_batch(
-            [picture.pixels for picture in pictures], patch, backbone.mean, backbone.std, backbone.device
-        )
+        batch = to_batch([picture.pixels for picture in pictures], patch, backbone.mean, backbone.std, backbone.device)
         features = patch_features(backbone, batch, self.feature, self.layer)
         grid = patch_grid(pictures[0].pixels, patch)
         result = lost_boxes(features, grid, self.bias, self.k_patches, normalize=self.normalize)

@@ -124,9 +124,7 @@ def stretch_position_embedding(
         factors = [(wanted + 0.1) / had for wanted, had in zip(target, source, strict=True)]
         stretched = functional.interpolate(image, scale_factor=factors, mode="bicubic")
     else:
-        stretched = functional.interpolate(
-            image, size=target, mode="bicubic", antialias=interpolation == "antialias"
-        )
+        stretched = functional.interpolate(image, size=target, mode="bicubic", antialias=interpolation == "antialias")
     flat = stretched.permute(0, 2, 3, 1).reshape(1, target[0] * target[1], -1)
     return torch.cat([prefix, flat.to(position.dtype)], dim=1)
 

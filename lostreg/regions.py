@@ -41,9 +41,7 @@ class Discovery:
         if shapes != ((count, 4), (count,), (count, 2)):
             raise ValueError(f"expected shapes (n, 4), (n,), (n, 2) for boxes, scores, seeds, got {shapes}")
         if self.degrees.shape != self.mask.shape or self.degrees.ndim != 2:
-            raise ValueError(
-                f"expected one patch grid, got degrees {self.degrees.shape} and mask {self.mask.shape}"
-            )
+            raise ValueError(f"expected one patch grid, got degrees {self.degrees.shape} and mask {self.mask.shape}")
 
     def __len__(self) -> int:
         return len(self.xyxy)

@@ -115,7 +115,7 @@ def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         for pattern, replacement in _RENAMES:
-            name = pattern.sub(replacement, name)  # noqa: PLW2901
+            name = pattern.sub(replacement, name)
         if not _NOT_BACKBONE.match(name):
             renamed[name] = value
     if "register_tokens" in state and getattr(model, "no_embed_class", False):
@@ -153,7 +153,7 @@ def _load_from_hub(model: nn.Module, timm_name: str) -> str:
         _require_hub(timm_name)
     try:
         timm.models.load_pretrained(model, num_classes=0)
-    except Exception as error:  # noqa: BLE001 - the hub client raises what its transport raises
+    except Exception as error:
         raise BackboneError(_ways_out(timm_name, _first_line(error))) from error
     return f"hub {hub_id or url}"
 

@@ -1,0 +1,139 @@
+"""``lostreg eval``: predict and score a benchmark, going on where an earlier run stopped."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lostreg.cli.parser import (
+    Subparsers,
+    add_benchmark_options,
+    add_method_options,
+    make_discoverer,
+    open_benchmark,
+)
+from lostreg.errors import OptionError
+
+if TYPE_CHECKING:
+    from lostreg.datasets import Benchmark, Example
+    from lostreg.evaluate import Callback, Evaluation, Hook
+    from lostreg.regions import Discovery
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "eval",
+        help="predict and score a benchmark",
+        description="Predict every image of a benchmark and print its corloc. A run that was stopped, by whatever, "
+        "goes on where it was. The last line is like `corloc 61.90 (3102/5011)`, or one table for several "
+        "backbones.",
+    )
+    parser.add_argument("benchmark", help="voc07, voc12, coco20k, sample, voc or coco: see `lostreg datasets`")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for predictions.jsonl and results.json; several backbones get a folder each in it",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
+    parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
+    parser.add_argument("--plots", action="store_true", help="a picture per image, in OUT/plots")
+    add_benchmark_options(parser)
+    add_method_options(parser, several_backbones=True)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate every backbone that was asked for."""
+    from lostreg.backbones import find_spec
+    from lostreg.datasets import require_images
+
+    backbones: list[str] = list(dict.fromkeys(args.backbone))
+    if args.weights and len(backbones) > 1:
+        raise OptionError(f"--weights is one file, but there are {len(backbones)} backbones")
+    for backbone in backbones:
+        find_spec(backbone)
+    benchmark = open_benchmark(args)
+    require_images(benchmark)
+    if len(backbones) == 1:
+        print(_evaluate(args, benchmark, backbones[0], args.out).score)
+        return 0
+    found = {
+        backbone: _evaluate(args, benchmark, backbone, args.out / backbone.replace(":", "_")) for backbone in backbones
+    }
+    print(_table(found))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, out: Path) -> "Evaluation":
+    from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, evaluate
+
+    # Boxes of benchmarks refer to pixels as they are stored, at full size.
+    discoverer = make_discoverer(args, backbone, exif=False, max_side=None)
+    with _progress_bar(backbone, len(benchmark)) as on_progress:
+        evaluation = evaluate(
+            benchmark,
+            discoverer,
+            out,
+            overwrite=args.overwrite,
+            strict=args.strict,
+            extra={"limit": args.limit, "no_hard": args.no_hard},
+            on_progress=on_progress,
+            on_discovery=_plotter(out / "plots") if args.plots else None,
+        )
+    low, high = evaluation.score.wilson_interval()
+    print(f"{backbone} on {benchmark.name} {benchmark.split}: 95 % interval {low:.2f} to {high:.2f}")
+    if evaluation.unreadable:
+        print(f"{evaluation.unreadable} images could not be read and count as misses")
+    written = [PREDICTIONS_FILE, RESULTS_FILE] + (["plots"] if args.plots else [])
+    print(f"written to {out}: {', '.join(written)}", flush=True)
+    return evaluation
+
+
+@contextmanager
+def _progress_bar(backbone: str, total: int) -> Iterator["Callback"]:
+    """A bar on standard error with the running corloc; images of an earlier run do not count as fast ones."""
+    from tqdm import tqdm
+
+    from lostreg.corloc import Corloc
+    from lostreg.evaluate import Progress
+
+    unreadable = 0
+    with tqdm(total=total, desc=backbone, unit="img", file=sys.stderr) as bar:
+
+        def advance(progress: Progress) -> None:
+            nonlocal unreadable
+            if progress.unreadable > unreadable:
+                unreadable = progress.unreadable
+                bar.set_description_str(f"{backbone}, {unreadable} unreadable")
+            bar.set_postfix_str(f"corloc {Corloc(progress.hits, progress.done).percent:.2f}", refresh=False)
+            bar.update()
+
+        yield advance
+
+
+def _plotter(folder: Path) -> "Hook":
+    from lostreg.images import read_image
+    from lostreg.plots import plot_discovery, save_picture
+
+    def plot(example: "Example", found: "Discovery") -> None:
+        pixels = read_image(example.path, exif=False, max_side=1024).pixels
+        save_picture(folder / f"{example.image_id}.png", plot_discovery(pixels, found, example.boxes))
+
+    return plot
+
+
+def _table(found: dict[str, "Evaluation"]) -> str:
+    width = max(len("backbone"), *map(len, found))
+    lines = [f"{'backbone':<{width}}  corloc  95 % interval  hits/images"]
+    for backbone, evaluation in found.items():
+        score = evaluation.score
+        low, high = score.wilson_interval()
+        lines.append(
+            f"{backbone:<{width}}  {score.percent:>6.2f}  {low:>6.2f}-{high:<6.2f}  {score.hits}/{score.images}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""Argument types and option groups that several commands share. Imports no model library."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
+
+from lostreg.backbone_table import FEATURES
+
+if TYPE_CHECKING:
+    from lostreg.datasets import Benchmark
+    from lostreg.discoverer import Discoverer
+
+Subparsers = Any  # argparse keeps the class of subparsers to itself
+
+DEFAULT_BACKBONE: Final = "dinov2_vits14_reg"
+PRECISIONS: Final = ("fp32", "bf16", "fp16")
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and one line on standard error."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not '{text}'")
+    return value
+
+
+def bias_value(text: str) -> float | Literal["auto"]:
+    """``auto`` or a finite number, for argparse."""
+    if text == "auto":
+        return "auto"
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected 'auto' or a finite number, not '{text}'")
+    return value
+
+
+def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bool = False) -> None:
+    """The options of the method, shared by ``predict`` and ``eval``."""
+    group = parser.add_argument_group("method")
+    backbone_help = f"a row of `lostreg backbones`, or timm:NAME (default: {DEFAULT_BACKBONE})"
+    if several_backbones:
+        group.add_argument(
+            "--backbone",
+            nargs="+",
+            default=[DEFAULT_BACKBONE],
+            metavar="NAME",
+            help=backbone_help + "; several run one after the other and end with one table",
+        )
+    else:
+        group.add_argument("--backbone", default=DEFAULT_BACKBONE, metavar="NAME", help=backbone_help)
+    group.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="checkpoint in timm's, DINO's, DINOv2's or DeiT-III's naming (default: from the hub)",
+    )
+    group.add_argument("--feature", choices=FEATURES, help="patch feature (default: the backbone's)")
+    group.add_argument(
+        "--layer", type=int, default=-1, help="block, from 0, or from the end when negative (default: -1)"
+    )
+    group.add_argument(
+        "--bias",
+        type=bias_value,
+        metavar="{auto|FLOAT}",
+        help="added to every similarity; write --bias=-0.5 (default: the backbone's)",
+    )
+    group.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="L2-normalise the features (default: the backbone's; always for auto)",
+    )
+    group.add_argument(
+        "--k-patches",
+        type=positive_int,
+        default=100,
+        metavar="N",
+        help="low-degree patches that may join the seed (default: 100)",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the backbone (default: fp32)")
+    group.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="images of one shape that run together (default: 8)",
+    )
+    group.add_argument(
+        "--max-pixels",
+        type=positive_int,
+        default=200_000_000,
+        metavar="N",
+        help="larger images are refused before they are decoded (default: 200000000)",
+    )
+
+
+def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> "Discoverer":
+    """The `Discoverer` that the method options describe."""
+    from lostreg.discoverer import Discoverer
+
+    return Discoverer(
+        backbone,
+        weights=args.weights,
+        feature=args.feature,
+        layer=args.layer,
+        bias=args.bias,
+        normalize=args.normalize,
+        k_patches=args.k_patches,
+        device=args.device,
+        precision=args.precision,
+        batch_size=args.batch_size,
+        max_pixels=args.max_pixels,
+        **options,
+    )
+
+
+def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
+    """The options that name a benchmark, shared by ``eval`` and ``score``."""
+    group = parser.add_argument_group("benchmark")
+    group.add_argument("--root", type=Path, metavar="DIR", help="where the benchmark lies (default: ./datasets)")
+    group.add_argument("--split", help="trainval, train, val or test, where the benchmark has it")
+    group.add_argument("--images", type=Path, metavar="DIR", help="image folder, for coco")
+    group.add_argument("--annotations", type=Path, metavar="FILE", help="COCO JSON file, for coco")
+    group.add_argument("--no-hard", action="store_true", help="drop difficult and truncated objects (VOC layout)")
+    group.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
+
+
+def open_benchmark(args: argparse.Namespace) -> "Benchmark":
+    """The benchmark that the options name, limited as asked; what was left out is told on standard error."""
+    from lostreg.datasets import load_benchmark
+
+    benchmark = load_benchmark(
+        args.benchmark,
+        root=args.root,
+        split=args.split,
+        images=args.images,
+        annotations=args.annotations,
+        no_hard=args.no_hard,
+    )
+    for note in benchmark.notes:
+        tell(note)
+    return benchmark.limited(args.limit)
+
+
+def tell(message: str) -> None:
+    """A line for the person at the terminal, out of the way of standard output."""
+    sys.stderr.write(f"lostreg: {message}\n")

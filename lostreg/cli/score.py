@@ -1,0 +1,39 @@
+"""``lostreg score``: the corloc of any predictions file; runs no model and needs no images."""
+
+import argparse
+from pathlib import Path
+
+from lostreg.cli.parser import Subparsers, add_benchmark_options, open_benchmark, tell
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "score",
+        help="score a predictions file",
+        description="Score predictions of any origin: JSON Lines with image_id (file stem for VOC, integer id for "
+        "COCO) and boxes in pixels. Runs no model. The last line is like `corloc 61.90 (3102/5011)`.",
+    )
+    parser.add_argument("predictions", type=Path, help="JSON Lines file")
+    parser.add_argument("benchmark", help="voc07, voc12, coco20k, sample, voc or coco: see `lostreg datasets`")
+    add_benchmark_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score; images without a prediction are misses, and are counted."""
+    from lostreg.evaluate import score_predictions
+    from lostreg.predictions import read_predictions
+
+    predictions = read_predictions(args.predictions)
+    benchmark = open_benchmark(args)
+    score, missing = score_predictions(predictions, benchmark)
+    if missing:
+        tell(f"{missing} of {len(benchmark)} images have no prediction and count as misses")
+    unreadable = sum(prediction.error is not None for prediction in predictions)
+    if unreadable:
+        tell(f"{unreadable} images could not be read when predicting and count as misses")
+    low, high = score.wilson_interval()
+    print(f"{benchmark.name} {benchmark.split}: 95 % interval {low:.2f} to {high:.2f}")
+    print(score)
+    return 0
