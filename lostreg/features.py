@@ -11,6 +11,7 @@ What is returned, for every supported architecture:
 * ``out``: the tokens that leave the block. For the last layer, after the model's final norm.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,6 @@ from lostreg.backbones import Backbone
 from lostreg.errors import OptionError
 
 
-@torch.no_grad()
 def patch_features(backbone: Backbone, images: Tensor, feature: Feature = "k", layer: int = -1) -> Tensor:
     """One feature vector per patch.
 
@@ -41,22 +41,49 @@ def patch_features(backbone: Backbone, images: Tensor, feature: Feature = "k", l
     Raises:
         OptionError: if the feature or layer does not exist, or the images' size does not fit.
     """
+    return collect_features(backbone, images, [(feature, layer)])[0]
+
+
+@torch.no_grad()
+def collect_features(backbone: Backbone, images: Tensor, wanted: Sequence[tuple[Feature, int]]) -> list[Tensor]:
+    """Several features of the same images from one forward, which ends where the last of them is there.
+
+    Args:
+        backbone: a frozen model.
+        images: as for `patch_features`.
+        wanted: pairs of feature and layer.
+
+    Returns:
+        One tensor a pair, in the order of ``wanted``, each as `patch_features` returns it.
+
+    Raises:
+        OptionError: as for `patch_features`, and if nothing is wanted.
+    """
+    pairs = [(_check_feature(feature), resolve_layer(backbone, layer)) for feature, layer in wanted]
+    if not pairs:
+        raise OptionError("expected at least one pair of feature and layer")
+    _check_images(backbone, images)
+    tokens, ropes = _embed(backbone, images.to(backbone.device, backbone.dtype))
+    found: dict[tuple[Feature, int], Tensor] = {}
+    for layer, block in enumerate(cast("nn.Sequential", backbone.model.blocks)):
+        for pair in pairs:
+            if pair[1] == layer and pair[0] != "out" and pair not in found:
+                found[pair] = _project(block, tokens, pair[0])
+        if found.keys() >= set(pairs):
+            break
+        tokens = _run_block(block, tokens, ropes[layer])
+        if ("out", layer) in pairs:
+            last = layer == backbone.depth - 1
+            found["out", layer] = cast("nn.Module", backbone.model.norm)(tokens) if last else tokens
+        if found.keys() >= set(pairs):
+            break
+    return [found[pair][:, backbone.prefix_tokens :].float() for pair in pairs]
+
+
+def _check_feature(feature: Feature) -> Feature:
     if feature not in FEATURES:
         raise OptionError(f"feature must be one of {', '.join(FEATURES)}, not '{feature}'")
-    layer = resolve_layer(backbone, layer)
-    _check_images(backbone, images)
-    model = backbone.model
-    tokens, ropes = _embed(backbone, images.to(backbone.device, backbone.dtype))
-    blocks = list(cast("nn.Sequential", model.blocks))
-    for block, rope in zip(blocks[:layer], ropes, strict=False):
-        tokens = _run_block(block, tokens, rope)
-    if feature == "out":
-        tokens = _run_block(blocks[layer], tokens, ropes[layer])
-        if layer == backbone.depth - 1:
-            tokens = cast("nn.Module", model.norm)(tokens)
-    else:
-        tokens = _project(blocks[layer], tokens, feature)
-    return tokens[:, backbone.prefix_tokens :].float()
+    return feature
 
 
 def resolve_layer(backbone: Backbone, layer: int) -> int:

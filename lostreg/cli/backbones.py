@@ -9,7 +9,7 @@ from lostreg.backbone_table import BACKBONES, BackboneSpec
 from lostreg.cli.parser import Subparsers
 
 _BENCHMARKS = ("voc07", "voc12", "coco20k")
-_HEADINGS = ("backbone", "patch", "reg", "feature", "bias", "norm", "corloc", "licence", "training")
+HEADINGS = ("backbone", "patch", "reg", "feature", "bias", "norm", "corloc", "licence", "training")
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([as_json(spec) for spec in BACKBONES.values()], indent=2, ensure_ascii=False))
         return 0
-    rows = [_HEADINGS, *(as_row(spec) for spec in BACKBONES.values())]
+    rows = [HEADINGS, *(as_row(spec) for spec in BACKBONES.values())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

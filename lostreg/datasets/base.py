@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +38,14 @@ class Benchmark:
         split: ``trainval`` and the like, or an empty string.
         examples: in the order in which they are predicted and scored.
         notes: one line each on what was left out while loading, for the user to read.
+        left_out: ids that belong to the data set and are not scored: predictions for them are no mistake.
     """
 
     name: str
     split: str
     examples: tuple[Example, ...]
     notes: tuple[str, ...] = ()
+    left_out: frozenset[ImageId] = frozenset()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -60,7 +62,8 @@ class Benchmark:
         """The first ``limit`` examples, or all of them for None."""
         if limit is None:
             return self
-        return Benchmark(self.name, self.split, self.examples[:limit], self.notes)
+        beyond = {example.image_id for example in self.examples[limit:]}
+        return replace(self, examples=self.examples[:limit], left_out=self.left_out | beyond)
 
 
 def require_images(benchmark: Benchmark) -> None:

@@ -43,7 +43,7 @@ def load_coco(images: Path, annotations: Path, *, name: str = "coco", keep: Sequ
         for image_id, file_name in names.items()
         if len(boxes[image_id])
     ]
-    return Benchmark(name, "", tuple(examples), left_out_notes(len(names), len(examples)))
+    return make_coco(name, names, examples)
 
 
 def read_coco(path: Path, *, keep: Sequence[int] | None = None) -> tuple[dict[int, str], dict[int, Boxes]]:
@@ -79,11 +79,12 @@ def read_coco(path: Path, *, keep: Sequence[int] | None = None) -> tuple[dict[in
     return names, {image_id: _round_boxes(index.imgToAnns[image_id]) for image_id in names}
 
 
-def left_out_notes(total: int, loaded: int) -> tuple[str, ...]:
-    """The note on images without boxes, if there are any."""
-    if loaded == total:
-        return ()
-    return (f"{total - loaded} of {total} images left out: they have no box, or only crowd boxes",)
+def make_coco(name: str, ids: Iterable[int], examples: Sequence[Example]) -> Benchmark:
+    """A benchmark without a split, with a note on the ``ids`` that have no box, if there are any."""
+    listed = frozenset(ids)
+    left_out = listed - {example.image_id for example in examples}
+    note = f"{len(left_out)} of {len(listed)} images left out: they have no box, or only crowd boxes"
+    return Benchmark(name, "", tuple(examples), (note,) if left_out else (), left_out)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lostreg.datasets.base import Benchmark, Example
-from lostreg.datasets.coco import Boxes, left_out_notes, read_coco
+from lostreg.datasets.coco import Boxes, make_coco, read_coco
 from lostreg.errors import DatasetError
 
 COCO20K_COUNT = 19_817
@@ -46,7 +46,7 @@ def load_coco20k(root: Path, *, name: str = "coco20k") -> Benchmark:
         for image_id, found in zip(ids, boxes, strict=True)
         if len(found)
     ]
-    return Benchmark(name, "", tuple(examples), left_out_notes(len(ids), len(examples)))
+    return make_coco(name, ids, examples)
 
 
 def find_coco20k(root: Path) -> Path:

@@ -65,9 +65,9 @@ def load_voc(
             examples.append(Example(stem, image, boxes))
     if not examples:
         raise DatasetError(f"{name}: every object of split {split!r} in {root} is difficult or truncated")
-    left_out = len(stems) - len(examples)
-    notes = (f"{left_out} of {len(stems)} images left out: all their objects are difficult or truncated",)
-    return Benchmark(name, split, tuple(examples), notes if left_out else ())
+    left_out = frozenset(stems) - {example.image_id for example in examples}
+    notes = (f"{len(left_out)} of {len(stems)} images left out: all their objects are difficult or truncated",)
+    return Benchmark(name, split, tuple(examples), notes if left_out else (), left_out)
 
 
 def find_voc(root: Path, year: int) -> Path:

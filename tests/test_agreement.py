@@ -1,0 +1,71 @@
+"""Real pictures, a trained backbone: the oracle's boxes, and boxes that do not depend on the batch."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference_lost import reference_lost
+from torch import Tensor
+
+from lostreg.backbones import Backbone
+from lostreg.features import collect_features
+from lostreg.images import patch_grid, read_image, to_batch
+from lostreg.lost import lost_boxes
+
+IMAGES = 48
+BATCH = 8
+# Biases at which neither everything nor nothing is connected.
+METHODS = {"k": -0.85, "v": -0.2, "out": -0.25}
+Grid = tuple[int, int]
+
+
+def features_of(backbone: Backbone, pictures: list[np.ndarray]) -> list[Tensor]:
+    batch = to_batch(pictures, backbone.spec.patch_size, backbone.mean, backbone.std)
+    return collect_features(backbone, batch, [(feature, -1) for feature in METHODS])
+
+
+@pytest.fixture(scope="module")
+def batches(shared_data: Path, imgfocus: Backbone) -> list[tuple[Grid, list[np.ndarray]]]:
+    """Six batches of eight pictures that share a patch grid."""
+    by_grid: dict[Grid, list[np.ndarray]] = defaultdict(list)
+    full: list[tuple[Grid, list[np.ndarray]]] = []
+    for path in sorted((shared_data / "coco-sample" / "train2017").glob("*.jpg")):
+        pixels = read_image(path, exif=False).pixels
+        grid = patch_grid(pixels, imgfocus.spec.patch_size)
+        by_grid[grid].append(pixels)
+        if len(by_grid[grid]) == BATCH:
+            full.append((grid, by_grid.pop(grid)))
+        if len(full) * BATCH == IMAGES:
+            return full
+    raise AssertionError("coco-sample has too few pictures of equal shape")
+
+
+def test_lostreg_equals_the_oracle_and_batches_equal_single_images(
+    batches: list[tuple[Grid, list[np.ndarray]]], imgfocus: Backbone
+) -> None:
+    compared = differing = degrees_off = patches = 0
+    for grid, pictures in batches:
+        together = features_of(imgfocus, pictures)
+        singles = [torch.cat(parts) for parts in zip(*(features_of(imgfocus, [p]) for p in pictures), strict=True)]
+        for bias, joint, single in zip(METHODS.values(), together, singles, strict=True):
+            for choice in (bias, "auto"):
+                found = lost_boxes(single, grid, choice, normalize=True)
+                batched = lost_boxes(joint, grid, choice, normalize=True)
+                differing += int((found.xyxy != batched.xyxy).any(dim=1).sum())
+                for index, image in enumerate(single.numpy()):
+                    expected = reference_lost(image, grid, choice, normalize=True)
+                    assert tuple(found.xyxy[index].tolist()) == expected.box
+                    assert tuple(found.seeds[index].tolist()) == expected.seed
+                    degrees_off += int((found.degrees[index].numpy() != expected.degrees).sum())
+                    patches += expected.degrees.size
+                    connected = expected.degrees.mean() / expected.degrees.size
+                    assert 0.01 < connected < 0.99
+                    compared += 1
+    assert compared == IMAGES * len(METHODS) * 2
+    # Matrix products of other sizes add in another order: a feature moves in its seventh digit, and a similarity
+    # within 1e-7 of zero may change sign. Rarely does that reach a seed.
+    assert differing <= 0.005 * compared
+    # The same rounding, between PyTorch's products and NumPy's: degrees off by one, on a patch in thousands.
+    assert degrees_off <= 0.001 * patches

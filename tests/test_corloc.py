@@ -1,0 +1,86 @@
+"""The metric against pycocotools, and its edges."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+
+from lostreg.corloc import Corloc, corloc, is_hit, pairwise_iou
+from lostreg.errors import OptionError
+
+corner = st.integers(0, 50)
+box = st.tuples(corner, corner, st.integers(1, 30), st.integers(1, 30)).map(
+    lambda values: [values[0], values[1], values[0] + values[2], values[1] + values[3]]
+)
+boxes = st.lists(box, min_size=1, max_size=5)
+
+
+@given(boxes, boxes)
+@settings(deadline=None)
+def test_overlaps_equal_those_of_pycocotools(first, second) -> None:
+    def as_xywh(rows):
+        return np.array([[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in rows], dtype=float)
+
+    expected = coco_mask.iou(as_xywh(first), as_xywh(second), [0] * len(second))
+    np.testing.assert_allclose(pairwise_iou(first, second), expected, atol=1e-12)
+
+
+@given(boxes, boxes)
+@settings(deadline=None)
+def test_overlaps_equal_a_count_of_pixels(first, second) -> None:
+    def pixels(values):
+        canvas = np.zeros((90, 90), dtype=bool)
+        x1, y1, x2, y2 = values
+        canvas[y1:y2, x1:x2] = True
+        return canvas
+
+    found = pairwise_iou(first, second)
+    for row, one in enumerate(first):
+        for column, other in enumerate(second):
+            shared = (pixels(one) & pixels(other)).sum()
+            assert found[row, column] == pytest.approx(shared / (pixels(one) | pixels(other)).sum())
+
+
+def test_an_overlap_of_exactly_one_half_is_a_hit() -> None:
+    assert is_hit([[0, 0, 10, 10]], [[0, 0, 10, 5]])
+    assert not is_hit([[0, 0, 10, 10]], [[0, 0, 10, 4.99]])
+
+
+def test_only_the_first_box_counts_and_any_object_will_do() -> None:
+    truth = [[50, 50, 60, 60], [0, 0, 10, 10]]
+    assert is_hit([[0, 0, 10, 10], [90, 90, 91, 91]], truth)
+    assert not is_hit([[90, 90, 91, 91], [0, 0, 10, 10]], truth)
+
+
+def test_no_box_no_area_and_no_object_are_misses() -> None:
+    assert not is_hit([], [[0, 0, 10, 10]])
+    assert not is_hit([[5, 5, 5, 5]], [[5, 5, 5, 5]])
+    assert not is_hit([[9, 9, 1, 1]], [[1, 1, 9, 9]])
+    assert not is_hit([[0, 0, 10, 10]], [])
+
+
+def test_the_score_prints_as_the_contract_says() -> None:
+    assert str(Corloc(3102, 5011)) == "corloc 61.90 (3102/5011)"
+    assert str(Corloc(0, 0)) == "corloc 0.00 (0/0)"
+
+
+def test_hits_are_counted_over_images() -> None:
+    truth = [[[0, 0, 10, 10]], [[0, 0, 10, 10]], [[0, 0, 10, 10]]]
+    assert corloc([[[0, 0, 10, 10]], [], [[0, 0, 10, 6]]], truth) == Corloc(2, 3)
+
+
+def test_the_interval_is_wilsons() -> None:
+    hits, images, z = 122, 286, 1.959963984540054
+    rate = hits / images
+    middle = (rate + z**2 / (2 * images)) / (1 + z**2 / images)
+    half = z / (1 + z**2 / images) * np.sqrt(rate * (1 - rate) / images + z**2 / (4 * images**2))
+    assert Corloc(hits, images).wilson_interval() == pytest.approx((100 * (middle - half), 100 * (middle + half)))
+    assert Corloc(0, 0).wilson_interval() == (0.0, 100.0)
+
+
+def test_bad_shapes_say_what_was_expected() -> None:
+    with pytest.raises(OptionError, match=r"\(n, 4\), not \(1, 3\)"):
+        pairwise_iou([[1, 2, 3]], [[1, 2, 3, 4]])
+    with pytest.raises(OptionError, match="got 1 for 2 images"):
+        corloc([[]], [[], []])
