@@ -1,0 +1,74 @@
+"""The wheel: what is in it, and that it runs away from the checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lostreg
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """Built from the files that git knows, so that nothing left in the checkout can help."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=repository, capture_output=True)
+    files = listed.stdout.decode().splitlines()
+    for name in files:
+        if name.split("/")[0] in ("lostreg", "pyproject.toml", "README.md", "LICENSE"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((repository / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    (built,) = target.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"lostreg", f"lostreg-{lostreg.__version__}.dist-info"}
+    assert {"lostreg/py.typed", "lostreg/datasets/coco_20k.txt", "lostreg/cli/main.py"} <= set(names)
+
+
+@pytest.mark.parametrize("installed", ["wheel", "editable"])
+def test_the_sample_runs_outside_the_checkout(wheel: Path, installed: str, tmp_path: Path, repository: Path) -> None:
+    environment = dict(os.environ)
+    if installed == "wheel":
+        zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+        environment["PYTHONPATH"] = str(tmp_path / "site")
+    code = "import lostreg, sys; from lostreg.cli.main import main; print(lostreg.__file__); sys.exit(main())"
+    arguments = ["eval", "sample", "--root", str(repository / "datasets" / "sample"), "--out", "out", "--limit", "2"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--backbone", "imgfocus_vits14"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    first, *_, last = done.stdout.splitlines()
+    assert Path(first).is_relative_to(tmp_path if installed == "wheel" else repository)
+    assert last.startswith("corloc ")
+    assert last.endswith("/2)")
+
+
+def test_importing_lostreg_loads_no_model_library() -> None:
+    code = "import lostreg, sys; print([name for name in ('torch', 'timm', 'cv2') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in lostreg.__all__:
+        assert getattr(lostreg, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        lostreg.nonsense  # noqa: B018
+
+
+def test_the_version_is_said_once() -> None:
+    from importlib.metadata import version
+
+    assert version("lostreg") == lostreg.__version__

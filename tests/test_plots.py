@@ -1,0 +1,96 @@
+"""Pictures: what is drawn where, checked by colour."""
+
+import cv2
+import numpy as np
+import pytest
+
+from lostreg.errors import LostregError
+from lostreg.plots import plot_discovery, save_picture
+from lostreg.regions import Discovery
+
+GREEN, RED, YELLOW = (40, 220, 40), (230, 30, 30), (255, 200, 0)
+CAPTION = 34
+
+
+def discovery(**changes) -> Discovery:
+    fields = {
+        "xyxy": np.array([[64, 32, 128, 96]], dtype=np.float32),
+        "scores": np.ones(1, dtype=np.float32),
+        "seeds": np.array([[3, 5]]),
+        "width": 320,
+        "height": 160,
+        "degrees": np.arange(200).reshape(10, 20),
+        "mask": np.zeros((10, 20), dtype=bool),
+        "patch_width": 16.0,
+        "patch_height": 16.0,
+        "bias": 0.0,
+    }
+    return Discovery(**{**fields, **changes})
+
+
+def near(pixel: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    return bool(np.abs(pixel.astype(int) - colour).max() < 40)
+
+
+def test_box_seed_and_truth_are_drawn_in_both_panels_at_their_place() -> None:
+    picture = plot_discovery(np.zeros((160, 320, 3), np.uint8), discovery(), np.array([[10.0, 10.0, 300.0, 150.0]]))
+    assert picture.shape == (320 + CAPTION, 640 + 12 + 640, 3)
+    for left in (0, 640 + 12):
+        assert near(picture[CAPTION + 128, left + 128], GREEN)  # the box's left edge: x = 64, twice as large
+        assert near(picture[CAPTION + 64, left + 200], GREEN)  # its top edge: y = 32
+        assert near(picture[CAPTION + 100, left + 5 * 32], RED)  # the seed's left edge: column 5
+        assert near(picture[CAPTION + 20, left + 300], YELLOW)  # the truth's top edge: y = 10
+
+
+def test_the_degree_panel_shows_low_degrees_dark_and_high_ones_light() -> None:
+    picture = plot_discovery(np.zeros((160, 320, 3), np.uint8), discovery())
+    right = picture[CAPTION:, 640 + 12 :].astype(int)
+    assert right[5, 5].sum() < right[-5, -5].sum()
+    # One patch is one colour: 16 pixels, twice as large.
+    assert (right[1:31, 1:31] == right[1, 1]).all()
+    assert (right[1, 33] != right[1, 1]).any()
+
+
+def test_padding_beyond_the_image_is_not_shown() -> None:
+    found = discovery(width=312, degrees=np.zeros((10, 20), dtype=int))
+    assert plot_discovery(np.zeros((160, 312, 3), np.uint8), found).shape[1] == 640 * 2 + 12
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2000, 30), (30, 2000)])
+def test_extreme_shapes_are_no_error(size) -> None:
+    width, height = size
+    grid = (-(-height // 16), -(-width // 16))
+    found = discovery(
+        width=width,
+        height=height,
+        xyxy=np.array([[0, 0, width, height]], dtype=np.float32),
+        seeds=np.zeros((1, 2), dtype=int),
+        degrees=np.zeros(grid, dtype=int),
+        mask=np.zeros(grid, dtype=bool),
+    )
+    assert plot_discovery(np.zeros((height, width, 3), np.uint8), found).dtype == np.uint8
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".PNG"])
+def test_pictures_are_written_as_rgb_in_the_format_of_the_suffix(tmp_path, suffix) -> None:
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[..., 0] = 200
+    path = tmp_path / "deep" / f"ünïcode{suffix}"
+    save_picture(path, pixels)
+    read = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    assert near(read[20, 30], (0, 0, 200))  # OpenCV reads blue first
+
+
+def test_unknown_formats_and_unwritable_places_are_said_plainly(tmp_path) -> None:
+    with pytest.raises(LostregError, match="expected a file ending in"):
+        save_picture(tmp_path / "a.xyz", np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LostregError, match="cannot write"):
+        save_picture(tmp_path / "file" / "a.png", np.zeros((4, 4, 3), np.uint8))
+
+
+def test_a_discovery_of_inconsistent_shapes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(n, 4\), \(n,\), \(n, 2\)"):
+        discovery(scores=np.ones(2, dtype=np.float32))
+    with pytest.raises(ValueError, match="one patch grid"):
+        discovery(mask=np.zeros((3, 3), dtype=bool))
