@@ -1,5 +1,8 @@
 """Images in, discoveries out: the object that holds a backbone and LOST's options."""
 
+import copy
+import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -12,7 +15,7 @@ from numpy.typing import NDArray
 
 from lostreg.backbone_table import FEATURES, Feature
 from lostreg.backbones import Backbone, load_backbone
-from lostreg.errors import ImageError, OptionError
+from lostreg.errors import ImageError, LostregError, OptionError
 from lostreg.features import patch_features, resolve_layer
 from lostreg.images import MAX_PIXELS, ImageSource, Picture, patch_grid, read_image, to_batch
 from lostreg.lost import LostResult, lost_boxes, resolve_normalize
@@ -28,7 +31,8 @@ class Discoverer:
     """Finds the main object of images with one backbone and one set of options.
 
     Args:
-        backbone: a name of the backbone table, ``timm:NAME``, or a `Backbone` that is already loaded.
+        backbone: a name of the backbone table, ``timm:NAME``, or a `Backbone` that is already loaded. It is
+            copied where it is on another device or in another precision, and shared otherwise.
         feature: ``q``, ``k``, ``v`` or ``out``; None takes the row's.
         layer: block index from 0, or from the end when negative.
         bias: Gram bias, ``auto``, or None for the row's.
@@ -69,7 +73,7 @@ class Discoverer:
         if isinstance(backbone, str):
             backbone = load_backbone(backbone, weights=weights, device=where, dtype=_DTYPES[precision])
         else:
-            backbone.model.to(device=where, dtype=_DTYPES[precision])
+            backbone = _place(backbone, where, _DTYPES[precision])
         spec = backbone.spec
         self.backbone = backbone
         self.feature: Feature = feature or spec.feature
@@ -117,7 +121,8 @@ class Discoverer:
         """Find the main object of each image: batched, streamed, in input order.
 
         Args:
-            images: as for `discover`; may be endless.
+            images: as for `discover`; may be endless. Up to eight batches of them are taken in advance, so an
+                array must not be changed until its discovery is there.
 
         Yields:
             One `Discovery` an image.
@@ -145,7 +150,7 @@ class Discoverer:
         Yields:
             One outcome an image, in input order, beginning with number ``skip``.
         """
-        length = self.batch_size * _WINDOW_BATCHES
+        length = min(self.batch_size * _WINDOW_BATCHES, sys.maxsize)
         remaining = iter(images)
         known = skip // length * length
         next(islice(remaining, known, known), None)  # whole windows that are known: nothing is decoded
@@ -199,9 +204,17 @@ class Discoverer:
         backbone = self.backbone
         patch = backbone.spec.patch_size
         batch = to_batch([picture.pixels for picture in pictures], patch, backbone.mean, backbone.std, backbone.device)
-        features = patch_features(backbone, batch, self.feature, self.layer)
         grid = patch_grid(pictures[0].pixels, patch)
-        result = lost_boxes(features, grid, self.bias, self.k_patches, normalize=self.normalize)
+        try:
+            features = patch_features(backbone, batch, self.feature, self.layer)
+            result = lost_boxes(features, grid, self.bias, self.k_patches, normalize=self.normalize)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise LostregError(
+                f"out of memory on {len(pictures)} images of {grid[0]}x{grid[1]} patches on {backbone.device}: "
+                "use a smaller --batch-size, --max-side or backbone, or --precision bf16"
+            ) from error
         return [to_discovery(result, index, picture, patch) for index, picture in enumerate(pictures)]
 
 
@@ -232,8 +245,22 @@ def to_discovery(result: LostResult, index: int, picture: Picture, patch_size: i
     )
 
 
+def _is_out_of_memory(error: BaseException) -> bool:
+    """PyTorch has a class for it on GPUs, and on the CPU only its allocator's words."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def _one(value: torch.Tensor) -> NDArray[np.float32]:
     return np.array([float(value)], dtype=np.float32)
+
+
+def _place(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
+    """The backbone on a device in a precision: never changed in place, since others may hold it too."""
+    same_device = backbone.device.type == device.type and device.index in (None, backbone.device.index)
+    if same_device and backbone.dtype == dtype:
+        return backbone
+    model = copy.deepcopy(backbone.model).to(device=device, dtype=dtype)
+    return dataclasses.replace(backbone, model=model)
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

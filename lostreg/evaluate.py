@@ -39,12 +39,14 @@ class Progress:
         total: images of the benchmark.
         hits: of the images that are done.
         unreadable: of the images that are done.
+        known: of the images that are done, those that an earlier run predicted.
     """
 
     done: int
     total: int
     hits: int
     unreadable: int
+    known: int
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def evaluate(
     settings = _settings(benchmark, discoverer, extra)
     with _locked(out):
         known = _prepare(out, settings, benchmark, overwrite=overwrite)
-        tally = _Tally(benchmark.examples, strict=strict, on_progress=on_progress)
+        tally = _Tally(benchmark.examples, len(known), strict=strict, on_progress=on_progress)
         for prediction in known:
             tally.add(prediction)
         start = time.perf_counter()
@@ -111,15 +113,17 @@ def evaluate(
                 tally.add(prediction)
         seconds = time.perf_counter() - start
         evaluation = Evaluation(tally.score, tally.unreadable, tally.done - len(known), seconds)
-        write_json(out / RESULTS_FILE, _results(settings, evaluation))
+        if evaluation.computed or not _is_complete(out / RESULTS_FILE):
+            write_json(out / RESULTS_FILE, _results(settings, evaluation))
     return evaluation
 
 
 class _Tally:
     """Counts hits as predictions come in, in the order of the benchmark."""
 
-    def __init__(self, examples: Sequence[Example], *, strict: bool, on_progress: Callback | None) -> None:
+    def __init__(self, examples: Sequence[Example], known: int, *, strict: bool, on_progress: Callback | None) -> None:
         self.examples = examples
+        self.known = known
         self.strict = strict
         self.on_progress = on_progress
         self.done = self.hits = self.unreadable = 0
@@ -138,7 +142,8 @@ class _Tally:
         self.unreadable += prediction.error is not None
         self.done += 1
         if self.on_progress:
-            self.on_progress(Progress(self.done, len(self.examples), self.hits, self.unreadable))
+            known = min(self.done, self.known)
+            self.on_progress(Progress(self.done, len(self.examples), self.hits, self.unreadable, known))
 
 
 def _predict(
@@ -160,7 +165,7 @@ def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -
     """Score a predictions file, in whatever order its lines are.
 
     Args:
-        predictions: at most one an image.
+        predictions: at most one an image; those for images that the benchmark leaves out are ignored.
         benchmark: the ground truth; an image without a prediction is a miss.
 
     Returns:
@@ -174,7 +179,7 @@ def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -
         if prediction.image_id in by_id:
             raise PredictionsError(f"two predictions for image {prediction.image_id!r}: expected one an image")
         by_id[prediction.image_id] = prediction
-    strangers = by_id.keys() - {example.image_id for example in benchmark.examples}
+    strangers = by_id.keys() - {example.image_id for example in benchmark.examples} - benchmark.left_out
     if strangers:
         wanted = benchmark.examples[0].image_id
         raise PredictionsError(
@@ -221,7 +226,8 @@ def _locked(out: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         raise PredictionsError(f"{out} is in use: another lostreg eval is writing there") from error
     except OSError as error:
-        raise PredictionsError(f"cannot write to {out}: {error.strerror}") from error
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise PredictionsError(f"cannot write to {out}, expected a folder: {reason}") from error
     try:
         if not os.access(out, os.W_OK):
             raise PredictionsError(f"cannot write to {out}: permission denied")
@@ -248,6 +254,11 @@ def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overw
     if len(known) < len(benchmark) or not results.exists():
         write_json(results, {"complete": False, **settings})
     return known
+
+
+def _is_complete(results: Path) -> bool:
+    """Whether a run ended here already: its speed and versions are then what was measured, and stay."""
+    return bool(json.loads(results.read_text(encoding="utf-8")).get("complete"))
 
 
 def _check_same_run(results: Path, settings: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ ImageSource = str | Path | NDArray[np.uint8] | Image.Image
 
 SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_PIXELS: Final = 200_000_000
+# Named, so that no file is handed to one of the readers of Pillow that run other programs. JPEG covers MPO, of phones.
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _DECODE_ERRORS: Final = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _SIXTEEN_BIT: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _pillow_limit = threading.Lock()
@@ -62,7 +64,8 @@ def read_image(
     if isinstance(source, np.ndarray):
         pixels = _check_array(source)
     elif isinstance(source, Image.Image):
-        pixels = _decode(source, "image", exif=exif)
+        with _decoding("PIL image"):
+            pixels = _decode(source, "PIL image", exif=exif)
     else:
         pixels = _read_file(Path(source), exif=exif, max_pixels=max_pixels)
     height, width = pixels.shape[:2]
@@ -70,9 +73,11 @@ def read_image(
 
 
 def _read_file(path: Path, *, exif: bool, max_pixels: int) -> NDArray[np.uint8]:
-    if not path.exists():
-        raise ImageError(f"{path}: no such file")
-    try:
+    with _decoding(str(path)):
+        if not path.exists():
+            raise ImageError(f"{path}: no such file")
+        if path.is_file() and not path.stat().st_size:
+            raise ImageError(f"{path}: not a readable image (empty file)")
         with _open_any_size(path) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(
@@ -80,9 +85,16 @@ def _read_file(path: Path, *, exif: bool, max_pixels: int) -> NDArray[np.uint8]:
                     f"the limit of {max_pixels:,}; not decoded (--max-pixels raises the limit)"
                 )
             return _decode(image, str(path), exif=exif)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Whatever a decoder raises on broken data comes out as one kind of error."""
+    try:
+        yield
     except _DECODE_ERRORS as error:
-        reason = "empty file" if path.is_file() and not path.stat().st_size else str(error).partition("\n")[0]
-        raise ImageError(f"{path}: not a readable image ({reason})") from error
+        reason = str(error).partition("\n")[0]
+        raise ImageError(f"{name}: not a readable image ({reason})") from error
 
 
 @contextmanager
@@ -91,7 +103,7 @@ def _open_any_size(path: Path) -> Iterator[Image.Image]:
     with _pillow_limit:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            image = Image.open(path)
+            image = Image.open(path, formats=_FORMATS)
         finally:
             Image.MAX_IMAGE_PIXELS = before
     with image:
@@ -99,6 +111,8 @@ def _open_any_size(path: Path) -> Iterator[Image.Image]:
 
 
 def _decode(image: Image.Image, name: str, *, exif: bool) -> NDArray[np.uint8]:
+    if not (image.width and image.height):
+        raise ImageError(f"{name}: expected at least one pixel, found {image.width}x{image.height}")
     if exif:
         image = ImageOps.exif_transpose(image)
     if image.mode in _SIXTEEN_BIT:
@@ -118,7 +132,7 @@ def _decode(image: Image.Image, name: str, *, exif: bool) -> NDArray[np.uint8]:
 def _check_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or not array.size:
         raise ImageError(f"expected an RGB array (h, w, 3) of uint8, got {array.shape} of {array.dtype}")
-    return np.ascontiguousarray(array)
+    return np.require(array, requirements=["C", "W"])  # a copy of read-only memory, for PyTorch
 
 
 def _limit_side(pixels: NDArray[np.uint8], max_side: int | None) -> NDArray[np.uint8]:

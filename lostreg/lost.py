@@ -69,6 +69,8 @@ def lost_boxes(
             feature is not finite.
     """
     normalize = resolve_normalize(bias, normalize, default=False)
+    if features.device.type == "mps":  # which has no kthvalue
+        features = features.cpu()
     _check_input(features, grid, k_patches)
     _, count, _ = features.shape
     at_once = max(1, _GRAM_ELEMENTS // count**2)

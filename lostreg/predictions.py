@@ -47,7 +47,9 @@ class Prediction:
         }
         if self.error is not None:
             fields["error"] = self.error
-        return json.dumps(fields, ensure_ascii=False)
+        line = json.dumps(fields, ensure_ascii=False)
+        # A file name that is not UTF-8 has lone surrogates: as JSON escapes they can be written and come back.
+        return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def from_discovery(image_id: ImageId, found: Discovery) -> Prediction:
@@ -111,7 +113,7 @@ def _parse_lines(content: bytes, path: Path) -> Iterator[Prediction]:
         if line.strip():
             try:
                 yield _parse(json.loads(line))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 raise PredictionsError(
                     f"{path}, line {number}: expected an object with image_id and boxes ({error})"
                 ) from error
@@ -140,5 +142,5 @@ def _is_box(box: Any) -> bool:
     return (
         isinstance(box, list)
         and len(box) == 4
-        and all(isinstance(value, int | float) and math.isfinite(value) for value in box)
+        and all(type(value) in (int, float) and math.isfinite(value) for value in box)
     )

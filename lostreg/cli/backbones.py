@@ -9,7 +9,7 @@ from lostreg.backbone_table import BACKBONES, BackboneSpec
 from lostreg.cli.parser import Subparsers
 
 _BENCHMARKS = ("voc07", "voc12", "coco20k")
-HEADINGS = ("backbone", "patch", "reg", "feature", "bias", "norm", "corloc", "licence", "training")
+HEADINGS = ("backbone", "timm name", "patch", "reg", "feature", "bias", "norm", "corloc", "licence", "training")
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -20,7 +20,7 @@ def add_parser(commands: Subparsers) -> None:
         description="List the backbones with what the literature runs LOST on, their defaults, licence, and "
         "published corloc on VOC07/VOC12/COCO20k. Any other timm ViT works as timm:NAME.",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON list, with timm names and sources")
+    parser.add_argument("--json", action="store_true", help="one JSON list, with the sources")
     parser.set_defaults(run=run)
 
 
@@ -48,6 +48,7 @@ def as_row(spec: BackboneSpec) -> tuple[str, ...]:
     chosen = "" if spec.feature_source != "lostreg" else "*"
     return (
         spec.name,
+        spec.timm_name,
         str(spec.patch_size),
         str(spec.registers),
         spec.feature + chosen,

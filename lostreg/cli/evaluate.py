@@ -111,7 +111,10 @@ def _progress_bar(backbone: str, total: int) -> Iterator["Callback"]:
                 unreadable = progress.unreadable
                 bar.set_description_str(f"{backbone}, {unreadable} unreadable")
             bar.set_postfix_str(f"corloc {Corloc(progress.hits, progress.done).percent:.2f}", refresh=False)
-            bar.update()
+            if progress.done == progress.known:
+                bar.initial = bar.n = bar.last_print_n = progress.known
+            else:
+                bar.update()
 
         yield advance
 

@@ -1,9 +1,11 @@
 """Entry point: parse, dispatch, and turn errors that a user can mend into one line and exit code 2."""
 
 import argparse
+import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from lostreg import __version__
@@ -38,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     logging.getLogger("timm").setLevel(logging.ERROR)
+    # On files that are broken or no checkpoints: those are reported in one line.
+    warnings.filterwarnings("ignore", module=r"PIL\.|torch\._weights_only")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text of any encoding
     try:
         code: int = args.run(args)
         sys.stdout.flush()

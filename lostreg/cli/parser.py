@@ -78,7 +78,7 @@ def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bo
         "--bias",
         type=bias_value,
         metavar="{auto|FLOAT}",
-        help="added to every similarity; write --bias=-0.5 (default: the backbone's)",
+        help="added to every similarity (default: the backbone's)",
     )
     group.add_argument(
         "--normalize",

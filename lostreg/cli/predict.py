@@ -52,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         output = _open_json(args.json, stack) if args.json else None
         discoverer = make_discoverer(args, args.backbone, max_side=args.max_side)
+        if output and output is not sys.stdout:
+            output.truncate(0)  # only now: a mistake in the other options costs no earlier file
         if output is not sys.stdout:
             print(_row("image", "x1", "y1", "x2", "y2", "score"))
         for index, (path, outcome) in enumerate(zip(paths, discoverer.outcomes(paths), strict=True)):
@@ -83,7 +85,7 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
-            inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in SUFFIXES)
+            inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in SUFFIXES and not item.is_dir())
             if not inside:
                 raise OptionError(f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}")
             found += inside
@@ -120,26 +122,52 @@ def _row(name: str, *values: str) -> str:
 
 
 def _open_json(target: str, stack: ExitStack) -> TextIO:
+    from lostreg.images import SUFFIXES
+
     if target == "-":
         return sys.stdout
     path = Path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
+    if path.suffix.lower() in SUFFIXES:  # most likely a list of images that follows --json without its FILE
+        raise OptionError(f"--json {target} is named like an image: expected a file for JSON Lines, or -")
+    _make_folder(path.parent)
+    return stack.enter_context(path.open("a", encoding="utf-8", newline="\n"))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 def _plot_paths(target: Path, paths: list[Path]) -> list[Path]:
     """Where each picture goes; images of one name in different folders get different pictures.
 
     Raises:
-        OptionError: if one file is asked for and there are several images, or the folder cannot be written.
+        OptionError: if one file is asked for and there are several images, the folder cannot be written, or a
+            picture would take the place of an image.
     """
+    plots = _place_plots(target, paths)
+    images = {path.resolve() for path in paths}
+    for plot in plots:
+        if plot.resolve() in images:
+            raise OptionError(f"--plot {target} would overwrite the image {plot}: give another folder")
+    return plots
+
+
+def _place_plots(target: Path, paths: list[Path]) -> list[Path]:
+    from lostreg.images import SUFFIXES
     from lostreg.plots import PLOT_SUFFIXES
 
-    if target.suffix.lower() in PLOT_SUFFIXES and not target.is_dir():
+    suffix = target.suffix.lower()
+    if suffix in SUFFIXES and suffix not in PLOT_SUFFIXES and not target.is_dir():
+        raise OptionError(f"--plot {target}: expected a folder or a file ending in {', '.join(PLOT_SUFFIXES)}")
+    if suffix in PLOT_SUFFIXES and not target.is_dir():
         if len(paths) > 1:
             raise OptionError(f"--plot {target} is one file, but there are {len(paths)} images: give a folder")
+        _make_folder(target.parent)
         return [target]
-    target.mkdir(parents=True, exist_ok=True)
+    _make_folder(target)
     if not os.access(target, os.W_OK):
         raise OptionError(f"cannot write to {target}: permission denied")
     return list(_unique_names(target, paths))

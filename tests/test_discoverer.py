@@ -1,0 +1,389 @@
+import dataclasses
+import itertools
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import disc_picture
+from PIL import Image
+
+from lostreg.backbone_table import BACKBONES
+from lostreg.backbones import Backbone, build_backbone, find_spec
+from lostreg.discoverer import Discoverer, resolve_device
+from lostreg.errors import BackboneError, ImageError, OptionError
+from lostreg.images import Picture, read_image
+from lostreg.regions import Discovery
+
+SHAPES = [(150, 110), (90, 120), (98, 70), (150, 112), (60, 60)]  # width, height: two share a grid of 8 x 11
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small models on small pictures: threads would spend their time waiting for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return build_backbone(find_spec("dinov2_vits14_reg"), depth=2)
+
+
+@pytest.fixture
+def discoverer(backbone: Backbone) -> Discoverer:
+    return Discoverer(backbone, device="cpu", batch_size=2)
+
+
+def scene(number: int, width: int = 150, height: int = 110) -> np.ndarray:
+    """A picture whose disc lies elsewhere for each number: with the random backbone their boxes differ."""
+    return np.roll(disc_picture(width, height), (number * 53, number * 37), axis=(0, 1))
+
+
+def scenes(count: int) -> list[np.ndarray]:
+    return [scene(number, *SHAPES[number * 7 % len(SHAPES)]) for number in range(count)]
+
+
+def same(first: Discovery, second: Discovery) -> bool:
+    """Whether two discoveries are equal to the bit."""
+    return all(
+        np.array_equal(getattr(first, field.name), getattr(second, field.name))
+        for field in dataclasses.fields(Discovery)
+    )
+
+
+def decoders() -> int:
+    return sum(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
+
+
+def test_the_scenes_are_worth_comparing(discoverer: Discoverer) -> None:
+    boxes = {tuple(found.xyxy[0].tolist()) for found in discoverer.discover_many(scenes(12))}
+    assert len(boxes) > 6
+
+
+def test_one_image_is_found_like_a_list_of_one(discoverer: Discoverer, photo: Path) -> None:
+    (listed,) = discoverer.discover_many([photo])
+    assert same(discoverer.discover(photo), listed)
+
+
+def test_files_arrays_and_pil_images_are_the_same_to_it(discoverer: Discoverer, tmp_path: Path) -> None:
+    pixels = scene(3)
+    path = tmp_path / "a.png"
+    Image.fromarray(pixels).save(path)
+    expected = discoverer.discover(path)
+    assert same(discoverer.discover(str(path)), expected)
+    assert same(discoverer.discover(pixels), expected)
+    assert same(discoverer.discover(Image.fromarray(pixels)), expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 17])  # a window is 4 batches of 2
+def test_order_is_kept_over_mixed_shapes_and_odd_counts(discoverer: Discoverer, count: int) -> None:
+    images = scenes(count)
+    found = list(discoverer.discover_many(images))
+    assert [(one.width, one.height) for one in found] == [image.shape[1::-1] for image in images]
+    for one, image in zip(found, images, strict=True):
+        np.testing.assert_array_equal(one.xyxy, discoverer.discover(image).xyxy)
+
+
+def test_the_batch_size_does_not_change_boxes(backbone: Backbone) -> None:
+    images = scenes(11)
+    by_one = Discoverer(backbone, device="cpu", batch_size=1).discover_many(images)
+    by_eight = Discoverer(backbone, device="cpu", batch_size=8).discover_many(images)
+    for first, second in zip(by_one, by_eight, strict=True):
+        np.testing.assert_array_equal(first.xyxy, second.xyxy)
+        np.testing.assert_array_equal(first.seeds, second.seeds)
+
+
+def test_skipping_gives_the_rest_to_the_bit(discoverer: Discoverer, photo: Path) -> None:
+    images = [*scenes(10), photo.parent / "missing.jpg", *scenes(8)]
+    everything = list(discoverer.outcomes(images))
+    for skip in range(len(images) + 2):
+        rest = list(discoverer.outcomes(images, skip=skip))
+        assert len(rest) == max(0, len(images) - skip)
+        for expected, outcome in zip(everything[skip:], rest, strict=True):
+            if isinstance(expected, ImageError):
+                assert str(outcome) == str(expected)
+            else:
+                assert same(outcome, expected)
+
+
+@pytest.fixture
+def batches(discoverer: Discoverer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The widths of the images of each batch that goes through the backbone, as it goes."""
+    seen: list[tuple[int, ...]] = []
+    run = discoverer._run
+
+    def record(pictures: list[Picture]) -> list[Discovery]:
+        seen.append(tuple(picture.width for picture in pictures))
+        return run(pictures)
+
+    monkeypatch.setattr(discoverer, "_run", record)
+    return seen
+
+
+def test_skipping_leaves_batches_as_they_were(discoverer: Discoverer, batches: list[tuple[int, ...]]) -> None:
+    """The same image meets the same neighbours: what equal bits rest on, whatever the device."""
+    images = [scene(number, 98 - number, 28 + number % 2 * 14) for number in range(13)]  # widths tell them apart
+    list(discoverer.outcomes(images))
+    everything = batches.copy()
+    assert sorted(width for batch in everything for width in batch) == list(range(86, 99))
+    assert max(map(len, everything)) == 2
+    for skip in range(1, len(images)):
+        batches.clear()
+        list(discoverer.outcomes(images, skip=skip))
+        assert set(batches) <= set(everything)
+
+
+def test_an_outcome_comes_as_soon_as_those_before_it(discoverer: Discoverer, batches: list[tuple[int, ...]]) -> None:
+    images = [scene(number, (28, 56)[number % 2], 28) for number in range(8)]  # two shapes in turn
+    counts = [len(batches) for _ in discoverer.outcomes(images)]
+    assert counts == [1, 2, 2, 2, 3, 4, 4, 4]
+
+
+def test_skipped_windows_are_not_decoded(discoverer: Discoverer, tmp_path: Path) -> None:
+    images = [tmp_path / f"{number}.png" for number in range(20)]  # none is there
+    rest = list(discoverer.outcomes(iter([*images[:16], scene(1)]), skip=16))
+    assert len(rest) == 1
+    assert isinstance(rest[0], Discovery)
+
+
+def test_discover_many_stops_at_a_broken_image_after_those_before(discoverer: Discoverer, tmp_path: Path) -> None:
+    images = [*scenes(5), tmp_path / "none.jpg", *scenes(3)]
+    found = discoverer.discover_many(images)
+    assert [next(found).width for _ in range(5)] == [image.shape[1] for image in scenes(5)]
+    with pytest.raises(ImageError, match=r"none\.jpg: no such file"):
+        next(found)
+    assert next(found, None) is None
+
+
+def test_outcomes_go_on_after_a_broken_image(discoverer: Discoverer, tmp_path: Path) -> None:
+    text = tmp_path / "text.jpg"
+    text.write_text("not a picture")
+    images = [*scenes(5), text, *scenes(4), tmp_path / "none.jpg"]
+    outcomes = list(discoverer.outcomes(images))
+    assert [index for index, outcome in enumerate(outcomes) if isinstance(outcome, ImageError)] == [5, 10]
+    assert same(outcomes[6], discoverer.discover(scenes(1)[0]))
+
+
+def test_only_broken_images(discoverer: Discoverer, tmp_path: Path) -> None:
+    outcomes = list(discoverer.outcomes([tmp_path / f"{number}.jpg" for number in range(9)]))
+    assert [type(outcome) for outcome in outcomes] == [ImageError] * 9
+
+
+def test_an_endless_source_is_read_two_windows_ahead_at_most(discoverer: Discoverer) -> None:
+    taken = itertools.count()
+    picture = scene(1, 28, 28)
+
+    def camera() -> Iterator[np.ndarray]:
+        for _ in taken:
+            yield picture
+
+    found = discoverer.discover_many(camera())
+    assert len(list(itertools.islice(found, 3))) == 3
+    found.close()
+    assert next(taken) <= 16
+
+
+def test_closing_early_leaves_no_thread(discoverer: Discoverer, photo: Path) -> None:
+    before = decoders()
+    outcomes = discoverer.outcomes([photo] * 40)
+    next(outcomes)
+    assert decoders() > before
+    outcomes.close()
+    assert decoders() == before
+
+
+def test_a_source_that_raises_is_passed_on_and_leaves_no_thread(discoverer: Discoverer) -> None:
+    def failing() -> Iterator[np.ndarray]:
+        yield from scenes(9)
+        raise RuntimeError("the camera was unplugged")
+
+    before = decoders()
+    with pytest.raises(RuntimeError, match="unplugged"):
+        list(discoverer.discover_many(failing()))
+    assert decoders() == before
+
+
+def test_boxes_end_at_the_image_not_at_the_padding(discoverer: Discoverer) -> None:
+    found = [discoverer.discover(scene(number)) for number in range(12)]
+    for one in found:
+        x1, y1, x2, y2 = one.xyxy[0]
+        assert 0 <= x1 < x2 <= 150
+        assert 0 <= y1 < y2 <= 110
+        assert one.mask.shape == one.degrees.shape == (8, 11)  # 112 x 154 pixels
+    assert any(one.xyxy[0, 2] == 150 for one in found)
+    assert any(one.xyxy[0, 3] == 110 for one in found)
+
+
+def test_boxes_are_whole_patches_away_from_the_edges(discoverer: Discoverer) -> None:
+    for number in range(6):
+        found = discoverer.discover(scene(number))
+        rows, columns = np.nonzero(found.mask)
+        box = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) * 14
+        np.testing.assert_array_equal(found.xyxy[0], np.minimum(box, [150, 110, 150, 110]))
+        assert found.mask[tuple(found.seeds[0])]
+
+
+@pytest.mark.parametrize(("width", "height"), [(300, 220), (301, 219), (777, 95)])
+def test_a_side_limit_maps_boxes_back_to_the_original(backbone: Backbone, width: int, height: int) -> None:
+    limited = Discoverer(backbone, device="cpu", max_side=150)
+    for number in range(4):
+        original = scene(number, width, height)
+        found = limited.discover(original)
+        small = read_image(original, max_side=150).pixels
+        scale = np.array([width / small.shape[1], height / small.shape[0]] * 2)
+        np.testing.assert_allclose(found.xyxy[0], limited.discover(small).xyxy[0] * scale, rtol=1e-6)
+        assert (found.width, found.height) == (width, height)
+        assert (found.xyxy[0] <= [width, height] * 2).all()
+        assert found.patch_width == pytest.approx(14 * scale[0])
+        assert found.patch_height == pytest.approx(14 * scale[1])
+
+
+def test_padding_by_hand_with_the_mean_colour_changes_nothing(backbone: Backbone) -> None:
+    """Zeros after normalisation are the mean colour before it: 102 of 255 for a mean of 0.4."""
+    discoverer = Discoverer(dataclasses.replace(backbone, mean=(0.4,) * 3), device="cpu")
+    for number in range(5):
+        picture = scene(number)
+        padded = np.full((112, 154, 3), 102, dtype=np.uint8)
+        padded[:110, :150] = picture
+        first, second = discoverer.discover(picture), discoverer.discover(padded)
+        np.testing.assert_array_equal(first.mask, second.mask)
+        np.testing.assert_array_equal(first.seeds, second.seeds)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (14, 14), (15, 1), (3, 200)])
+def test_tiny_images_have_a_box_inside_them(discoverer: Discoverer, width: int, height: int) -> None:
+    found = discoverer.discover(scene(1, width, height))
+    x1, y1, x2, y2 = found.xyxy[0]
+    assert 0 <= x1 < x2 <= width
+    assert 0 <= y1 < y2 <= height
+
+
+def test_a_picture_of_one_colour_has_a_box(discoverer: Discoverer) -> None:
+    found = discoverer.discover(np.full((60, 80, 3), 128, np.uint8))
+    assert found.xyxy.shape == (1, 4)
+    assert np.isfinite(found.xyxy).all()
+
+
+def test_orientation_can_be_left_alone(backbone: Backbone, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    path = tmp_path / "a.png"
+    Image.fromarray(scene(2)).save(path, exif=exif)
+    turned = Discoverer(backbone, device="cpu").discover(path)
+    stored = Discoverer(backbone, device="cpu", exif=False).discover(path)
+    assert (turned.width, turned.height) == (110, 150)
+    assert (stored.width, stored.height) == (150, 110)
+
+
+def test_the_pixel_limit_is_the_callers(backbone: Backbone, photo: Path) -> None:
+    with pytest.raises(ImageError, match="more than the limit of 1,000"):
+        Discoverer(backbone, device="cpu", max_pixels=1000).discover(photo)
+
+
+def test_options_are_plain_values_that_say_what_was_chosen(backbone: Backbone) -> None:
+    discoverer = Discoverer(
+        backbone, device="cpu", feature="v", layer=-2, bias=-0.25, normalize=False, k_patches=7, max_side=99, exif=False
+    )
+    assert json.loads(json.dumps(discoverer.options)) == discoverer.options
+    assert discoverer.options == {
+        "backbone": "dinov2_vits14_reg",
+        "weights": "random",
+        "feature": "v",
+        "layer": 0,
+        "bias": -0.25,
+        "normalize": False,
+        "k_patches": 7,
+        "device": "cpu",
+        "precision": "fp32",
+        "batch_size": 8,
+        "max_side": 99,
+        "exif": False,
+        "max_pixels": 200_000_000,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feature": "z"}, "feature must be one of q, k, v, out, not 'z'"),
+        ({"k_patches": 0}, "k_patches must be at least 1, not 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"max_side": -1}, "max_side must be at least 1, not -1"),
+        ({"bias": float("nan")}, "bias must be a finite number or 'auto', not nan"),
+        ({"bias": float("inf")}, "bias must be a finite number or 'auto', not inf"),
+        ({"bias": "automatic"}, "bias must be a finite number or 'auto', not 'automatic'"),
+        ({"bias": True}, "bias must be a finite number or 'auto', not True"),
+        ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16, not 'int8'"),
+        ({"layer": 2}, r"layer must be in \[-2, 1\] for dinov2_vits14_reg, not 2"),
+        ({"layer": -3}, r"layer must be in \[-2, 1\] for dinov2_vits14_reg, not -3"),
+        ({"bias": "auto", "normalize": False}, "'auto' is defined on normalised features"),
+        ({"device": "nonsense"}, "device must be auto, cpu, cuda, cuda:N or mps, not 'nonsense'"),
+        ({"device": "meta"}, "PyTorch finds none here"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_say_what_is_in_it(backbone: Backbone, options: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Discoverer(backbone, **{"device": "cpu", **options})
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OptionError, match="'cuda' was asked for, but PyTorch finds none here; try --device cpu"):
+        resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(OptionError, match="'cuda:2' was asked for, but there are 2 GPUs"):
+        resolve_device("cuda:2")
+
+
+def test_auto_prefers_cuda_then_mps_then_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+def test_an_unknown_backbone_suggests_near_ones() -> None:
+    with pytest.raises(BackboneError, match="did you mean dinov2_vits14_reg"):
+        Discoverer("dinov2_vits14_regs", device="cpu")
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_defaults_come_from_the_row(backbone: Backbone, name: str) -> None:
+    """Options alone are looked at: the small model stands in for the row's own."""
+    discoverer = Discoverer(dataclasses.replace(backbone, spec=BACKBONES[name]), device="cpu")
+    is_dino = name.startswith("dino_")
+    assert discoverer.feature == BACKBONES[name].feature
+    assert (discoverer.bias, discoverer.normalize) == ((0.0, False) if is_dino else ("auto", True))
+
+
+def test_what_is_given_wins_over_the_row(backbone: Backbone) -> None:
+    dino = dataclasses.replace(backbone, spec=BACKBONES["dino_vits16"])
+    discoverer = Discoverer(dino, device="cpu", feature="q", bias="auto")
+    assert (discoverer.feature, discoverer.bias, discoverer.normalize) == ("q", "auto", True)
+    discoverer = Discoverer(backbone, device="cpu", bias=-0.1)
+    assert (discoverer.bias, discoverer.normalize) == (-0.1, True)
+    assert Discoverer(backbone, device="cpu", bias=-0.1, normalize=False).normalize is False
+
+
+def test_another_precision_leaves_a_shared_backbone_alone(backbone: Backbone) -> None:
+    before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    full = Discoverer(backbone, device="cpu")
+    half = Discoverer(backbone, device="cpu", precision="bf16")
+    assert full.backbone is backbone
+    assert half.backbone.dtype == torch.bfloat16
+    assert half.discover(scene(1)).xyxy.shape == (1, 4)
+    assert full.backbone.dtype == torch.float32
+    assert all(torch.equal(value, before[name]) for name, value in backbone.model.state_dict().items())

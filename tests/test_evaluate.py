@@ -1,0 +1,399 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fabricate import set_box, write_voc
+
+from lostreg.backbones import Backbone, build_backbone, find_spec
+from lostreg.cli.main import main
+from lostreg.corloc import Corloc
+from lostreg.datasets import Benchmark, Example, load_benchmark
+from lostreg.discoverer import Discoverer
+from lostreg.errors import ImageError, PredictionsError
+from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, Progress, evaluate, score_predictions, write_json
+from lostreg.predictions import Prediction
+
+COUNT = 9  # more than a window of 4 batches of 2
+KILLED_COUNT = 16  # of the run that is killed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small models on small pictures: threads would spend their time waiting for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    torch.manual_seed(0)
+    return build_backbone(find_spec("dinov2_vits14_reg"), depth=2)
+
+
+@pytest.fixture
+def discoverer(backbone: Backbone) -> Discoverer:
+    return Discoverer(backbone, device="cpu", batch_size=2, exif=False)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_voc(tmp_path / "voc", COUNT)
+
+
+@pytest.fixture
+def benchmark(root: Path) -> Benchmark:
+    return load_benchmark("voc", root=root)
+
+
+@pytest.fixture
+def finished(benchmark: Benchmark, discoverer: Discoverer, tmp_path: Path) -> Path:
+    """The folder of an uninterrupted run."""
+    evaluate(benchmark, discoverer, tmp_path / "finished")
+    return tmp_path / "finished"
+
+
+def results(out: Path) -> dict[str, object]:
+    return json.loads((out / RESULTS_FILE).read_text())
+
+
+def lines(out: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (out / PREDICTIONS_FILE).read_text().splitlines()]
+
+
+def unreadable(root: Path, stem: str) -> None:
+    (root / "JPEGImages" / f"{stem}.jpg").write_text("not a picture")
+
+
+def test_every_image_has_a_line_in_the_benchmarks_order(finished: Path, benchmark: Benchmark) -> None:
+    written = lines(finished)
+    assert [line["image_id"] for line in written] == [example.image_id for example in benchmark.examples]
+    assert {(line["width"], line["height"]) for line in written} == {(98, 70), (78, 70)}
+    assert all(len(line["boxes"]) == len(line["scores"]) == len(line["seeds"]) == 1 for line in written)
+    assert len({str(line["boxes"]) for line in written}) > 3
+
+
+def test_results_say_what_was_measured(
+    root: Path, benchmark: Benchmark, discoverer: Discoverer, finished: Path, tmp_path: Path
+) -> None:
+    for number, line in enumerate(lines(finished)):  # every other image is a hit, the others cannot be
+        x1, y1, x2, y2 = line["boxes"][0]
+        set_box(root, line["image_id"], (x1 + 1, y1 + 1, x2, y2) if number % 2 == 0 else (78, 70, 78, 70))
+    benchmark = load_benchmark("voc", root=root)
+    evaluation = evaluate(benchmark, discoverer, tmp_path / "out", extra={"limit": None})
+    assert evaluation.score == Corloc(5, 9)
+    assert (evaluation.computed, evaluation.unreadable) == (9, 0)
+    found = results(tmp_path / "out")
+    assert found["complete"] is True
+    assert (found["corloc"], found["hits"], found["images"], found["unreadable"]) == (55.5556, 5, 9, 0)
+    assert found["wilson_95"] == pytest.approx([26.665, 81.122], abs=0.01)
+    assert found["benchmark"] == {
+        "name": "voc",
+        "split": "trainval",
+        "images": 9,
+        "fingerprint": benchmark.fingerprint(),
+        "limit": None,
+    }
+    assert found["options"] == discoverer.options
+    assert found["run"]["computed"] == 9
+    assert found["run"]["images_per_s"] > 0
+    assert {"python", "lostreg", "torch", "timm", "numpy"} <= found["versions"].keys()
+    assert found["device"].startswith("cpu: ")
+
+
+def test_progress_is_told_after_each_image(
+    root: Path, benchmark: Benchmark, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    unreadable(root, "im03")
+    told: list[Progress] = []
+    evaluation = evaluate(benchmark, discoverer, tmp_path / "out", on_progress=told.append)
+    assert [progress.done for progress in told] == list(range(1, COUNT + 1))
+    assert {progress.total for progress in told} == {COUNT}
+    assert [progress.unreadable for progress in told] == [0] * 3 + [1] * 6
+    assert told[-1].hits == evaluation.score.hits
+
+
+def test_a_run_cut_at_any_byte_ends_with_the_same_bytes(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path
+) -> None:
+    path = finished / PREDICTIONS_FILE
+    content = path.read_bytes()
+    ends = [index + 1 for index, byte in enumerate(content) if byte == ord("\n")]
+    score = results(finished)["corloc"]
+    for cut in sorted({0, 1, len(content) - 1, *ends, *(end + 40 for end in ends[::2])}):
+        path.write_bytes(content[:cut])
+        whole = content[:cut].count(b"\n")
+        evaluation = evaluate(benchmark, discoverer, finished)
+        assert path.read_bytes() == content
+        assert evaluation.computed == COUNT - whole
+        assert results(finished)["corloc"] == score
+
+
+@pytest.mark.parametrize("after", [1, 4, 8])
+def test_an_interrupted_run_keeps_its_lines_and_goes_on(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path, tmp_path: Path, after: int
+) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.done == after:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(benchmark, discoverer, out, on_progress=interrupt)
+    assert len(lines(out)) == after
+    assert results(out)["complete"] is False
+    evaluate(benchmark, discoverer, out)
+    assert (out / PREDICTIONS_FILE).read_bytes() == (finished / PREDICTIONS_FILE).read_bytes()
+    assert results(out)["complete"] is True
+
+
+def test_a_finished_run_computes_nothing(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, score = (finished / PREDICTIONS_FILE).read_bytes(), results(finished)["hits"]
+
+    def never(*_: object) -> None:
+        raise AssertionError("an image was computed again")
+
+    monkeypatch.setattr(Discoverer, "_run", never)
+    evaluation = evaluate(benchmark, discoverer, finished)
+    assert (evaluation.computed, evaluation.score.hits) == (0, score)
+    assert (finished / PREDICTIONS_FILE).read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_a_killed_run_goes_on_and_holds_its_folder_until_then(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_voc(tmp_path / "voc", KILLED_COUNT)
+    lostreg = str(Path(sys.executable).with_name("lostreg"))
+
+    def command(out: Path) -> list[str]:
+        options = ["--backbone", "imgfocus_vits14", "--device", "cpu", "--batch-size", "1"]
+        return ["eval", "voc", "--root", str(root), "--out", str(out), *options]
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen([lostreg, *command(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_lines(killed / PREDICTIONS_FILE, 3, process)
+        os.kill(process.pid, signal.SIGSTOP)
+        assert main(command(killed)) == 2
+        assert "killed is in use: another lostreg eval is writing there" in capsys.readouterr().err
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    survived = (killed / PREDICTIONS_FILE).read_bytes()
+    assert 3 <= survived.count(b"\n") < KILLED_COUNT
+    assert results(killed)["complete"] is False
+
+    assert main(command(killed)) == 0
+    resumed = capsys.readouterr().out.splitlines()[-1]
+    assert main(command(whole)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == resumed
+    assert (killed / PREDICTIONS_FILE).read_bytes() == (whole / PREDICTIONS_FILE).read_bytes()
+    assert (killed / PREDICTIONS_FILE).read_bytes().startswith(survived)
+    assert results(killed)["run"]["computed"] == KILLED_COUNT - survived.count(b"\n")
+
+
+def wait_for_lines(path: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run wrote nothing"
+        time.sleep(0.005)
+
+
+def test_changed_options_are_named(benchmark: Benchmark, backbone: Backbone, finished: Path) -> None:
+    other = Discoverer(backbone, device="cpu", batch_size=2, exif=False, k_patches=7, bias=-0.5)
+    before = (finished / PREDICTIONS_FILE).read_bytes()
+    with pytest.raises(PredictionsError, match="other settings") as caught:
+        evaluate(benchmark, other, finished)
+    assert 'bias was "auto" and is now -0.5; k_patches was 100 and is now 7' in str(caught.value)
+    assert "use --overwrite or another --out" in str(caught.value)
+    assert "backbone" not in str(caught.value)
+    assert (finished / PREDICTIONS_FILE).read_bytes() == before
+
+
+def test_a_changed_benchmark_is_named(root: Path, discoverer: Discoverer, finished: Path) -> None:
+    set_box(root, "im04", (1, 1, 2, 2))
+    with pytest.raises(PredictionsError, match=r"fingerprint was .* and is now"):
+        evaluate(load_benchmark("voc", root=root), discoverer, finished)
+
+
+def test_a_changed_limit_is_named(benchmark: Benchmark, discoverer: Discoverer, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    evaluate(benchmark.limited(3), discoverer, out, extra={"limit": 3})
+    with pytest.raises(PredictionsError, match=r"images was 3 and is now 9.*limit was 3 and is now null"):
+        evaluate(benchmark, discoverer, out, extra={"limit": None})
+
+
+def test_overwriting_starts_anew(benchmark: Benchmark, backbone: Backbone, finished: Path) -> None:
+    other = Discoverer(backbone, device="cpu", exif=False, k_patches=7)
+    evaluation = evaluate(benchmark, other, finished, overwrite=True)
+    assert evaluation.computed == COUNT
+    assert results(finished)["options"]["k_patches"] == 7
+
+
+def test_overwriting_a_broken_run_is_possible(benchmark: Benchmark, discoverer: Discoverer, finished: Path) -> None:
+    (finished / PREDICTIONS_FILE).write_text("nonsense\n")
+    (finished / RESULTS_FILE).write_text("{")
+    assert evaluate(benchmark, discoverer, finished, overwrite=True).computed == COUNT
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "\x00"])
+def test_predictions_without_their_settings_are_not_gone_on_with(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path, content: str | None
+) -> None:
+    (finished / RESULTS_FILE).unlink()
+    if content is not None:
+        (finished / RESULTS_FILE).write_text(content)
+    with pytest.raises(PredictionsError, match=r"no readable results\.json: not a run to go on with; use --overwrite"):
+        evaluate(benchmark, discoverer, finished)
+
+
+def test_lines_of_other_order_are_not_gone_on_with(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path
+) -> None:
+    path = finished / PREDICTIONS_FILE
+    first, second, *rest = path.read_text().splitlines(keepends=True)
+    for content in ([second, first, *rest], [first, *rest], [first, second, *rest, first]):
+        path.write_text("".join(content))
+        with pytest.raises(PredictionsError, match="does not follow the order of voc"):
+            evaluate(benchmark, discoverer, finished)
+        assert path.read_text() == "".join(content)
+
+
+def test_a_second_run_into_a_folder_in_use_is_refused(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path, tmp_path: Path
+) -> None:
+    out, refused = tmp_path / "out", []
+
+    def intrude(progress: Progress) -> None:
+        for overwrite in (False, True):
+            with pytest.raises(PredictionsError, match="is in use: another lostreg eval is writing there"):
+                evaluate(benchmark, discoverer, out, overwrite=overwrite)
+            refused.append(progress.done)
+
+    evaluate(benchmark, discoverer, out, on_progress=intrude)
+    assert len(refused) == 2 * COUNT
+    assert (out / PREDICTIONS_FILE).read_bytes() == (finished / PREDICTIONS_FILE).read_bytes()
+    assert evaluate(benchmark, discoverer, out).computed == 0  # and now it is free
+
+
+def test_an_unreadable_image_is_a_miss_with_a_reason(
+    root: Path, benchmark: Benchmark, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    unreadable(root, "im02")
+    evaluation = evaluate(benchmark, discoverer, tmp_path / "out")
+    assert (evaluation.unreadable, evaluation.score.images) == (1, COUNT)
+    line = lines(tmp_path / "out")[2]
+    assert line["boxes"] == []
+    assert "im02.jpg: not a readable image" in line["error"]
+    assert results(tmp_path / "out")["unreadable"] == 1
+    assert evaluate(benchmark, discoverer, tmp_path / "out").unreadable == 1  # also when it is only read back
+
+
+def test_strict_stops_at_an_unreadable_image_and_keeps_what_came_before(
+    root: Path, benchmark: Benchmark, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    unreadable(root, "im05")
+    out = tmp_path / "out"
+    with pytest.raises(ImageError, match=r"im05\.jpg"):
+        evaluate(benchmark, discoverer, out, strict=True)
+    assert [line["image_id"] for line in lines(out)] == ["im00", "im01", "im02", "im03", "im04"]
+    assert evaluate(benchmark, discoverer, out).computed == 4
+    with pytest.raises(ImageError, match=r"im05\.jpg"):  # a line of an earlier run is no excuse
+        evaluate(benchmark, discoverer, out, strict=True)
+
+
+def test_discoveries_are_shown_before_their_line_is_written(
+    benchmark: Benchmark, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    out, seen = tmp_path / "out", []
+
+    def look(example: Example, found: object) -> None:
+        assert len(lines(out)) == len(seen)
+        seen.append(example.image_id)
+
+    evaluate(benchmark, discoverer, out, on_discovery=look)
+    assert seen == [example.image_id for example in benchmark.examples]
+
+
+def test_a_file_in_the_place_of_the_folder(benchmark: Benchmark, discoverer: Discoverer, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(PredictionsError, match=r"cannot write to .*file, expected a folder: it is a file"):
+        evaluate(benchmark, discoverer, file)
+    with pytest.raises(PredictionsError, match=r"cannot write to .*below, expected a folder: Not a directory"):
+        evaluate(benchmark, discoverer, file / "below")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(benchmark: Benchmark, discoverer: Discoverer, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir(mode=0o500)
+    with pytest.raises(PredictionsError, match=r"(?i)cannot write to .*permission denied"):
+        evaluate(benchmark, discoverer, out)
+
+
+def test_a_moved_run_goes_on(benchmark: Benchmark, discoverer: Discoverer, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "elsewhere")
+    assert evaluate(benchmark, discoverer, tmp_path / "elsewhere").computed == 0
+
+
+def three() -> Benchmark:
+    box = np.array([[0.0, 0.0, 10.0, 10.0]])
+    return Benchmark("voc", "val", tuple(Example(image_id, Path("none"), box) for image_id in ("a", "b", "c")))
+
+
+def prediction(image_id: str | int, *boxes: Sequence[float]) -> Prediction:
+    return Prediction(image_id, boxes)
+
+
+def test_scoring_does_not_depend_on_order() -> None:
+    hit, also, miss = prediction("a", [0, 0, 10, 10]), prediction("c", [0, 0, 10, 5]), prediction("b", [0, 0, 4, 4])
+    for order in ([hit, also, miss], [miss, also, hit], [also, hit, miss]):
+        assert score_predictions(order, three()) == (Corloc(2, 3), 0)
+
+
+def test_only_the_first_box_is_scored() -> None:
+    found = [prediction("a", [0, 0, 1, 1], [0, 0, 10, 10])]
+    assert score_predictions(found, three())[0].hits == 0
+
+
+def test_missing_and_empty_predictions_are_misses() -> None:
+    found = [prediction("b", [0, 0, 10, 10]), prediction("c")]
+    assert score_predictions(found, three()) == (Corloc(1, 3), 1)
+
+
+def test_two_predictions_for_one_image_are_refused() -> None:
+    with pytest.raises(PredictionsError, match="two predictions for image 'b': expected one an image"):
+        score_predictions([prediction("a"), prediction("b"), prediction("b")], three())
+
+
+@pytest.mark.parametrize("image_id", ["d", 7, "a.jpg"])
+def test_predictions_for_other_images_are_refused(image_id: str | int) -> None:
+    with pytest.raises(PredictionsError, match=r"1 of 2 predictions .* voc val does not have") as caught:
+        score_predictions([prediction("a"), prediction(image_id)], three())
+    assert f"such as {image_id!r}: expected ids like 'a'" in str(caught.value)
+
+
+def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"naïve": [1.5, None]})
+    with pytest.raises(TypeError):
+        write_json(path, {"no JSON": object()})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"naïve": [1.5, None]}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]

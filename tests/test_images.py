@@ -1,0 +1,337 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import disc_picture
+from fabricate import png_header
+from PIL import Image
+
+from lostreg.errors import ImageError
+from lostreg.images import MAX_PIXELS, patch_grid, read_image, to_batch
+
+WIDTH, HEIGHT = 40, 30
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture
+def rgb() -> np.ndarray:
+    return disc_picture(WIDTH, HEIGHT)
+
+
+def save(path: Path, pixels: np.ndarray, mode: str | None = None, **options: object) -> Path:
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tif", ".tiff"])
+def test_lossless_formats_are_read_exactly(tmp_path: Path, rgb: np.ndarray, suffix: str) -> None:
+    picture = read_image(save(tmp_path / f"a{suffix}", rgb))
+    assert (picture.width, picture.height) == (WIDTH, HEIGHT)
+    assert picture.pixels.dtype == np.uint8
+    np.testing.assert_array_equal(picture.pixels, rgb)
+
+
+@pytest.mark.parametrize(("suffix", "options"), [(".jpg", {"quality": 95}), (".webp", {"lossless": True})])
+def test_compressed_formats_are_read_closely(
+    tmp_path: Path, rgb: np.ndarray, suffix: str, options: dict[str, object]
+) -> None:
+    pixels = read_image(save(tmp_path / f"a{suffix}", rgb, **options)).pixels
+    assert pixels.shape == rgb.shape
+    assert np.abs(pixels.astype(int) - rgb).mean() < 5
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_deflate", "packbits"])
+def test_compressed_tiff(tmp_path: Path, rgb: np.ndarray, compression: str) -> None:
+    path = save(tmp_path / "a.tif", rgb, compression=compression)
+    np.testing.assert_array_equal(read_image(path).pixels, rgb)
+
+
+def test_a_name_need_not_match_the_format(tmp_path: Path, rgb: np.ndarray) -> None:
+    path = save(tmp_path / "a.png", rgb).rename(tmp_path / "a.jpg")
+    np.testing.assert_array_equal(read_image(path).pixels, rgb)
+
+
+def test_grey_becomes_three_equal_channels(tmp_path: Path, rgb: np.ndarray) -> None:
+    pixels = read_image(save(tmp_path / "a.png", rgb[:, :, 0])).pixels
+    np.testing.assert_array_equal(pixels, np.repeat(rgb[:, :, :1], 3, axis=2))
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_transparency_is_laid_on_white(tmp_path: Path, rgb: np.ndarray, channels: int) -> None:
+    alpha = np.full((HEIGHT, WIDTH, 1), 255, dtype=np.uint8)
+    alpha[:10], alpha[10:20] = 0, 102  # 40 %
+    colours = rgb[:, :, : channels - 1]
+    path = save(tmp_path / "a.png", np.concatenate([colours, alpha], axis=2))
+    pixels = read_image(path).pixels.astype(int)
+    expected = np.broadcast_to(colours, rgb.shape).astype(int)
+    assert (pixels[:10] == 255).all()
+    np.testing.assert_allclose(pixels[10:20], 0.4 * expected[10:20] + 0.6 * 255, atol=1)
+    np.testing.assert_array_equal(pixels[20:], expected[20:])
+
+
+def test_a_palette_gives_its_colours(tmp_path: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, [[[10, 20, 30], [200, 100, 50]]])
+
+
+@pytest.mark.parametrize("transparency", [1, b"\xff\x00"])
+def test_a_transparent_palette_entry_becomes_white(tmp_path: Path, transparency: int | bytes) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=transparency)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").pixels, [[[10, 20, 30], [255, 255, 255]]])
+
+
+def test_a_transparent_colour_of_an_rgb_file_becomes_white(tmp_path: Path) -> None:
+    pixels = np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8)
+    path = save(tmp_path / "a.png", pixels, transparency=(4, 5, 6))
+    np.testing.assert_array_equal(read_image(path).pixels, [[[1, 2, 3], [255, 255, 255]]])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+    grey = np.array([[0, 257, 300, 128 * 257, 65535]], dtype=np.uint16)
+    pixels = read_image(save(tmp_path / f"a{suffix}", grey)).pixels
+    np.testing.assert_array_equal(pixels[0], [[value] * 3 for value in (0, 1, 1, 128, 255)])
+
+
+def test_big_endian_sixteen_bit_tiff(tmp_path: Path) -> None:
+    grey = np.array([[0, 257, 65535]], dtype=">u2")
+    Image.frombytes("I;16B", (3, 1), grey.tobytes()).save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif").pixels[0, :, 0], [0, 1, 255])
+
+
+@pytest.mark.parametrize("grey", [np.full((4, 4), 70000, np.int32), np.full((4, 4), -1, np.int32)])
+def test_more_than_sixteen_bits_are_refused(tmp_path: Path, grey: np.ndarray) -> None:
+    with pytest.raises(ImageError, match="expected 8 or 16 bits a channel"):
+        read_image(save(tmp_path / "a.tif", grey))
+
+
+def test_floating_point_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="found floating point"):
+        read_image(save(tmp_path / "a.tif", np.zeros((4, 4), np.float32)))
+
+
+def test_cmyk_jpeg(tmp_path: Path) -> None:
+    red = np.full((16, 16, 3), (255, 0, 0), dtype=np.uint8)
+    path = save(tmp_path / "a.jpg", red, mode="CMYK", quality=95)
+    with Image.open(path) as image:
+        assert image.mode == "CMYK"
+    np.testing.assert_allclose(read_image(path).pixels, red, atol=4)
+
+
+def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
+    bits = np.array([[True, False], [False, True]])
+    pixels = read_image(save(tmp_path / "a.png", bits)).pixels
+    np.testing.assert_array_equal(pixels, np.repeat(bits[:, :, None] * np.uint8(255), 3, axis=2))
+
+
+# What each orientation says of the stored pixels, written with NumPy to have a second opinion.
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_or_ignored(tmp_path: Path, rgb: np.ndarray, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    path = save(tmp_path / "a.png", rgb, exif=exif)
+    turned, stored = read_image(path), read_image(path, exif=False)
+    np.testing.assert_array_equal(turned.pixels, UPRIGHT[orientation](rgb))
+    np.testing.assert_array_equal(stored.pixels, rgb)
+    assert (stored.width, stored.height) == (WIDTH, HEIGHT)
+    assert (turned.width, turned.height) == ((WIDTH, HEIGHT) if orientation < 5 else (HEIGHT, WIDTH))
+
+
+@pytest.mark.parametrize(("max_side", "size"), [(20, (20, 15)), (39, (39, 29)), (40, (40, 30)), (1000, (40, 30))])
+def test_a_side_limit_scales_down_and_keeps_the_original_size(
+    rgb: np.ndarray, max_side: int, size: tuple[int, int]
+) -> None:
+    picture = read_image(rgb, max_side=max_side)
+    assert (picture.pixels.shape[1], picture.pixels.shape[0]) == size
+    assert (picture.width, picture.height) == (WIDTH, HEIGHT)
+
+
+def test_halving_averages_pixels(rgb: np.ndarray) -> None:
+    halved = read_image(rgb, max_side=WIDTH // 2).pixels
+    averaged = rgb.reshape(HEIGHT // 2, 2, WIDTH // 2, 2, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(halved, averaged, atol=1)
+
+
+def test_a_thin_image_keeps_at_least_one_pixel() -> None:
+    assert read_image(np.zeros((1, 5000, 3), np.uint8), max_side=10).pixels.shape == (1, 10, 3)
+
+
+def test_arrays_and_pil_images_are_taken(rgb: np.ndarray) -> None:
+    np.testing.assert_array_equal(read_image(rgb).pixels, rgb)
+    np.testing.assert_array_equal(read_image(rgb[:, ::-1]).pixels, rgb[:, ::-1])
+    np.testing.assert_array_equal(read_image(Image.fromarray(rgb)).pixels, rgb)
+    np.testing.assert_array_equal(
+        read_image(Image.fromarray(rgb).convert("L")).pixels[:, :, 2], np.asarray(Image.fromarray(rgb).convert("L"))
+    )
+
+
+def test_read_only_arrays_are_taken_without_a_warning(rgb: np.ndarray, recwarn: pytest.WarningsRecorder) -> None:
+    rgb.flags.writeable = False
+    to_batch([read_image(rgb).pixels], 14, MEAN, STD)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((3, 4, 5), np.uint8),
+        np.zeros((1, 4, 4, 3), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 3), np.int8),
+        np.zeros((0, 4, 3), np.uint8),
+    ],
+    ids=lambda array: f"{array.shape}-{array.dtype}",
+)
+def test_other_arrays_are_refused_with_their_shape_and_dtype(array: np.ndarray) -> None:
+    with pytest.raises(ImageError, match=r"expected an RGB array \(h, w, 3\) of uint8, got") as caught:
+        read_image(array)
+    assert str(array.shape) in str(caught.value)
+    assert str(array.dtype) in str(caught.value)
+
+
+def test_a_pil_image_without_pixels_is_refused() -> None:
+    with pytest.raises(ImageError, match="at least one pixel, found 0x4"):
+        read_image(Image.new("RGB", (0, 4)))
+
+
+def test_a_truncated_pil_image_is_an_image_error(photo: Path) -> None:
+    photo.write_bytes(photo.read_bytes()[:2000])
+    with Image.open(photo) as image, pytest.raises(ImageError, match="truncated"):
+        read_image(image)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"none\.jpg: no such file"):
+        read_image(tmp_path / "none.jpg")
+
+
+def test_a_name_too_long_for_the_system(tmp_path: Path) -> None:
+    with pytest.raises(ImageError):
+        read_image(tmp_path / ("x" * 5000))
+
+
+def test_a_folder_is_no_image(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"(?i)not a readable image.*directory"):
+        read_image(tmp_path)
+
+
+def test_text_named_like_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_text("not a picture")
+    with pytest.raises(ImageError, match=r"a\.jpg: not a readable image"):
+        read_image(path)
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.touch()
+    with pytest.raises(ImageError, match="empty file"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".tif"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_truncated_files_are_refused(tmp_path: Path, suffix: str, share: float) -> None:
+    path = save(tmp_path / f"a{suffix}", np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ImageError, match="not a readable image"):
+        read_image(path)
+
+
+def test_one_pixel(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", np.array([[[9, 8, 7]]], np.uint8))
+    np.testing.assert_array_equal(read_image(path, max_side=1).pixels, [[[9, 8, 7]]])
+
+
+def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path) -> None:
+    path = png_header(tmp_path / "a.png", 30_000, 30_000)
+    with pytest.raises(ImageError, match=r"30000x30000 is 900,000,000 pixels.*limit of 200,000,000.*--max-pixels"):
+        read_image(path)
+    with pytest.raises(ImageError, match="not a readable image"):  # decoding was tried, and met no data
+        read_image(path, max_pixels=900_000_000)
+
+
+def test_the_pixel_limit_is_inclusive(tmp_path: Path, rgb: np.ndarray) -> None:
+    path = save(tmp_path / "a.png", rgb)
+    read_image(path, max_pixels=WIDTH * HEIGHT)
+    with pytest.raises(ImageError, match="40x30 is 1,200 pixels"):
+        read_image(path, max_pixels=WIDTH * HEIGHT - 1)
+
+
+def test_pillows_own_limit_neither_applies_nor_changes(
+    tmp_path: Path, rgb: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+    read_image(save(tmp_path / "a.png", rgb))
+    with pytest.raises(ImageError):
+        read_image(png_header(tmp_path / "b.png", 30_000, 30_000))
+    with pytest.raises(ImageError):
+        read_image(tmp_path / "none.png")
+    assert Image.MAX_IMAGE_PIXELS == 7
+    assert MAX_PIXELS == 200_000_000
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path, rgb: np.ndarray) -> None:
+    plain = save(tmp_path / "a.png", rgb)
+    try:
+        odd = plain.rename(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")))
+    except OSError:
+        pytest.skip("this file system wants UTF-8 names")
+    np.testing.assert_array_equal(read_image(odd).pixels, rgb)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "grid"),
+    [(1, 1, (1, 1)), (14, 14, (1, 1)), (15, 14, (2, 1)), (28, 29, (2, 3)), (110, 150, (8, 11))],
+)
+def test_patch_grid_counts_partial_patches(height: int, width: int, grid: tuple[int, int]) -> None:
+    assert patch_grid(np.zeros((height, width, 3), np.uint8), 14) == grid
+
+
+def test_a_batch_is_normalised_then_padded_with_zeros(rgb: np.ndarray) -> None:
+    smaller = rgb[:29, :37]
+    batch = to_batch([rgb, smaller], 14, MEAN, STD)
+    assert batch.shape == (2, 3, 42, 42)
+    assert batch.dtype == torch.float32
+    for row, pixels in zip(batch.numpy(), (rgb, smaller), strict=True):
+        height, width = pixels.shape[:2]
+        expected = np.zeros((42, 42, 3))
+        expected[:height, :width] = (pixels / 255 - np.array(MEAN)) / np.array(STD)
+        np.testing.assert_allclose(row, expected.transpose(2, 0, 1), atol=1e-5)
+        assert (row[:, height:] == 0).all()
+        assert (row[:, :, width:] == 0).all()
+
+
+def test_a_batch_leaves_its_pictures_alone(rgb: np.ndarray) -> None:
+    before = rgb.copy()
+    to_batch([rgb], 14, MEAN, STD)
+    np.testing.assert_array_equal(rgb, before)
+
+
+def test_a_picture_gives_the_same_values_alone_and_in_a_batch(rgb: np.ndarray) -> None:
+    alone = to_batch([rgb], 14, MEAN, STD)
+    assert torch.equal(to_batch([rgb[:29], rgb], 14, MEAN, STD)[1:], alone)

@@ -1,0 +1,198 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lostreg.errors import ImageError, PredictionsError
+from lostreg.predictions import Prediction, from_discovery, from_error, read_predictions, recover_predictions
+from lostreg.regions import Discovery
+
+IDS = st.one_of(st.text(min_size=1), st.integers(-(2**53), 2**53))
+COORDINATES = st.integers(0, 10**7).map(lambda thousandths: thousandths / 1000)
+PREDICTIONS = st.builds(
+    Prediction,
+    image_id=IDS,
+    boxes=st.lists(st.lists(COORDINATES, min_size=4, max_size=4), max_size=3),
+    width=st.integers(0, 10**5),
+    height=st.integers(0, 10**5),
+    scores=st.lists(st.integers(0, 1000).map(lambda thousandths: thousandths / 1000), max_size=3),
+    seeds=st.lists(st.lists(st.integers(0, 99), min_size=2, max_size=2), max_size=3),
+    error=st.one_of(st.none(), st.text()),
+)
+GOOD = '{"image_id": "a", "boxes": [[0, 0, 5, 5]]}'
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+@given(st.lists(PREDICTIONS, min_size=1, max_size=5))
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, predictions: list[Prediction]) -> None:
+    path = tmp_path_factory.mktemp("predictions") / "predictions.jsonl"
+    write(path, *(prediction.to_line() for prediction in predictions))
+    assert read_predictions(path) == predictions
+    assert recover_predictions(path) == predictions
+
+
+@given(PREDICTIONS)
+def test_a_prediction_is_one_line_of_json(prediction: Prediction) -> None:
+    line = prediction.to_line()
+    assert "\n" not in line
+    assert "\r" not in line
+    assert json.loads(line)["image_id"] == prediction.image_id
+
+
+def test_a_line_looks_as_documented() -> None:
+    prediction = Prediction("000005", [[1.0, 2.5, 3.12345, 4.0]], 500, 375, [1.0], [[3, 7]])
+    assert prediction.to_line() == (
+        '{"image_id": "000005", "width": 500, "height": 375, "boxes": [[1, 2.5, 3.123, 4]], '
+        '"scores": [1], "seeds": [[3, 7]]}'
+    )
+
+
+def test_a_discovery_becomes_a_line() -> None:
+    found = Discovery(
+        xyxy=np.array([[14, 0, 28, 42]], np.float32),
+        scores=np.array([1], np.float32),
+        seeds=np.array([[1, 1]]),
+        width=60,
+        height=50,
+        degrees=np.zeros((4, 5), np.int64),
+        mask=np.zeros((4, 5), bool),
+        patch_width=14.0,
+        patch_height=14.0,
+        bias=0.0,
+    )
+    assert json.loads(from_discovery(17, found).to_line()) == {
+        "image_id": 17,
+        "width": 60,
+        "height": 50,
+        "boxes": [[14, 0, 28, 42]],
+        "scores": [1],
+        "seeds": [[1, 1]],
+    }
+
+
+def test_an_unreadable_image_has_a_line_with_its_reason(tmp_path: Path) -> None:
+    prediction = from_error("a", ImageError("a.jpg: no such file"))
+    (again,) = read_predictions(write(tmp_path / "p.jsonl", prediction.to_line()))
+    assert (again.boxes, again.error) == ([], "a.jpg: no such file")
+
+
+def test_ids_keep_their_letters_and_their_type(tmp_path: Path) -> None:
+    ids = ["naïve_日本_🐕", "7", 7, "a\u2028b", "", "a b"]
+    lines = [Prediction(image_id, []).to_line() for image_id in ids]
+    assert "naïve_日本_🐕" in lines[0]
+    assert [prediction.image_id for prediction in read_predictions(write(tmp_path / "p.jsonl", *lines))] == ids
+
+
+def test_a_file_name_that_is_no_utf8_survives(tmp_path: Path) -> None:
+    name = "caf\udce9.jpg"  # how Python holds the byte E9
+    line = Prediction(name, []).to_line()
+    assert read_predictions(write(tmp_path / "p.jsonl", line))[0].image_id == name
+
+
+def test_only_image_id_and_boxes_are_needed(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", GOOD, "", '{"image_id": 2, "boxes": [], "more": "ignored"}')
+    assert [prediction.image_id for prediction in read_predictions(path)] == ["a", 2]
+
+
+@pytest.mark.parametrize("ending", ["\r\n", "\n"])
+def test_files_of_other_systems_are_read(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + (GOOD + ending + GOOD).encode())
+    assert len(read_predictions(path)) == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "nonsense",
+        "[1, 2]",
+        "null",
+        '"text"',
+        "{}",
+        '{"boxes": []}',
+        '{"image_id": "a"}',
+        '{"image_id": null, "boxes": []}',
+        '{"image_id": true, "boxes": []}',
+        '{"image_id": 1.5, "boxes": []}',
+        '{"image_id": "a", "boxes": null}',
+        '{"image_id": "a", "boxes": [1, 2, 3, 4]}',
+        '{"image_id": "a", "boxes": [[1, 2, 3]]}',
+        '{"image_id": "a", "boxes": [[1, 2, 3, 4, 5]]}',
+        '{"image_id": "a", "boxes": [[1, 2, 3, "4"]]}',
+        '{"image_id": "a", "boxes": [[1, 2, 3, null]]}',
+        '{"image_id": "a", "boxes": [[1, 2, 3, true]]}',
+        '{"image_id": "a", "boxes": [[1, 2, 3, NaN]]}',
+        '{"image_id": "a", "boxes": [[1, 2, 3, Infinity]]}',
+        '{"image_id": "a", "boxes": [[1, 2, 3, -Infinity]]}',
+        '{"image_id": "a", "boxes": [[1, 2, 3, 1e999]]}',
+        '{"image_id": "a", "boxes": [[1, 2, 3, 1' + "0" * 400 + "]]}",
+        "[" * 100_000,
+        GOOD + GOOD,
+        GOOD[:-1],
+    ],
+    ids=lambda line: line[:60],
+)
+def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str) -> None:
+    path = write(tmp_path / "p.jsonl", GOOD, "", line, GOOD)
+    for read in (read_predictions, recover_predictions):
+        with pytest.raises(PredictionsError, match=r"p\.jsonl, line 3: expected an object with image_id and boxes"):
+            read(path)
+
+
+def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n\xff\xfe\x00\n")
+    with pytest.raises(PredictionsError, match="line 2"):
+        read_predictions(path)
+
+
+def test_missing_and_empty_files_cannot_be_scored(tmp_path: Path) -> None:
+    with pytest.raises(PredictionsError, match=r"none\.jsonl: No such file"):
+        read_predictions(tmp_path / "none.jsonl")
+    with pytest.raises(PredictionsError, match="directory"):
+        read_predictions(tmp_path)
+    for content in ("", "\n\n"):
+        path = tmp_path / "empty.jsonl"
+        path.write_text(content)
+        with pytest.raises(PredictionsError, match="holds no predictions"):
+            read_predictions(path)
+
+
+def test_nothing_is_recovered_from_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    assert recover_predictions(path) == []
+    assert not path.exists()
+    path.touch()
+    assert recover_predictions(path) == []
+
+
+def test_a_file_cut_at_any_byte_keeps_its_whole_lines(tmp_path: Path) -> None:
+    predictions = [
+        Prediction("日本", [[0, 1, 20.5, 30]], 50, 40, [1.0], [[0, 0]]),
+        from_error(12, ImageError("12.jpg: no such file")),
+        Prediction("z", [[3, 3, 4, 4]]),
+    ]
+    lines = [(prediction.to_line() + "\n").encode() for prediction in predictions]
+    content = b"".join(lines)
+    path = tmp_path / "p.jsonl"
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut])
+        whole = content[:cut].count(b"\n")
+        recovered = recover_predictions(path)
+        assert [prediction.image_id for prediction in recovered] == ["日本", 12, "z"][:whole]
+        assert path.read_bytes() == b"".join(lines[:whole])
+
+
+def test_a_file_cut_inside_a_line_cannot_be_scored_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    for cut in range(1, len(GOOD)):
+        path.write_text(f"{GOOD}\n{GOOD[:cut]}")
+        with pytest.raises(PredictionsError, match="line 2"):
+            read_predictions(path)
