@@ -14,7 +14,7 @@ from PIL import Image
 from lostreg.backbone_table import BACKBONES
 from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.discoverer import Discoverer, resolve_device
-from lostreg.errors import BackboneError, ImageError, OptionError
+from lostreg.errors import BackboneError, ImageError, LostregError, OptionError
 from lostreg.images import Picture, read_image
 from lostreg.regions import Discovery
 
@@ -387,3 +387,24 @@ def test_another_precision_leaves_a_shared_backbone_alone(backbone: Backbone) ->
     assert half.discover(scene(1)).xyxy.shape == (1, 4)
     assert full.backbone.dtype == torch.float32
     assert all(torch.equal(value, before[name]) for name, value in backbone.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+)
+def test_running_out_of_memory_says_what_to_do(backbone: Backbone, monkeypatch, error: BaseException) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lostreg.discoverer.patch_features", fail)
+    with pytest.raises(LostregError, match=r"out of memory on 1 images of 8x11 patches on cpu: use a smaller"):
+        Discoverer(backbone, device="cpu").discover(disc_picture())
+
+
+def test_other_failures_of_a_model_are_not_taken_for_memory(backbone: Backbone, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("shapes disagree")
+
+    monkeypatch.setattr("lostreg.discoverer.patch_features", fail)
+    with pytest.raises(RuntimeError, match="shapes disagree"):
+        Discoverer(backbone, device="cpu").discover(disc_picture())

@@ -166,9 +166,31 @@ def test_a_finished_run_computes_nothing(
         raise AssertionError("an image was computed again")
 
     monkeypatch.setattr(Discoverer, "_run", never)
+    measured = (finished / RESULTS_FILE).read_bytes()
     evaluation = evaluate(benchmark, discoverer, finished)
     assert (evaluation.computed, evaluation.score.hits) == (0, score)
     assert (finished / PREDICTIONS_FILE).read_bytes() == before
+    assert (finished / RESULTS_FILE).read_bytes() == measured  # the speed that was measured is not lost
+
+
+def test_a_run_killed_before_its_results_were_written_gets_them(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path
+) -> None:
+    unfinished = {key: value for key, value in results(finished).items() if key in ("benchmark", "options")}
+    (finished / RESULTS_FILE).write_text(json.dumps({"complete": False, **unfinished}))
+    assert evaluate(benchmark, discoverer, finished).computed == 0
+    assert results(finished)["complete"] is True
+    assert results(finished)["images"] == COUNT
+
+
+def test_progress_tells_images_of_an_earlier_run_apart(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path
+) -> None:
+    path = finished / PREDICTIONS_FILE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    told: list[Progress] = []
+    evaluate(benchmark, discoverer, finished, on_progress=told.append)
+    assert [progress.known for progress in told] == [1, 2, 3] + [4] * (COUNT - 3)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")

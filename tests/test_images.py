@@ -335,3 +335,19 @@ def test_a_batch_leaves_its_pictures_alone(rgb: np.ndarray) -> None:
 def test_a_picture_gives_the_same_values_alone_and_in_a_batch(rgb: np.ndarray) -> None:
     alone = to_batch([rgb], 14, MEAN, STD)
     assert torch.equal(to_batch([rgb[:29], rgb], 14, MEAN, STD)[1:], alone)
+
+
+def test_formats_that_need_other_programs_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "picture.jpg"
+    Image.new("RGB", (20, 20)).save(path, format="EPS")
+    with pytest.raises(ImageError, match="not a readable image"):
+        read_image(path)
+
+
+def test_a_multi_picture_jpeg_of_a_phone_gives_its_first_picture(tmp_path: Path) -> None:
+    path = tmp_path / "phone.jpg"
+    first, second = Image.new("RGB", (20, 10), "red"), Image.new("RGB", (20, 10), "blue")
+    first.save(path, format="MPO", save_all=True, append_images=[second])
+    pixels = read_image(path).pixels
+    assert pixels.shape == (10, 20, 3)
+    assert pixels[5, 5, 0] > 200 > 50 > pixels[5, 5, 2]

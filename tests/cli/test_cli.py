@@ -346,3 +346,20 @@ def test_an_interrupt_is_told_in_one_line(
     monkeypatch.setattr("lostreg.discoverer.load_backbone", interrupt)
     assert predict(images) == 130
     assert capsys.readouterr().err == "\nlostreg: interrupted; what was written so far is kept\n"
+
+
+def test_a_mistake_costs_no_earlier_predictions(images: Path, tmp_path: Path) -> None:
+    target = tmp_path / "found.jsonl"
+    target.write_text("earlier\n")
+    assert main(["predict", str(images), "--json", str(target), "--device", "nonsense"]) == 2
+    assert target.read_text() == "earlier\n"
+    assert predict(images / "im00.jpg", "--json", target) == 0
+    assert len(json_lines(target.read_text())) == 1
+
+
+def test_a_picture_of_a_format_that_is_not_written_is_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(images / "im00.jpg", "--plot", tmp_path / "found.bmp") == 2
+    assert "expected a folder or a file ending in .png" in capsys.readouterr().err
+    assert not (tmp_path / "found.bmp").exists()
