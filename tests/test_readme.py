@@ -5,9 +5,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import timm
 
 from lostreg.cli.main import main
 
@@ -59,7 +61,9 @@ def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr("lostreg.datasets.fetch.fetch", fetch)
-    monkeypatch.setattr("lostreg.weights._load_from_hub", lambda model, timm_name: f"random, not {timm_name}")
+    monkeypatch.setattr("lostreg.weights.hub_weights", lambda name: nullcontext(f"random, not {name}"))
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
     monkeypatch.setattr("lostreg.datasets.registry.load_voc", _load_voc_of_any_length)
 
 

@@ -1,0 +1,233 @@
+"""Every row of the table is tested by being in it."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from lostreg.backbone_table import BACKBONES, FEATURES
+from lostreg.backbones import Backbone, build_backbone, find_spec, load_backbone
+from lostreg.errors import BackboneError, LostregError
+
+SHORT = 2
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return build_backbone(BACKBONES[request.param], depth=SHORT)
+
+
+def test_every_row_has_the_patch_size_of_its_model(backbone: Backbone) -> None:
+    patch = backbone.spec.patch_size
+    assert backbone.model.patch_embed.patch_size == (patch, patch)
+    assert tuple(backbone.model.patch_embed.proj.kernel_size) == (patch, patch)
+
+
+def test_every_row_counts_the_prefix_tokens_that_its_model_makes(backbone: Backbone) -> None:
+    spec, model = backbone.spec, backbone.model
+    assert spec.prefix_tokens == backbone.prefix_tokens == model.num_prefix_tokens
+    assert spec.registers == (0 if model.reg_token is None else model.reg_token.shape[1])
+    assert spec.class_token == (model.cls_token is not None)
+    height, width = 3, 2
+    tokens = model.forward_features(torch.randn(1, 3, height * spec.patch_size, width * spec.patch_size))
+    assert tokens.shape[1] == spec.prefix_tokens + height * width
+
+
+def test_every_row_is_normalised_as_its_weights_were_trained(backbone: Backbone) -> None:
+    config = timm.get_pretrained_cfg(backbone.spec.timm_name)
+    assert backbone.mean == tuple(config.mean)
+    assert backbone.std == tuple(config.std)
+    assert all(0 <= mean < 1 for mean in backbone.mean)
+    assert all(0 < std <= 1 for std in backbone.std)
+
+
+def test_every_row_is_built_frozen_and_in_evaluation_mode(backbone: Backbone) -> None:
+    assert not any(module.training for module in backbone.model.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    assert backbone.depth == SHORT
+    assert (backbone.device, backbone.dtype, backbone.weights) == (torch.device("cpu"), torch.float32, "random")
+
+
+def test_every_row_is_built_without_a_classifier(backbone: Backbone) -> None:
+    assert not any(name.startswith("head") for name in backbone.model.state_dict())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_row_says_what_it_must(name: str) -> None:
+    row = BACKBONES[name]
+    assert row.name == name
+    assert row.feature in FEATURES
+    assert row.bias == "auto" or isinstance(row.bias, float)
+    assert row.licence
+    assert row.training
+    assert row.feature_source
+    assert row.interpolation in ("offset", "antialias", "plain")
+    assert bool(row.published) == bool(row.published_source), "a published figure needs its source, and only that does"
+    assert set(row.published) <= {"voc07", "voc12", "coco20k"}
+    assert all(0 < figure < 100 for figure in row.published.values())
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_row_names_weights_that_timm_knows(name: str) -> None:
+    row = BACKBONES[name]
+    config = timm.get_pretrained_cfg(row.timm_name)
+    assert config.hf_hub_id
+    assert row.offline or row.timm_name == f"{config.architecture}.{config.tag}"
+
+
+def test_only_rows_with_learnt_positions_stretch_them_their_own_way(backbone: Backbone) -> None:
+    """The two other ways of stretching put one CLS token in front and nothing else."""
+    if backbone.spec.interpolation != "antialias":
+        assert backbone.spec.prefix_tokens == 1
+        assert not backbone.model.no_embed_class
+        assert backbone.model.pos_embed is not None
+
+
+def test_each_release_stretches_positions_in_its_own_way() -> None:
+    """DINO and DINOv2 pass a factor with an offset of 0.1; the register release turned to antialiased sizes."""
+    for name, row in BACKBONES.items():
+        if row.offline:
+            expected = "plain"
+        elif name.startswith(("dino_", "dinov2")) and not name.endswith("_reg"):
+            expected = "offset"
+        else:
+            expected = "antialias"
+        assert row.interpolation == expected, name
+
+
+def test_registers_follow_the_name_of_the_row() -> None:
+    for name, row in BACKBONES.items():
+        if name.startswith("dinov2"):
+            assert row.registers == (4 if name.endswith("_reg") else 0)
+    assert BACKBONES["dino_vits16"].registers == 0
+    assert BACKBONES["dinov3_vits16"].registers == 4
+
+
+def test_the_published_settings_of_lost_belong_to_the_dino_rows() -> None:
+    for name in ("dino_vits16", "dino_vits8", "dino_vitb16"):
+        row = BACKBONES[name]
+        assert (row.feature, row.bias, row.normalize, row.interpolation) == ("k", 0.0, False, "offset")
+    assert dict(BACKBONES["dino_vits16"].published) == {"voc07": 61.9, "voc12": 64.0, "coco20k": 50.7}
+
+
+def test_the_table_cannot_be_written_to() -> None:
+    with pytest.raises(TypeError):
+        BACKBONES["mine"] = BACKBONES["dino_vits16"]  # type: ignore[index]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        BACKBONES["dino_vits16"].patch_size = 8  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        BACKBONES["dino_vits16"].published["voc07"] = 99.0  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("dinov2_vits14_regs", "dinov2_vits14_reg"),
+        ("dino_vit_s16", "dino_vits16"),
+        ("dinov3vitb16", "dinov3_vitb16"),
+        ("timm:vit_smal_patch16_224", "vit_small_patch16_224"),
+        ("timm:vit_base_patch16_224.dinno", "vit_base_patch16_224.dino"),
+    ],
+)
+def test_a_typo_is_answered_with_the_name_that_was_meant(typo: str, meant: str) -> None:
+    with pytest.raises(BackboneError, match=f"'{typo.removeprefix('timm:')}'.*did you mean .*{meant}"):
+        find_spec(typo)
+
+
+@pytest.mark.parametrize("name", ["", "xyzzy", "resnet", "vit", "timm", "timm:", "timm:nonsense", "timm:hf_hub:a/b"])
+def test_a_name_that_nothing_has_is_refused(name: str) -> None:
+    with pytest.raises(BackboneError, match=r"unknown backbone|timm has no model"):
+        find_spec(name)
+
+
+def test_an_unknown_name_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(BackboneError, match="lostreg backbones"):
+        load_backbone("dinov9")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet50",
+        "swin_tiny_patch4_window7_224",
+        "vit_base_r50_s16_224",
+        "naflexvit_base_patch16_gap",
+        "beit_base_patch16_224",
+        "vit_relpos_small_patch16_224",
+        "samvit_base_patch16",
+        "mobilevit_s",
+        "cait_xxs24_224",
+        "xcit_nano_12_p16_224",
+        "vit_srelpos_small_patch16_224",
+    ],
+)
+def test_other_kinds_of_model_are_refused(name: str) -> None:
+    with pytest.raises(BackboneError, match=f"'{name}' is not a plain Vision Transformer"):
+        find_spec(f"timm:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
+        ("vit_pwee_patch16_reg1_gap_256", "ParallelScalingBlock"),
+        ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"),
+        ("vit_dpwee_patch16_reg1_gap_256", "DiffParallelScalingBlock"),
+    ],
+)
+def test_attention_whose_parts_cannot_be_read_is_refused(name: str, attention: str) -> None:
+    with pytest.raises(BackboneError, match=f"'{name}' has .*{attention}"):
+        build_backbone(find_spec(f"timm:{name}"), depth=1)
+
+
+def test_a_hybrid_is_refused_even_behind_a_plain_class() -> None:
+    """Its class is VisionTransformer; only its patch embedding gives it away."""
+    spec = dataclasses.replace(BACKBONES["dino_vits16"], timm_name="vit_tiny_r_s16_p8_224")
+    with pytest.raises(BackboneError, match="HybridEmbed"):
+        build_backbone(spec, depth=1)
+
+
+def test_a_model_that_takes_only_one_size_is_refused() -> None:
+    spec = dataclasses.replace(BACKBONES["dino_vits16"], timm_name="resnet18")
+    with pytest.raises(BackboneError, match="'resnet18' does not take images of any size"):
+        build_backbone(spec)
+
+
+def test_patches_that_are_not_square_are_refused() -> None:
+    with pytest.raises(BackboneError, match="has 16x8 patches: expected square ones"):
+        build_backbone(find_spec("timm:vit_tiny_patch16_224"), depth=1, patch_size=(16, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "patch_size", "registers", "class_token"),
+    [
+        ("vit_tiny_patch16_224", {}, 16, 0, True),
+        ("vit_tiny_patch16_224.augreg_in21k", {}, 16, 0, True),
+        ("deit_tiny_distilled_patch16_224", {}, 16, 1, True),  # the distillation token counts as a register
+        ("vit_small_patch14_reg4_dinov2", {}, 14, 4, True),
+        ("eva02_tiny_patch14_224", {}, 14, 0, True),
+        ("vit_medium_patch16_rope_reg1_gap_256", {}, 16, 1, False),
+        ("vit_base_patch32_siglip_256", {"embed_dim": 96, "num_heads": 3}, 32, 0, False),
+        ("vit_base_patch16_sapiens2", {"embed_dim": 96, "num_heads": 3, "num_kv_heads": 3}, 16, 8, True),
+    ],
+)
+def test_a_timm_row_is_filled_in_from_its_model(
+    name: str, options: dict[str, Any], patch_size: int, registers: int, class_token: bool
+) -> None:
+    spec = find_spec(f"timm:{name}")
+    built = build_backbone(spec, depth=1, **options)
+    assert built.spec.name == f"timm:{name}"
+    assert built.spec.timm_name == name
+    assert (built.spec.patch_size, built.spec.registers) == (patch_size, registers)
+    assert built.spec.class_token == class_token
+    assert built.spec.prefix_tokens == built.prefix_tokens
+    assert (built.spec.feature, built.spec.bias, built.spec.interpolation) == ("k", "auto", "antialias")
+    assert not built.spec.published
+    assert built.spec.licence
+
+
+def test_errors_about_backbones_can_be_caught_as_errors_of_this_package() -> None:
+    with pytest.raises(LostregError):
+        find_spec("timm:resnet50")
