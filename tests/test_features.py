@@ -191,6 +191,21 @@ def test_features_are_those_of_the_models_own_forward(backbone: Backbone, monkey
             assert_close(actual, expected[feature, layer][:, -count:], f"{feature} of layer {layer}")
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_rows_at_their_full_size_agree_as_well(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The width of the weights people load, and their depth, but for the large and giant models."""
+    spec = BACKBONES[name]
+    fewer = {"large": {"depth": 6}, "giant": {"depth": 3}}
+    options = next((less for size, less in fewer.items() if f"_{size}_" in spec.timm_name), {})
+    backbone = build_backbone(spec, **options)
+    enliven(backbone.model)
+    images = images_for(backbone, batch=1)
+    expected = full_forward(model_for_grid(backbone, GRID), images, monkeypatch)
+    wanted = [(feature, layer) for feature in FEATURES for layer in (0, backbone.depth // 2, backbone.depth - 1)]
+    for (feature, layer), actual in zip(wanted, collect_features(backbone, images, wanted), strict=True):
+        assert_close(actual, expected[feature, layer][:, -GRID[0] * GRID[1] :], f"{feature} of layer {layer}")
+
+
 def test_features_follow_the_orientation_of_the_image(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = (4, 2)
     images = images_for(backbone, grid, batch=1)
