@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from lostreg.backbone_table import FEATURES, Feature
 from lostreg.backbones import Backbone, load_backbone
+from lostreg.defaults import BACKBONE, BATCH_SIZE, K_PATCHES, MAX_PIXELS, MAX_SIDE, Precision
 from lostreg.errors import ImageError, LostregError, OptionError
 from lostreg.features import patch_features, resolve_layer
-from lostreg.images import MAX_PIXELS, ImageSource, Picture, patch_grid, read_image, to_batch
-from lostreg.lost import LostResult, lost_boxes, resolve_normalize
+from lostreg.images import ImageSource, Picture, patch_grid, read_image, to_batch
+from lostreg.lost import LostResult, check_bias, lost_boxes, resolve_normalize
 from lostreg.regions import Discovery
 
-Precision = Literal["fp32", "bf16", "fp16"]
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WINDOW_BATCHES: Final = 4  # images are grouped by shape within windows of this many batches
 _DECODERS: Final = 4
@@ -43,6 +43,7 @@ class Discoverer:
         precision: of the backbone; similarities are float32 always.
         batch_size: images of one shape that go through the backbone together, at least 1.
         max_side: longer images are scaled down to this side; boxes are in pixels of the original all the same.
+            None keeps every size, as benchmarks do; memory grows with the square of the number of patches.
         exif: whether EXIF orientation is applied.
         max_pixels: images with more are refused before they are decoded.
 
@@ -53,25 +54,29 @@ class Discoverer:
 
     def __init__(
         self,
-        backbone: str | Backbone = "dinov2_vits14_reg",
+        backbone: str | Backbone = BACKBONE,
         *,
         feature: Feature | None = None,
         layer: int = -1,
         bias: float | Literal["auto"] | None = None,
         normalize: bool | None = None,
-        k_patches: int = 100,
+        k_patches: int = K_PATCHES,
         weights: str | Path | None = None,
         device: str | torch.device = "auto",
         precision: Precision = "fp32",
-        batch_size: int = 8,
-        max_side: int | None = None,
+        batch_size: int = BATCH_SIZE,
+        max_side: int | None = MAX_SIDE,
         exif: bool = True,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        _check_options(feature, bias, k_patches, precision, batch_size, max_side)
+        _check_options(feature, bias, precision)
+        counts = {"k_patches": k_patches, "batch_size": batch_size, "max_side": max_side, "max_pixels": max_pixels}
+        _check_counts(counts)
         where = resolve_device(device)
         if isinstance(backbone, str):
             backbone = load_backbone(backbone, weights=weights, device=where, dtype=_DTYPES[precision])
+        elif weights is not None:
+            raise OptionError("weights are for a backbone that is named: this one is loaded already")
         else:
             backbone = _place(backbone, where, _DTYPES[precision])
         spec = backbone.spec
@@ -130,6 +135,9 @@ class Discoverer:
         Raises:
             ImageError: at the first image that cannot be read, after everything before it was yielded. See
                 `outcomes` for going on instead.
+
+        Note:
+            An error raised by ``images`` itself comes before the discoveries of what was taken in advance.
         """
         for outcome in self.outcomes(images):
             if isinstance(outcome, ImageError):
@@ -275,7 +283,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise OptionError(f"device must be auto, cpu, cuda, cuda:N or mps, not '{device}'") from error
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(found.type, False):
@@ -285,21 +293,18 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _check_options(
-    feature: str | None,
-    bias: object,
-    k_patches: int,
-    precision: str,
-    batch_size: int,
-    max_side: int | None,
-) -> None:
+def _check_options(feature: str | None, bias: object, precision: str) -> None:
     if feature is not None and feature not in FEATURES:
         raise OptionError(f"feature must be one of {', '.join(FEATURES)}, not '{feature}'")
-    numeric = isinstance(bias, int | float) and not isinstance(bias, bool) and np.isfinite(bias)
-    if not (bias is None or bias == "auto" or numeric):
-        raise OptionError(f"bias must be a finite number or 'auto', not {bias!r}")
+    if bias is not None:
+        check_bias(bias)
     if precision not in _DTYPES:
         raise OptionError(f"precision must be one of {', '.join(_DTYPES)}, not '{precision}'")
-    for name, value in (("k_patches", k_patches), ("batch_size", batch_size), ("max_side", max_side)):
-        if value is not None and value < 1:
-            raise OptionError(f"{name} must be at least 1, not {value}")
+
+
+def _check_counts(counts: dict[str, int | None]) -> None:
+    for name, value in counts.items():
+        if name == "max_side" and value is None:
+            continue
+        if not isinstance(value, int) or value < 1:
+            raise OptionError(f"{name} must be an integer of at least 1, not {value!r}")

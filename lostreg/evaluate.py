@@ -18,7 +18,7 @@ from typing import Any, Final
 import filelock
 import torch
 
-from lostreg.corloc import Corloc, is_hit
+from lostreg.corloc import Corloc, corloc, is_hit
 from lostreg.datasets import Benchmark, Example
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, PredictionsError
@@ -98,6 +98,7 @@ def evaluate(
             settings.
         ImageError: with ``strict``, at the first image that cannot be read; what came before it is kept.
     """
+    out = Path(out)
     settings = _settings(benchmark, discoverer, extra)
     with _locked(out):
         known = _prepare(out, settings, benchmark, overwrite=overwrite)
@@ -114,7 +115,8 @@ def evaluate(
         seconds = time.perf_counter() - start
         evaluation = Evaluation(tally.score, tally.unreadable, tally.done - len(known), seconds)
         if evaluation.computed or not _is_complete(out / RESULTS_FILE):
-            write_json(out / RESULTS_FILE, _results(settings, evaluation))
+            device = describe_device(discoverer.backbone.device)
+            write_json(out / RESULTS_FILE, _results(settings, evaluation, device))
     return evaluation
 
 
@@ -154,7 +156,9 @@ def _predict(
     outcomes = discoverer.outcomes((example.path for example in examples), skip=known)
     for example, outcome in zip(examples[known:], outcomes, strict=True):
         if isinstance(outcome, ImageError):
-            yield from_error(example.image_id, outcome)
+            # Without the folder: where the images lie is no part of the result.
+            reason = str(outcome).replace(str(example.path), example.path.name)
+            yield from_error(example.image_id, ImageError(reason))
             continue
         if on_discovery:
             on_discovery(example, outcome)
@@ -183,17 +187,13 @@ def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -
     if strangers:
         wanted = benchmark.examples[0].image_id
         raise PredictionsError(
-            f"{len(strangers)} of {len(by_id)} predictions are for images that {benchmark.name} "
-            f"{benchmark.split} does not have, such as {min(strangers, key=str)!r}: "
+            f"{len(strangers)} of {len(by_id)} predictions are for images that {benchmark.title} "
+            f"does not have, such as {min(strangers, key=str)!r}: "
             f"expected ids like {wanted!r}"
         )
     found = [by_id.get(example.image_id) for example in benchmark.examples]
-    hits = sum(
-        is_hit(prediction.boxes, example.boxes)
-        for prediction, example in zip(found, benchmark.examples, strict=True)
-        if prediction is not None
-    )
-    return Corloc(hits, len(found)), found.count(None)
+    boxes = [[] if prediction is None else prediction.boxes for prediction in found]
+    return corloc(boxes, [example.boxes for example in benchmark.examples]), found.count(None)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -258,17 +258,24 @@ def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overw
 
 def _is_complete(results: Path) -> bool:
     """Whether a run ended here already: its speed and versions are then what was measured, and stay."""
-    return bool(json.loads(results.read_text(encoding="utf-8")).get("complete"))
+    return bool(_read_results(results).get("complete"))
 
 
-def _check_same_run(results: Path, settings: dict[str, Any]) -> None:
+def _read_results(results: Path) -> dict[str, Any]:
     try:
-        earlier = json.loads(results.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(results.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}")
+    except (OSError, ValueError, TypeError) as error:
         raise PredictionsError(
             f"{results.parent} holds predictions but no readable {results.name}: not a run to go on with; "
             "use --overwrite or another --out"
         ) from error
+    return found
+
+
+def _check_same_run(results: Path, settings: dict[str, Any]) -> None:
+    earlier = _read_results(results)
     changes = [
         f"{key} was {_show(before)} and is now {_show(now)}"
         for section, values in settings.items()
@@ -292,7 +299,7 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _results(settings: dict[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+def _results(settings: dict[str, Any], evaluation: Evaluation, device: str) -> dict[str, Any]:
     score = evaluation.score
     return {
         "complete": True,
@@ -309,7 +316,7 @@ def _results(settings: dict[str, Any], evaluation: Evaluation) -> dict[str, Any]
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
         "versions": {"python": platform.python_version(), **_versions()},
-        "device": describe_device(settings["options"]["device"]),
+        "device": device,
     }
 
 
@@ -323,8 +330,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def describe_device(kind: str) -> str:
+def describe_device(device: torch.device) -> str:
     """A line on the machine: the GPU's name, or the processor's and how many threads PyTorch uses."""
-    if kind == "cuda":
-        return f"cuda: {torch.cuda.get_device_name()}"
-    return f"{kind}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

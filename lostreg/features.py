@@ -8,7 +8,8 @@ What is returned, for every supported architecture:
 * ``q``, ``k``, ``v``: the projections of the layer's attention, heads side by side, after the query and key
   norms where the model has them (they are part of what the model compares), and before rotary embedding (which
   would mix the place of a patch into its content).
-* ``out``: the tokens that leave the block. For the last layer, after the model's final norm.
+* ``out``: the tokens that leave the block. For the last layer, after the model's final norm, where it has one before
+  its pooling: what timm's ``forward_features`` returns.
 """
 
 from collections.abc import Sequence

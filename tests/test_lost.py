@@ -188,6 +188,22 @@ def test_a_batch_too_large_for_one_gram_matrix_is_cut_into_parts(monkeypatch) ->
     assert torch.equal(per_image.degrees, whole.degrees)
 
 
+def test_autocast_and_gradients_around_it_change_nothing() -> None:
+    features = torch.randn(2, 100, 32, requires_grad=True)
+    plain = lost_boxes(features, (10, 10), "auto")
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = lost_boxes(features, (10, 10), "auto")
+    assert torch.equal(plain.degrees, cast.degrees)
+    assert torch.equal(plain.bias, cast.bias)
+    assert not plain.bias.requires_grad
+
+
+def test_an_empty_batch_has_an_empty_result() -> None:
+    result = lost_boxes(torch.ones(0, 12, 3), (3, 4), "auto")
+    assert result.xyxy.shape == (0, 4)
+    assert result.degrees.shape == result.masks.shape == (0, 3, 4)
+
+
 def test_half_precision_features_are_compared_in_float32() -> None:
     features = torch.randn(1, 64, 16).bfloat16()
     half, full = lost_boxes(features, (8, 8), -0.5), lost_boxes(features.float(), (8, 8), -0.5)
@@ -244,6 +260,9 @@ def test_the_component_is_what_a_flood_fill_reaches(mask, row, column) -> None:
         (lambda: lost_boxes(torch.ones(1, 12, 3), (3, 4), "auto", normalize=False), "normalised"),
         (lambda: lost_boxes(torch.full((1, 12, 3), torch.nan), (3, 4)), "finite"),
         (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), torch.zeros(3)), "bias must have shape"),
+        (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), "Auto"), "finite number or 'auto', not 'Auto'"),
+        (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), float("nan")), "finite number or 'auto', not nan"),
+        (lambda: lost_boxes(np.ones((2, 12, 3)), (3, 4)), "PyTorch tensor, not ndarray"),
         (lambda: lowest_degrees(torch.zeros(1, 4, dtype=torch.long), 5), "\\[1, 4\\], not 5"),
         (lambda: expand_seed(torch.ones(1, 3, 3), torch.ones(1, 4).long(), torch.ones(1).long(), 2), "shapes"),
     ],

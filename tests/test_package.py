@@ -36,23 +36,28 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
 @pytest.mark.parametrize("installed", ["wheel", "editable"])
 def test_the_sample_runs_outside_the_checkout(wheel: Path, installed: str, tmp_path: Path, repository: Path) -> None:
     environment = dict(os.environ)
+    script = Path(sys.executable).with_name("lostreg")
     if installed == "wheel":
-        zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-        environment["PYTHONPATH"] = str(tmp_path / "site")
-    code = "import lostreg, sys; from lostreg.cli.main import main; print(lostreg.__file__); sys.exit(main())"
-    arguments = ["eval", "sample", "--root", str(repository / "datasets" / "sample"), "--out", "out", "--limit", "2"]
+        site = tmp_path / "site"
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
+        subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
+        script = site / "bin" / "lostreg"
+        environment["PYTHONPATH"] = str(site)
+    arguments = ["eval", "sample", "--root", str(repository / "datasets" / "sample"), "--out", "out"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "--backbone", "imgfocus_vits14"],
+        [sys.executable, str(script), *arguments, "--backbone", "imgfocus_vits14"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    first, *_, last = done.stdout.splitlines()
-    assert Path(first).is_relative_to(tmp_path if installed == "wheel" else repository)
+    last = done.stdout.splitlines()[-1]
     assert last.startswith("corloc ")
-    assert last.endswith("/2)")
+    assert last.endswith("/6)")
+    code = "import lostreg; print(lostreg.__file__)"
+    where = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert Path(where.stdout.strip()).is_relative_to(tmp_path if installed == "wheel" else repository)
 
 
 def test_importing_lostreg_loads_no_model_library() -> None:

@@ -13,17 +13,23 @@ import timm
 
 from lostreg.cli.main import main
 
-README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CORLOC = re.compile(r"corloc \d+\.\d\d \(\d+/\d+\)")
 
 
-def blocks(language: str) -> list[str]:
-    return [body for found, body in BLOCKS.findall(README.read_text(encoding="utf-8")) if found == language]
+def blocks(repository: Path, language: str) -> list[str]:
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    return [body for found, body in BLOCKS.findall(text) if found == language]
 
 
-COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
-LOSTREG = [line for line in COMMANDS if line.startswith("lostreg ")]
+@pytest.fixture(scope="module")
+def commands(repository: Path) -> list[str]:
+    """Every line that a reader would type into a shell."""
+    return [line for block in blocks(repository, "sh") for line in block.splitlines()]
+
+
+def of_lostreg(commands: list[str]) -> list[str]:
+    return [line for line in commands if line.startswith("lostreg ")]
 
 
 @pytest.fixture(scope="module")
@@ -73,21 +79,21 @@ def _load_voc_of_any_length(*args: object, expected: int | None = None, **option
     return load_voc(*args, **options)  # type: ignore[arg-type]
 
 
-def test_the_readme_shows_commands() -> None:
-    assert len(LOSTREG) >= 10
-    assert {line.split()[1] for line in LOSTREG} >= {"predict", "eval", "score", "backbones", "datasets"}
+def test_the_readme_shows_commands(commands: list[str]) -> None:
+    assert len(of_lostreg(commands)) >= 10
+    assert {line.split()[1] for line in of_lostreg(commands)} >= {"predict", "eval", "score", "backbones", "datasets"}
 
 
-def test_the_make_targets_are_those_that_ci_runs(repository: Path) -> None:
-    others = [line for line in COMMANDS if line not in LOSTREG]
-    assert others == ["make demo", "make test"]
+def test_the_make_targets_are_those_that_ci_runs(repository: Path, commands: list[str]) -> None:
+    others = [line for line in commands if line not in of_lostreg(commands)]
+    assert others == ["make demo", "make test", "source .venv/bin/activate"]
     script = (repository / ".ci" / "run").read_text().splitlines()
-    assert set(others) | {"make lint"} <= set(script)
+    assert {"make demo", "make test", "make lint"} <= set(script)
 
 
 @pytest.mark.usefixtures("_in_folder")
-def test_every_lostreg_command_runs_in_the_order_shown(capfd: pytest.CaptureFixture[str]) -> None:
-    for line in LOSTREG:
+def test_every_lostreg_command_runs_in_the_order_shown(commands: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    for line in of_lostreg(commands):
         words = shlex.split(line)
         assert main(words[1:]) == 0, line
         last = capfd.readouterr().out.splitlines()[-1]
@@ -99,8 +105,8 @@ def test_every_lostreg_command_runs_in_the_order_shown(capfd: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("_in_folder")
-def test_the_python_code_runs() -> None:
-    (code,) = blocks("python")
+def test_the_python_code_runs(repository: Path) -> None:
+    (code,) = blocks(repository, "python")
     assert len(code.splitlines()) == 5
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("[[") == 5

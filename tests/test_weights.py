@@ -321,7 +321,7 @@ def test_a_cut_safetensors_file_is_refused(tmp_path: Path) -> None:
         read_state_dict(path)
 
 
-@pytest.mark.parametrize("name", ["weights.npz", "weights.onnx", "weights", "weights.pth.tar", "weights.PTH"])
+@pytest.mark.parametrize("name", ["weights.npz", "weights.onnx", "weights", "weights.pth.tar"])
 def test_another_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(WeightsError, match=r"expected a \.safetensors, \.pth, \.pt, \.bin file"):
@@ -377,8 +377,8 @@ def test_what_is_harmless_here_is_not_so_for_the_rest_of_the_program(tmp_path: P
         ({}, "found dict"),
         (None, "found NoneType"),
         ({"state_dict": {}}, "found dict"),
-        ({"a": torch.ones(1), "epoch": 3}, "'epoch' is none"),
-        ({"model": {"a": [torch.ones(1)]}}, "'a' is none"),
+        ({"a": torch.ones(1), "epoch": 3}, "'epoch' is no tensor"),
+        ({"model": {"a": [torch.ones(1)]}}, "'a' is no tensor"),
     ],
 )
 def test_contents_other_than_named_tensors_are_refused(tmp_path: Path, content: Any, message: str) -> None:
@@ -569,3 +569,20 @@ def test_the_releases_own_naming_from_the_hub_is_left_to_timm(cache: Path) -> No
     torch.testing.assert_close(found["reg_token"][0], released[f"{prefix}patch_generator.cls_token.token"][1:])
     for name, value in blocks.items():
         torch.testing.assert_close(found[name], value)
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    backbone = built("dino_vits16")
+    state = state_of(backbone.model)
+    path = save({**state, "backbone.norm.weight": torch.ones_like(state["norm.weight"])}, tmp_path / "twice.pth")
+    with pytest.raises(WeightsError, match=r"two tensors of the file are both 'norm\.weight'"):
+        load_file_into(backbone.model, path)
+
+
+def test_a_register_file_without_positions_names_what_it_lacks(tmp_path: Path) -> None:
+    backbone = built("dinov2_vits14_reg")
+    state = state_of(backbone.model)
+    state["register_tokens"] = state.pop("reg_token")
+    del state["pos_embed"]
+    with pytest.raises(WeightsError, match=r"lacks pos_embed$"):
+        load_file_into(backbone.model, save(state, tmp_path / "cut.pth"))

@@ -6,8 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lostreg.cli.parser import Subparsers, positive_int
-
-_FETCHABLE = ("voc07", "voc12", "coco20k")
+from lostreg.datasets import FETCHABLE
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -18,7 +17,7 @@ def add_parser(commands: Subparsers) -> None:
         description="List the benchmarks and where they are found; `lostreg datasets fetch NAME` downloads one.",
     )
     parser.add_argument("action", nargs="?", choices=("list", "fetch"), default="list", help="default: list")
-    parser.add_argument("name", nargs="?", choices=_FETCHABLE, help="what to fetch")
+    parser.add_argument("name", nargs="?", choices=FETCHABLE, help="what to fetch")
     parser.add_argument("--root", type=Path, default=Path("datasets"), metavar="DIR", help="default: ./datasets")
     parser.add_argument("--json", action="store_true", help="the list as JSON")
     parser.add_argument("--mirror", metavar="URL", help="fetch from here instead of the official servers")
@@ -39,7 +38,7 @@ def _fetch(args: argparse.Namespace) -> int:
     from lostreg.datasets.fetch import fetch
 
     if args.name is None:
-        args.parser.error(f"fetch needs a name: {', '.join(_FETCHABLE)}")
+        args.parser.error(f"fetch needs a name: {', '.join(FETCHABLE)}")
     print(fetch(args.name, args.root, mirror=args.mirror, workers=args.workers))
     return 0
 

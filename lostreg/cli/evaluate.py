@@ -3,13 +3,15 @@
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lostreg import defaults
 from lostreg.cli.parser import (
     Subparsers,
     add_benchmark_options,
+    add_max_side,
     add_method_options,
     make_discoverer,
     open_benchmark,
@@ -43,6 +45,7 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     parser.add_argument("--plots", action="store_true", help="a picture per image, in OUT/plots")
     add_benchmark_options(parser)
+    add_max_side(parser, None)
     add_method_options(parser, several_backbones=True)
     parser.set_defaults(run=run)
 
@@ -52,28 +55,33 @@ def run(args: argparse.Namespace) -> int:
     from lostreg.backbones import find_spec
     from lostreg.datasets import require_images
 
-    backbones: list[str] = list(dict.fromkeys(args.backbone))
+    backbones: list[str] = list(dict.fromkeys(args.backbone or [defaults.BACKBONE]))
     if args.weights and len(backbones) > 1:
         raise OptionError(f"--weights is one file, but there are {len(backbones)} backbones")
     for backbone in backbones:
         find_spec(backbone)
+    if args.benchmark == "coco" and args.images is None:
+        raise OptionError("eval coco needs --images, the folder that file names in the annotations are relative to")
     benchmark = open_benchmark(args)
     require_images(benchmark)
     if len(backbones) == 1:
-        print(_evaluate(args, benchmark, backbones[0], args.out).score)
+        _evaluate(args, benchmark, backbones[0], args.out)
         return 0
-    found = {
-        backbone: _evaluate(args, benchmark, backbone, args.out / backbone.replace(":", "_")) for backbone in backbones
-    }
-    print(_table(found))
+    found: dict[str, Evaluation] = {}
+    try:
+        for backbone in backbones:
+            found[backbone] = _evaluate(args, benchmark, backbone, args.out / backbone.replace(":", "_"))
+    finally:
+        if found:  # where one fails, those before it are not lost
+            print(_table(found), flush=True)
     return 0
 
 
 def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, out: Path) -> "Evaluation":
     from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, evaluate
 
-    # Boxes of benchmarks refer to pixels as they are stored, at full size.
-    discoverer = make_discoverer(args, backbone, exif=False, max_side=None)
+    # Boxes of benchmarks refer to pixels as they are stored.
+    discoverer = make_discoverer(args, backbone, exif=False)
     with _progress_bar(backbone, len(benchmark)) as on_progress:
         evaluation = evaluate(
             benchmark,
@@ -86,11 +94,12 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
             on_discovery=_plotter(out / "plots") if args.plots else None,
         )
     low, high = evaluation.score.wilson_interval()
-    print(f"{backbone} on {benchmark.name} {benchmark.split}: 95 % interval {low:.2f} to {high:.2f}")
+    print(f"{backbone} on {benchmark.title}: 95 % interval {low:.2f} to {high:.2f}")
     if evaluation.unreadable:
-        print(f"{evaluation.unreadable} images could not be read and count as misses")
-    written = [PREDICTIONS_FILE, RESULTS_FILE] + (["plots"] if args.plots else [])
-    print(f"written to {out}: {', '.join(written)}", flush=True)
+        print(f"{evaluation.unreadable} images could not be read and count as misses (--overwrite tries them again)")
+    written = [PREDICTIONS_FILE, RESULTS_FILE] + ([f"plots of {evaluation.computed} images"] if args.plots else [])
+    print(f"written to {out}: {', '.join(written)}")
+    print(evaluation.score, flush=True)
     return evaluation
 
 
@@ -103,10 +112,13 @@ def _progress_bar(backbone: str, total: int) -> Iterator["Callback"]:
     from lostreg.evaluate import Progress
 
     unreadable = 0
-    with tqdm(total=total, desc=backbone, unit="img", file=sys.stderr) as bar:
+    with ExitStack() as stack:
+        bar: tqdm[None] | None = None
 
         def advance(progress: Progress) -> None:
-            nonlocal unreadable
+            nonlocal bar, unreadable
+            if bar is None:  # only now: an error before the first image is one line, without an empty bar
+                bar = stack.enter_context(tqdm(total=total, desc=backbone, unit="img", file=sys.stderr))
             if progress.unreadable > unreadable:
                 unreadable = progress.unreadable
                 bar.set_description_str(f"{backbone}, {unreadable} unreadable")

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from lostreg import __version__
 from lostreg.cli import backbones, datasets, evaluate, predict, score
@@ -38,23 +39,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 1 where standard output was closed early, 2 for bad input, 130 after Ctrl-C.
     """
-    args = build_parser().parse_args(argv)
+    command = ""
+    try:
+        args = build_parser().parse_args(_join_bias(sys.argv[1:] if argv is None else argv))
+        command = f" {args.command}"
+        return _run(args)
+    except (LostregError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away: no error of the user's
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        sys.stderr.write(f"lostreg{command}: error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nlostreg: interrupted; what was written so far is kept\n")
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
     logging.getLogger("timm").setLevel(logging.ERROR)
     # On files that are broken or no checkpoints: those are reported in one line.
     warnings.filterwarnings("ignore", module=r"PIL\.|torch\._weights_only")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text of any encoding
-    try:
-        code: int = args.run(args)
-        sys.stdout.flush()
-    except (LostregError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output went away: no error of the user's
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        message = " ".join(str(error).split())
-        sys.stderr.write(f"lostreg {args.command}: error: {message}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("\nlostreg: interrupted; what was written so far is kept\n")
-        return 130
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
+    code: int = args.run(args)
+    sys.stdout.flush()
     return code
+
+
+def _join_bias(arguments: Sequence[str]) -> list[str]:
+    """``--bias -1e-3`` as one word: argparse before Python 3.13 takes such a number for an option."""
+    joined: list[str] = []
+    for word in arguments:
+        if joined and joined[-1] == "--bias" and word.startswith("-"):
+            joined[-1] = f"--bias={word}"
+        else:
+            joined.append(word)
+    return joined

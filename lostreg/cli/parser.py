@@ -4,8 +4,9 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from lostreg import defaults
 from lostreg.backbone_table import FEATURES
 
 if TYPE_CHECKING:
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
 
 Subparsers = Any  # argparse keeps the class of subparsers to itself
 
-DEFAULT_BACKBONE: Final = "dinov2_vits14_reg"
-PRECISIONS: Final = ("fp32", "bf16", "fp16")
-
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line."""
+    """Reports a bad argument in one line, and takes options by their whole names alone."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on standard error."""
@@ -53,17 +54,17 @@ def bias_value(text: str) -> float | Literal["auto"]:
 def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bool = False) -> None:
     """The options of the method, shared by ``predict`` and ``eval``."""
     group = parser.add_argument_group("method")
-    backbone_help = f"a row of `lostreg backbones`, or timm:NAME (default: {DEFAULT_BACKBONE})"
+    backbone_help = f"a row of `lostreg backbones`, or timm:NAME (default: {defaults.BACKBONE})"
     if several_backbones:
         group.add_argument(
             "--backbone",
             nargs="+",
-            default=[DEFAULT_BACKBONE],
+            action="extend",
             metavar="NAME",
             help=backbone_help + "; several run one after the other and end with one table",
         )
     else:
-        group.add_argument("--backbone", default=DEFAULT_BACKBONE, metavar="NAME", help=backbone_help)
+        group.add_argument("--backbone", default=defaults.BACKBONE, metavar="NAME", help=backbone_help)
     group.add_argument(
         "--weights",
         type=Path,
@@ -88,26 +89,43 @@ def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bo
     group.add_argument(
         "--k-patches",
         type=positive_int,
-        default=100,
+        default=defaults.K_PATCHES,
         metavar="N",
-        help="low-degree patches that may join the seed (default: 100)",
+        help=f"low-degree patches that may join the seed (default: {defaults.K_PATCHES})",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the backbone (default: fp32)")
+    group.add_argument(
+        "--precision", choices=defaults.PRECISIONS, default="fp32", help="of the backbone (default: fp32)"
+    )
     group.add_argument(
         "--batch-size",
         type=positive_int,
-        default=8,
+        default=defaults.BATCH_SIZE,
         metavar="N",
-        help="images of one shape that run together (default: 8)",
+        help=f"images of one shape that run together (default: {defaults.BATCH_SIZE})",
     )
     group.add_argument(
         "--max-pixels",
         type=positive_int,
-        default=200_000_000,
+        default=defaults.MAX_PIXELS,
         metavar="N",
-        help="larger images are refused before they are decoded (default: 200000000)",
+        help=f"larger images are refused before they are decoded (default: {defaults.MAX_PIXELS})",
     )
+
+
+def add_max_side(parser: argparse.ArgumentParser, default: int | None) -> None:
+    """The option that bounds the size of images, whose default depends on the command."""
+    parser.add_argument(
+        "--max-side",
+        type=_max_side,
+        default=default,
+        metavar="N|none",
+        help=f"scale longer images down to this side; boxes stay in original pixels (default: {default or 'none'})",
+    )
+
+
+def _max_side(text: str) -> int | None:
+    return None if text == "none" else positive_int(text)
 
 
 def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> "Discoverer":
@@ -125,6 +143,7 @@ def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> 
         device=args.device,
         precision=args.precision,
         batch_size=args.batch_size,
+        max_side=args.max_side,
         max_pixels=args.max_pixels,
         **options,
     )
@@ -160,4 +179,4 @@ def open_benchmark(args: argparse.Namespace) -> "Benchmark":
 
 def tell(message: str) -> None:
     """A line for the person at the terminal, out of the way of standard output."""
-    sys.stderr.write(f"lostreg: {message}\n")
+    sys.stderr.write(f"lostreg: {' '.join(message.split())}\n")

@@ -9,8 +9,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from lostreg.cli.parser import Subparsers, add_method_options, make_discoverer, positive_int, tell
+from lostreg import defaults
+from lostreg.cli.parser import Subparsers, add_max_side, add_method_options, make_discoverer, tell
 from lostreg.errors import ImageError, OptionError
+
+_OTHER_PICTURES = (".bmp", ".eps", ".gif", ".pdf", ".svg", ".tif", ".tiff")  # no folder is meant
 
 if TYPE_CHECKING:
     from lostreg.regions import Discovery
@@ -24,7 +27,12 @@ def add_parser(commands: Subparsers) -> None:
         description="Find the main object of each image. An image that cannot be read is reported, the others "
         "go on, and the exit code is 2 at the end.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched to the bottom) or globs")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="files, folders (with all their subfolders) or globs; before the options",
+    )
     parser.add_argument("--json", metavar="FILE|-", help="write predictions as JSON Lines; - is standard output")
     parser.add_argument(
         "--plot",
@@ -32,13 +40,7 @@ def add_parser(commands: Subparsers) -> None:
         metavar="FILE|DIR",
         help="picture with box, seed and degree map: a file for one image, else a folder",
     )
-    parser.add_argument(
-        "--max-side",
-        type=_max_side,
-        default=1024,
-        metavar="N|none",
-        help="scale longer images down to this side; boxes stay in original pixels (default: 1024)",
-    )
+    add_max_side(parser, defaults.MAX_SIDE)
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     add_method_options(parser)
     parser.set_defaults(run=run)
@@ -47,12 +49,12 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict; the exit code is 2 if any image could not be read."""
     paths = find_images(args.images)
-    plots = _plot_paths(args.plot, paths) if args.plot else None
+    plots = _plot_paths(args.plot, args.images, paths) if args.plot else None
     failed = 0
     with ExitStack() as stack:
         output = _open_json(args.json, stack) if args.json else None
-        discoverer = make_discoverer(args, args.backbone, max_side=args.max_side)
-        if output and output is not sys.stdout:
+        discoverer = make_discoverer(args, args.backbone)
+        if output and output is not sys.stdout and Path(args.json).is_file():
             output.truncate(0)  # only now: a mistake in the other options costs no earlier file
         if output is not sys.stdout:
             print(_row("image", "x1", "y1", "x2", "y2", "score"))
@@ -69,10 +71,6 @@ def run(args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def _max_side(text: str) -> int | None:
-    return None if text == "none" else positive_int(text)
-
-
 def find_images(arguments: Iterable[str]) -> list[Path]:
     """The image files that files, folders and globs stand for, folders and globs sorted.
 
@@ -83,9 +81,11 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
 
     found: list[Path] = []
     for argument in arguments:
+        if not argument:
+            raise OptionError("expected a file, folder or glob, found an empty argument")
         path = Path(argument)
         if path.is_dir():
-            inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in SUFFIXES and not item.is_dir())
+            inside = sorted(item for item in _walk(path) if item.suffix.lower() in SUFFIXES)
             if not inside:
                 raise OptionError(f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}")
             found += inside
@@ -101,6 +101,18 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
     return found
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    """The files of a folder and of its subfolders, also those that are links, each folder once."""
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place) / name for name in files)
+
+
 def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None) -> None:
     from lostreg.predictions import from_discovery, from_error
 
@@ -111,7 +123,7 @@ def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None
         prediction = from_discovery(path.as_posix(), outcome)
         if output is not sys.stdout:
             box = [f"{value:.0f}" for value in outcome.xyxy[0]]
-            print(_row(path.as_posix(), *box, f"{outcome.scores[0]:.2f}"), flush=True)
+            print(_row(path.as_posix().replace("\n", "\\n"), *box, f"{outcome.scores[0]:.2f}"), flush=True)
     if output:
         output.write(prediction.to_line() + "\n")
         output.flush()
@@ -140,7 +152,7 @@ def _make_folder(folder: Path) -> None:
         raise OptionError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
-def _plot_paths(target: Path, paths: list[Path]) -> list[Path]:
+def _plot_paths(target: Path, arguments: list[str], paths: list[Path]) -> list[Path]:
     """Where each picture goes; images of one name in different folders get different pictures.
 
     Raises:
@@ -148,19 +160,23 @@ def _plot_paths(target: Path, paths: list[Path]) -> list[Path]:
             picture would take the place of an image.
     """
     plots = _place_plots(target, paths)
-    images = {path.resolve() for path in paths}
-    for plot in plots:
-        if plot.resolve() in images:
-            raise OptionError(f"--plot {target} would overwrite the image {plot}: give another folder")
+    place, images = target.resolve(), {path.resolve() for path in paths}
+    # Beside images, pictures would replace others of their name; in a folder that is searched, they would be
+    # taken for images the next time.
+    searched = [Path(argument).resolve() for argument in arguments if Path(argument).is_dir()]
+    folder = plots != [target]
+    if place in images or (
+        folder and (place in {path.parent for path in images} or any(place.is_relative_to(path) for path in searched))
+    ):
+        raise OptionError(f"--plot {target} is among the images: give another folder")
     return plots
 
 
 def _place_plots(target: Path, paths: list[Path]) -> list[Path]:
-    from lostreg.images import SUFFIXES
     from lostreg.plots import PLOT_SUFFIXES
 
     suffix = target.suffix.lower()
-    if suffix in SUFFIXES and suffix not in PLOT_SUFFIXES and not target.is_dir():
+    if suffix in _OTHER_PICTURES and not target.is_dir():
         raise OptionError(f"--plot {target}: expected a folder or a file ending in {', '.join(PLOT_SUFFIXES)}")
     if suffix in PLOT_SUFFIXES and not target.is_dir():
         if len(paths) > 1:

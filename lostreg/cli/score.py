@@ -34,6 +34,6 @@ def run(args: argparse.Namespace) -> int:
     if unreadable:
         tell(f"{unreadable} images could not be read when predicting and count as misses")
     low, high = score.wilson_interval()
-    print(f"{benchmark.name} {benchmark.split}: 95 % interval {low:.2f} to {high:.2f}")
+    print(f"{benchmark.title}: 95 % interval {low:.2f} to {high:.2f}")
     print(score)
     return 0

@@ -1,10 +1,11 @@
 """Benchmarks: images with ground-truth boxes, and where they come from."""
 
 from lostreg.datasets.base import Benchmark, Example, require_images
-from lostreg.datasets.registry import BENCHMARKS, find_benchmarks, load_benchmark
+from lostreg.datasets.registry import BENCHMARKS, FETCHABLE, find_benchmarks, load_benchmark
 
 __all__ = [
     "BENCHMARKS",
+    "FETCHABLE",
     "Benchmark",
     "Example",
     "find_benchmarks",

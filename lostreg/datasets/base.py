@@ -50,6 +50,11 @@ class Benchmark:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def title(self) -> str:
+        """Name and split, for people."""
+        return f"{self.name} {self.split}".strip()
+
     def fingerprint(self) -> str:
         """SHA-256 over ids and boxes in order: two runs with the same value scored the same task."""
         digest = hashlib.sha256()
@@ -71,7 +76,7 @@ def require_images(benchmark: Benchmark) -> None:
     missing = [example.path for example in benchmark.examples if not example.path.is_file()]
     if missing:
         raise DatasetError(
-            f"{benchmark.name}: {len(missing)} of {len(benchmark)} images are missing, "
+            f"{benchmark.name}: {len(missing)} of {len(benchmark)} images are missing: "
             f"{name_some([str(path) for path in missing])}"
         )
 

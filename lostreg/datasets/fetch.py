@@ -18,7 +18,7 @@ from tqdm import tqdm
 from lostreg.datasets import coco20k
 from lostreg.datasets.base import name_some
 from lostreg.datasets.download import check_http, download
-from lostreg.datasets.registry import BENCHMARKS, benchmark_info
+from lostreg.datasets.registry import BENCHMARKS, FETCHABLE, benchmark_info
 from lostreg.datasets.voc import list_annotations, list_images, read_split
 from lostreg.errors import DatasetError, OptionError
 
@@ -58,9 +58,8 @@ def fetch(name: str, root: Path, *, mirror: str | None = None, workers: int = 8,
         OptionError: if ``workers`` or ``mirror`` is out of range.
     """
     info = benchmark_info(name)
-    if name not in (*_VOC_ARCHIVES, "coco20k"):
-        fetched = ", ".join([*_VOC_ARCHIVES, "coco20k"])
-        raise DatasetError(f"{name} is not downloaded ({info.source}); these are: {fetched}")
+    if name not in FETCHABLE:
+        raise DatasetError(f"{name} is not downloaded ({info.source}); these are: {', '.join(FETCHABLE)}")
     if workers < 1:
         raise OptionError(f"workers must be at least 1, got {workers}")
     if mirror is not None:

@@ -13,6 +13,7 @@ from lostreg.datasets.voc import find_voc, has_voc_layout, load_voc
 from lostreg.errors import DatasetError, OptionError
 
 DEFAULT_ROOT = Path("datasets")
+FETCHABLE = ("voc07", "voc12", "coco20k")
 
 _VOC_TERMS = "images from Flickr, under Flickr's terms of use and their owners' rights"
 _COCO_TERMS = "annotations CC BY 4.0; images from Flickr under Flickr's terms of use"
@@ -138,10 +139,10 @@ BENCHMARKS: Mapping[str, BenchmarkInfo] = MappingProxyType({row.name: row for ro
 def load_benchmark(
     name: str,
     *,
-    root: Path | None = None,
+    root: str | Path | None = None,
     split: str | None = None,
-    images: Path | None = None,
-    annotations: Path | None = None,
+    images: str | Path | None = None,
+    annotations: str | Path | None = None,
     no_hard: bool = False,
 ) -> Benchmark:
     """Load a benchmark by its name. The image files need not be there: see `require_images`.
@@ -150,7 +151,8 @@ def load_benchmark(
         name: a key of `BENCHMARKS`.
         root: where the data is; None means ``datasets`` below the working directory.
         split: None means the benchmark's default split.
-        images: folder of images, for ``coco`` only.
+        images: folder of images, for ``coco`` only; None means that of the annotations file, which will do
+            for scoring.
         annotations: COCO instances file, for ``coco`` only.
         no_hard: drop difficult and truncated objects, for benchmarks in VOC layout.
 
@@ -166,10 +168,11 @@ def load_benchmark(
     used = {key for key, value in given.items() if value is not None} | ({"no_hard"} if no_hard else set())
     _check_options(info, used)
     if info.name == "coco":
-        if images is None or annotations is None:
-            raise OptionError("coco needs both a folder of images and an annotations file")
-        return load_coco(images, annotations, name=name)
-    place = DEFAULT_ROOT if root is None else root
+        if annotations is None:
+            raise OptionError("coco needs an annotations file")
+        folder = Path(annotations).parent if images is None else Path(images)
+        return load_coco(folder, Path(annotations), name=name)
+    place = DEFAULT_ROOT if root is None else Path(root)
     if info.name == "coco20k":
         return load_coco20k(place, name=name)
     split = info.default_split if split is None else split

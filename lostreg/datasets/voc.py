@@ -128,6 +128,8 @@ def read_split(root: Path, split: str) -> list[str]:
     Raises:
         DatasetError: if the file is missing, unreadable, empty, or lists an image twice.
     """
+    if Path(split).name != split:
+        raise DatasetError(f"expected the name of a split such as trainval, not {split!r}")
     path = split_file(root, split)
     try:
         text = path.read_text(encoding="utf-8-sig")

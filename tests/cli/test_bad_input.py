@@ -71,6 +71,8 @@ def place(tmp_path: Path, _template: Path) -> Path:
 @pytest.fixture(scope="module")
 def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("template")
+    (place / "listed").mkdir()
+    (place / "listed" / "results.json").write_text("[]")
     picture = Image.fromarray(disc_picture(98, 70))
     picture.save(place / "good.jpg")
     picture.save(place / "good.png")
@@ -115,11 +117,20 @@ def run(command: str, place: Path) -> int | str | None:
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines on standard error but progress bars, which are drawn over themselves."""
-    return [line for line in capsys.readouterr().err.split("\n") if line and "\r" not in line]
+    """The lines on standard error: an error before the first image draws no progress bar."""
+    return [line for line in capsys.readouterr().err.split("\n") if line and "img/s" not in line]
 
 
 BAD = {
+    "empty argument": (f"predict '' {FAST}", "expected a file, folder or glob, found an empty argument"),
+    "abbreviated option": (f"eval voc --root {{}}/voc --out {{}}/out --lim 1 {FAST}", "unrecognized arguments: --lim"),
+    "plots in a searched folder": (f"predict {{}}/voc --plot {{}}/voc/new {FAST}", "is among the images"),
+    "plot as PDF": (f"predict {{}}/good.jpg --plot {{}}/found.pdf {FAST}", "expected a folder or a file ending in"),
+    "a split elsewhere": (
+        f"eval voc --root {{}}/voc --split ../x --out {{}}/out {FAST}",
+        "expected the name of a split",
+    ),
+    "results that are none": (f"eval voc --root {{}}/voc --out {{}}/listed {FAST}", "no readable results.json"),
     # images
     "missing file": (f"predict {{}}/none.jpg {FAST}", r"none\.jpg: no such file"),
     "text named .jpg": (f"predict {{}}/text.jpg {FAST}", r"text\.jpg: not a readable image \(cannot identify"),
@@ -137,8 +148,14 @@ BAD = {
         f"predict {{}}/good.jpg {{}}/dot.png --plot {{}}/a.png {FAST}",
         "one file, but .* 2 images",
     ),
-    "plot over an image": (f"predict {{}}/good.jpg --plot {{}}/good.jpg {FAST}", r"overwrite the image .*good\.jpg"),
-    "plots over images": (f"predict {{}}/good.png {{}}/dot.png --plot {{}} {FAST}", r"overwrite the image .*good\.png"),
+    "plot over an image": (
+        f"predict {{}}/good.jpg --plot {{}}/good.jpg {FAST}",
+        r"--plot .*good\.jpg is among the images: give another folder",
+    ),
+    "plots over images": (
+        f"predict {{}}/good.png {{}}/dot.png --plot {{}} {FAST}",
+        "is among the images: give another folder",
+    ),
     "plot below a file": (
         f"predict {{}}/good.jpg --plot {{}}/file/a.png {FAST}",
         "cannot make the folder .*/file: File exists",
@@ -224,7 +241,7 @@ BAD = {
         "looked for Annotations and ImageSets/Main",
     ),
     "too few images": (f"eval voc07 --root {{}}/voc --out {{}}/out {FAST}", "expected 5011 images .*found 4"),
-    "missing images": (f"eval voc --root {{}}/gap --out {{}}/out {FAST}", r"1 of 4 images are missing, .*im02\.jpg"),
+    "missing images": (f"eval voc --root {{}}/gap --out {{}}/out {FAST}", r"1 of 4 images are missing: .*im02\.jpg"),
     "no objects": (f"eval voc --root {{}}/bare --out {{}}/out {FAST}", r"im01\.xml has no <object>"),
     "no split": (f"eval voc --root {{}}/voc --split val --out {{}}/out {FAST}", "no split 'val'.*there are trainval"),
     "no boxes": (
@@ -234,7 +251,7 @@ BAD = {
     "no JSON": (f"eval coco --images {{}} --annotations {{}}/good.jpg --out {{}}/out {FAST}", r"good\.jpg is not JSON"),
     "no annotations": (
         f"eval coco --root {{}} --out {{}}/out {FAST}",
-        "coco takes no root: it takes images, annotations",
+        "eval coco needs --images",
     ),
     "no limit": (
         f"eval voc --root {{}}/voc --limit 0 --out {{}}/out {FAST}",
@@ -322,7 +339,7 @@ def test_plots_of_the_readable_images_are_drawn(place: Path) -> None:
 def test_eval_counts_an_unreadable_image_as_a_miss_and_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"eval voc --root {{}}/broken --out {{}}/out {FAST}", place) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "1 images could not be read and count as misses" in lines
+    assert "1 images could not be read and count as misses (--overwrite tries them again)" in lines
     assert lines[-1].endswith("/4)")
     assert json.loads((place / "out/results.json").read_text())["unreadable"] == 1
 

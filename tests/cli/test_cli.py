@@ -363,3 +363,70 @@ def test_a_picture_of_a_format_that_is_not_written_is_refused(
     assert predict(images / "im00.jpg", "--plot", tmp_path / "found.bmp") == 2
     assert "expected a folder or a file ending in .png" in capsys.readouterr().err
     assert not (tmp_path / "found.bmp").exists()
+
+
+@pytest.mark.parametrize("bias", [["--bias", "-0.5"], ["--bias=-1e-3"], ["--bias", "-1e-3"], ["--bias", "auto"]])
+def test_a_bias_is_written_as_numbers_are(images: Path, bias: list[str]) -> None:
+    assert predict(images / "im00.jpg", *bias) == 0
+
+
+def test_backbones_may_be_named_one_by_one(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "voc", "--root", str(root), "--out", str(tmp_path / "out"), "--limit", "1", "--device", "cpu"]
+    assert main([*command, "--backbone", "dino_vits16", "--backbone", "deit3_vits16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-3:]] == ["backbone", "dino_vits16", "deit3_vits16"]
+
+
+def test_a_backbone_that_fails_costs_nothing_of_those_before_it(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    (out / "deit3_vits16").mkdir(parents=True)
+    (out / "deit3_vits16" / "predictions.jsonl").write_text("mine\n")
+    command = ["eval", "voc", "--root", str(root), "--out", str(out), "--limit", "1", "--device", "cpu"]
+    assert main([*command, "--backbone", "dino_vits16", "deit3_vits16"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1].startswith("dino_vits16 ")
+    assert "not a run to go on with" in captured.err
+
+
+def test_images_of_a_benchmark_can_be_bounded(root: Path, tmp_path: Path) -> None:
+    command = ["eval", "voc", "--root", str(root), "--limit", "2", *FAST]
+    for side in ("none", "60"):
+        assert main([*command, "--out", str(tmp_path / side), "--max-side", side]) == 0
+    boxes = [json_lines((tmp_path / side / "predictions.jsonl").read_text()) for side in ("none", "60")]
+    assert [line["width"] for line in boxes[0]] == [line["width"] for line in boxes[1]] == [98, 78]
+    assert json.loads((tmp_path / "60" / "results.json").read_text())["options"]["max_side"] == 60
+
+
+def test_linked_folders_are_searched_and_circles_end(images: Path, tmp_path: Path, capsys) -> None:
+    place = tmp_path / "linked"
+    place.mkdir()
+    (place / "more").symlink_to(images, target_is_directory=True)
+    (place / "circle").symlink_to(place, target_is_directory=True)
+    assert predict(place) == 0
+    assert len(table(capsys.readouterr().out)) == 6
+
+
+def test_predictions_go_into_a_pipe(images: Path) -> None:
+    assert predict(images / "im00.jpg", "--json", os.devnull) == 0
+
+
+def test_coco_is_scored_without_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    annotations = tmp_path / "boxes.json"
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": [{"id": 1}]}
+    content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10]}]
+    annotations.write_text(json.dumps(content))
+    predictions = tmp_path / "predictions.jsonl"
+    predictions.write_text('{"image_id": 1, "boxes": [[0, 0, 10, 10]]}')
+    assert main(["score", str(predictions), "coco", "--annotations", str(annotations)]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("coco: 95 % interval")
+    assert last == "corloc 100.00 (1/1)"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closes a file descriptor")
+def test_a_closed_standard_output_is_no_traceback() -> None:
+    script = Path(sys.executable).with_name("lostreg")
+    done = subprocess.run(["sh", "-c", f"'{script}' backbones >&-"], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr

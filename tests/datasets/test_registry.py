@@ -66,9 +66,8 @@ def test_an_unknown_name_far_from_all_just_lists_them() -> None:
         ("coco20k", {"split": "val"}, "coco20k takes no split"),
         ("coco", {"split": "val", "images": Path("x"), "annotations": Path("x")}, "coco takes no split"),
         ("coco", {"root": Path("x")}, "coco takes no root: it takes images, annotations"),
-        ("coco", {"images": Path("x")}, "needs both"),
-        ("coco", {"annotations": Path("x")}, "needs both"),
-        ("coco", {}, "needs both"),
+        ("coco", {"images": Path("x")}, "needs an annotations file"),
+        ("coco", {}, "needs an annotations file"),
         ("voc", {}, "voc needs a root"),
     ],
 )

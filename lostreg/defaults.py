@@ -1,0 +1,12 @@
+"""Values that the Python API and the command line share. Imports nothing, so that `lostreg --help` stays quick."""
+
+from typing import Final, Literal
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+BACKBONE: Final = "dinov2_vits14_reg"
+PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "bf16", "fp16")
+K_PATCHES: Final = 100  # as in LOST's published code
+BATCH_SIZE: Final = 8
+MAX_SIDE: Final = 1024
+MAX_PIXELS: Final = 200_000_000
