@@ -103,7 +103,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         calls = f" (it refers to {wanted[1]})" if wanted else ""
         raise WeightsError(
-            f"{path} holds more than tensors{calls}, or is no checkpoint; it was not loaded, since a pickle can run code"
+            f"{path} holds more than tensors{calls}, or is no checkpoint; it was not loaded, since a pickle can "
+            "run code"
         ) from error
     except Exception as error:  # the unpickler raises whatever the bytes of a file that is no pickle lead it to
         raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
