@@ -97,13 +97,17 @@ def lost_boxes(
 @contextmanager
 def _exact_float32(device: torch.device) -> Iterator[None]:
     """Products in float32, whatever autocast or TF32 the caller has on: signs of similarities decide the boxes."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    places = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    settings = [place for place in places if hasattr(place, "fp32_precision")]  # since PyTorch 2.9
+    before = [place.fp32_precision for place in settings]
+    for place in settings:
+        place.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for place, precision in zip(settings, before, strict=True):
+            place.fp32_precision = precision
 
 
 def check_bias(bias: object) -> None:

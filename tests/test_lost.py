@@ -198,6 +198,30 @@ def test_autocast_and_gradients_around_it_change_nothing() -> None:
     assert not plain.bias.requires_grad
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs PyTorch 2.9")
+def test_reduced_precision_of_products_is_off_while_it_matters_and_back_afterwards(monkeypatch) -> None:
+    seen = []
+    real = torch.Tensor.__matmul__
+
+    def spy(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        return real(first, second)
+
+    places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    try:
+        for place, reduced in zip(places, ("tf32", "bf16"), strict=True):
+            place.fp32_precision = reduced
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.Tensor, "__matmul__", spy)
+            lost_boxes(torch.randn(1, 100, 32), (10, 10), "auto")
+        assert set(seen) == {("ieee", "ieee")}
+        assert [place.fp32_precision for place in places] == ["tf32", "bf16"]
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
 def test_an_empty_batch_has_an_empty_result() -> None:
     result = lost_boxes(torch.ones(0, 12, 3), (3, 4), "auto")
     assert result.xyxy.shape == (0, 4)
