@@ -83,7 +83,8 @@ def find_spec(name: str) -> BackboneSpec:
     timm_name = name.removeprefix("timm:")
     architecture = timm_name.partition(".")[0]
     if not timm.is_model(architecture):
-        raise BackboneError(f"timm has no model '{timm_name}'{_nearest(architecture, timm.list_models())}")
+        models = [model for module in _TIMM_MODULES for model in timm.list_models(module=module)]
+        raise BackboneError(f"timm has no model '{timm_name}'{_nearest(architecture, models)}")
     if timm_name != architecture and timm_name not in timm.list_models(f"{architecture}.*", pretrained=True):
         raise BackboneError(
             f"timm has no weights '{timm_name}'{_nearest(timm_name, timm.list_pretrained(f'{architecture}.*'))}"
@@ -98,7 +99,7 @@ def find_spec(name: str) -> BackboneSpec:
 
 def _nearest(name: str, names: list[str]) -> str:
     close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def build_backbone(spec: BackboneSpec, **timm_options: Any) -> Backbone:

@@ -224,7 +224,8 @@ def _require_hub(timm_name: str) -> None:
     except urllib.error.HTTPError:
         return  # it answered
     except (OSError, ValueError, http.client.HTTPException) as error:
-        raise BackboneError(_ways_out(timm_name, _first_line(error))) from error
+        reason = str(getattr(error, "reason", None) or _first_line(error))
+        raise BackboneError(_ways_out(timm_name, reason)) from error
 
 
 def _ways_out(timm_name: str, reason: str) -> str:

@@ -179,13 +179,16 @@ BAD = {
     # method
     "unknown backbone": (
         "predict {}/good.jpg --backbone dinov2_vits14_regs",
-        "unknown backbone 'dinov2_vits14_regs'; did you mean dinov2_vits14_reg or .*lostreg backbones",
+        r"unknown backbone 'dinov2_vits14_regs' \(did you mean dinov2_vits14_reg or .*lostreg backbones",
     ),
     "no ViT": (
         "predict {}/good.jpg --backbone timm:resnet50",
         "'resnet50' is not a plain Vision Transformer: expected",
     ),
-    "not in timm": ("predict {}/good.jpg --backbone timm:vit_smal", "timm has no model 'vit_smal'; did you mean .*vit"),
+    "not in timm": (
+        "predict {}/good.jpg --backbone timm:vit_smal",
+        r"timm has no model 'vit_smal' \(did you mean .*vit",
+    ),
     "unknown feature": (f"predict {{}}/good.jpg --feature z {FAST}", "invalid choice: 'z'.*q.*k.*v.*out"),
     "no patches": (f"predict {{}}/good.jpg --k-patches 0 {FAST}", "expected an integer of at least 1, not '0'"),
     "half a batch": (f"predict {{}}/good.jpg --batch-size 0.5 {FAST}", "expected an integer of at least 1, not '0.5'"),
