@@ -13,7 +13,7 @@ What is returned, for every supported architecture:
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
@@ -24,6 +24,8 @@ from torch.nn import functional
 from lostreg.backbone_table import FEATURES, Feature, Interpolation
 from lostreg.backbones import Backbone
 from lostreg.errors import OptionError
+
+_PROJECTED: Final[tuple[Feature, ...]] = ("q", "k", "v")
 
 
 def patch_features(backbone: Backbone, images: Tensor, feature: Feature = "k", layer: int = -1) -> Tensor:
@@ -66,18 +68,17 @@ def collect_features(backbone: Backbone, images: Tensor, wanted: Sequence[tuple[
     _check_images(backbone, images)
     tokens, ropes = _embed(backbone, images.to(backbone.device, backbone.dtype))
     found: dict[tuple[Feature, int], Tensor] = {}
-    for layer, block in enumerate(cast("nn.Sequential", backbone.model.blocks)):
-        for pair in pairs:
-            if pair[1] == layer and pair[0] != "out" and pair not in found:
-                found[pair] = _project(block, tokens, pair[0])
-        if found.keys() >= set(pairs):
+    last = max(layer for _, layer in pairs)
+    for layer, block in enumerate(list(cast("nn.Sequential", backbone.model.blocks))[: last + 1]):
+        for feature in _PROJECTED:
+            if (feature, layer) in pairs:
+                found[feature, layer] = _project(block, tokens, feature)
+        if layer == last and ("out", layer) not in pairs:
             break
         tokens = _run_block(block, tokens, ropes[layer])
         if ("out", layer) in pairs:
-            last = layer == backbone.depth - 1
-            found["out", layer] = cast("nn.Module", backbone.model.norm)(tokens) if last else tokens
-        if found.keys() >= set(pairs):
-            break
+            final = layer == backbone.depth - 1
+            found["out", layer] = cast("nn.Module", backbone.model.norm)(tokens) if final else tokens
     return [found[pair][:, backbone.prefix_tokens :].float() for pair in pairs]
 
 

@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported: no test waits for a hub
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lostreg.backbones import Backbone, load_backbone
+from lostreg.backbones import Backbone, build_backbone, find_spec, load_backbone
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,22 @@ def shared_data(repository: Path) -> Path:
 def imgfocus() -> Backbone:
     """The trained offline backbone."""
     return load_backbone("imgfocus_vits14")
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    """Two random blocks with registers, for tests of what surrounds a model."""
+    torch.manual_seed(0)
+    return build_backbone(find_spec("dinov2_vits14_reg"), depth=2)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small models on small pictures: threads would spend their time waiting for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

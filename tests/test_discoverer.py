@@ -24,19 +24,7 @@ _cached: dict[str, Discoverer] = {}
 SHAPES = [(150, 110), (90, 120), (98, 70), (150, 112), (60, 60)]  # width, height: two share a grid of 8 x 11
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small models on small pictures: threads would spend their time waiting for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    torch.manual_seed(0)
-    return build_backbone(find_spec("dinov2_vits14_reg"), depth=2)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

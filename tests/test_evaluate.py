@@ -5,15 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from fabricate import set_box, write_voc
 
-from lostreg.backbones import Backbone, build_backbone, find_spec
+from lostreg.backbones import Backbone
 from lostreg.cli.main import main
 from lostreg.corloc import Corloc
 from lostreg.datasets import Benchmark, Example, load_benchmark
@@ -26,19 +25,7 @@ COUNT = 9  # more than a window of 4 batches of 2
 KILLED_COUNT = 16  # of the run that is killed
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small models on small pictures: threads would spend their time waiting for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def backbone() -> Backbone:
-    torch.manual_seed(0)
-    return build_backbone(find_spec("dinov2_vits14_reg"), depth=2)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -63,9 +63,9 @@ def run(args: argparse.Namespace) -> int:
                 if args.strict:
                     raise outcome
                 failed += 1
-            elif plots:
+            _report(path, outcome, output)  # before the picture, so that a full disk costs no box
+            if plots and not isinstance(outcome, ImageError):
                 _plot(plots[index], path, outcome, args)
-            _report(path, outcome, output)
     if failed and len(paths) > 1:
         tell(f"{failed} of {len(paths)} images could not be read")
     return 2 if failed else 0
