@@ -1,8 +1,5 @@
 """Patch features: queries, keys, values or output tokens of any layer, and no more forward than that needs.
 
-The model is walked block by block instead of hooked, so nothing is left behind on it and nothing after the
-wanted tensor is computed.
-
 What is returned, for every supported architecture:
 
 * ``q``, ``k``, ``v``: the projections of the layer's attention, heads side by side, after the query and key
@@ -12,22 +9,28 @@ What is returned, for every supported architecture:
   its pooling: what timm's ``forward_features`` returns.
 """
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import torch
-from timm.models.eva import Eva, EvaAttention, EvaBlockPostNorm
-from timm.models.vision_transformer import ResPostBlock
+from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lostreg.backbone_table import FEATURES, Feature, Interpolation
 from lostreg.backbones import Backbone
 from lostreg.errors import OptionError
+from lostreg.transformer import BlockRunner, Packing, pack_ropes, project
+
+Wanted = Sequence[tuple[Feature, int]]
 
 _PROJECTED: Final[tuple[Feature, ...]] = ("q", "k", "v")
+_CACHED_TOKENS: Final = 1 << 15  # of position embeddings that are kept for the next images of the same grid
 
 
+@torch.no_grad()
 def patch_features(backbone: Backbone, images: Tensor, feature: Feature = "k", layer: int = -1) -> Tensor:
     """One feature vector per patch.
 
@@ -48,7 +51,7 @@ def patch_features(backbone: Backbone, images: Tensor, feature: Feature = "k", l
 
 
 @torch.no_grad()
-def collect_features(backbone: Backbone, images: Tensor, wanted: Sequence[tuple[Feature, int]]) -> list[Tensor]:
+def collect_features(backbone: Backbone, images: Tensor, wanted: Wanted) -> list[Tensor]:
     """Several features of the same images from one forward, which ends where the last of them is there.
 
     Args:
@@ -62,24 +65,144 @@ def collect_features(backbone: Backbone, images: Tensor, wanted: Sequence[tuple[
     Raises:
         OptionError: as for `patch_features`, and if nothing is wanted.
     """
-    pairs = [(_check_feature(feature), resolve_layer(backbone, layer)) for feature, layer in wanted]
-    if not pairs:
-        raise OptionError("expected at least one pair of feature and layer")
+    extractor = FeatureExtractor(backbone, wanted)
     _check_images(backbone, images)
-    tokens, ropes = _embed(backbone, images.to(backbone.device, backbone.dtype))
-    found: dict[tuple[Feature, int], Tensor] = {}
-    last = max(layer for _, layer in pairs)
-    for layer, block in enumerate(list(cast("nn.Sequential", backbone.model.blocks))[: last + 1]):
-        for feature in _PROJECTED:
-            if (feature, layer) in pairs:
-                found[feature, layer] = _project(block, tokens, feature)
-        if layer == last and ("out", layer) not in pairs:
-            break
-        tokens = _run_block(block, tokens, ropes[layer])
-        if ("out", layer) in pairs:
-            final = layer == backbone.depth - 1
-            found["out", layer] = cast("nn.Module", backbone.model.norm)(tokens) if final else tokens
-    return [found[pair][:, backbone.prefix_tokens :].float() for pair in pairs]
+    patch = backbone.spec.patch_size
+    grid = (images.shape[2] // patch, images.shape[3] // patch)
+    rows = images.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1)  # (B, h, w, p, p, 3)
+    pixels = rows.reshape(len(images), grid[0] * grid[1], patch * patch * 3).to(backbone.device)
+    found = extractor(list(pixels), [grid] * len(images))
+    return [packed.view(len(images), -1, packed.shape[1]) for packed in found]
+
+
+class FeatureExtractor:
+    """Features of images of any shapes, packed into one sequence: nothing is padded, and no shape waits for its like.
+
+    Args:
+        backbone: a frozen model.
+        wanted: pairs of feature and layer.
+        compiled: whether the blocks are compiled, see `BlockRunner`.
+
+    Raises:
+        OptionError: if nothing is wanted, or a feature or layer does not exist.
+    """
+
+    def __init__(self, backbone: Backbone, wanted: Wanted, *, compiled: bool = False) -> None:
+        self.backbone = backbone
+        self._pairs = [(_check_feature(feature), resolve_layer(backbone, layer)) for feature, layer in wanted]
+        if not self._pairs:
+            raise OptionError("expected at least one pair of feature and layer")
+        self._last = max(layer for _, layer in self._pairs)
+        self._run_block = BlockRunner(backbone.dtype, compiled=compiled)
+        self._frames: OrderedDict[tuple[int, int], _Frame] = OrderedDict()
+
+    @torch.no_grad()
+    def __call__(self, pixels: Iterable[Tensor], grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Run the model as far as the last of the wanted features.
+
+        Args:
+            pixels: normalised pixels of each image's patches, row by row, shape (N, patch * patch * 3): in a patch
+                row by row too, and of a pixel red, green, blue. On the model's device. Taken one after the other.
+            grids: (h, w) of each image; N = h * w.
+
+        Returns:
+            One tensor a pair, in the order of ``wanted``: shape (sum of all N, D), float32, the images' patches one
+            after the other, prefix tokens dropped.
+        """
+        prefix = self.backbone.prefix_tokens
+        packing = Packing(tuple(prefix + rows * columns for rows, columns in grids), self.backbone.device)
+        tokens, ropes = self._embed(pixels, grids, packing)
+        found: dict[tuple[Feature, int], Tensor] = {}
+        for layer, block in enumerate(list(cast("nn.Sequential", self.backbone.model.blocks))[: self._last + 1]):
+            for feature in _PROJECTED:
+                if (feature, layer) in self._pairs:
+                    projected = project(block, tokens, feature, self.backbone.dtype)
+                    found[feature, layer] = _patches_of(projected, packing, prefix)
+            if layer == self._last and ("out", layer) not in self._pairs:
+                break
+            self._run_block(block, tokens, packing, ropes[layer])
+            if ("out", layer) in self._pairs:
+                found["out", layer] = _patches_of(self._final_norm(tokens, layer), packing, prefix)
+        return [found[pair] for pair in self._pairs]
+
+    def _final_norm(self, tokens: Tensor, layer: int) -> Tensor:
+        if layer < self.backbone.depth - 1:
+            return tokens
+        return cast("Tensor", cast("nn.Module", self.backbone.model.norm)(tokens.to(self.backbone.dtype)))
+
+    def _embed(
+        self, pixels: Iterable[Tensor], grids: Sequence[tuple[int, int]], packing: Packing
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Tokens before the first block, (T, D) in float32, and each block's rotary embedding, if any."""
+        model: Any = self.backbone.model
+        prefix, dtype = self.backbone.prefix_tokens, self.backbone.dtype
+        embedding = model.patch_embed
+        weight = embedding.proj.weight.permute(0, 2, 3, 1).flatten(1)  # the convolution's, in the order of the pixels
+        frames = [self._frame(grid) for grid in grids]
+        tokens = torch.empty(packing.ends[-1], len(weight), device=self.backbone.device)
+        for span, frame, image in zip(packing.spans, frames, pixels, strict=True):
+            patches = embedding.norm(functional.linear(image.to(dtype), weight, embedding.proj.bias))
+            tokens[span] = frame.tokens
+            tokens[span][prefix:] += patches
+        if not isinstance(model.norm_pre, nn.Identity):
+            tokens = model.norm_pre(tokens.to(dtype)).float()
+        if frames[0].ropes[0] is None:
+            return tokens, [None] * self.backbone.depth
+        if not model.rope_mixed:  # one for all blocks
+            packed = pack_ropes([cast("Tensor", frame.ropes[0]) for frame in frames], prefix)
+            return tokens, [packed] * self.backbone.depth
+        by_layer = zip(*(cast("list[Tensor]", frame.ropes) for frame in frames), strict=True)
+        return tokens, [pack_ropes(ropes, prefix) for ropes in by_layer]
+
+    def _frame(self, grid: tuple[int, int]) -> "_Frame":
+        """What an image of this grid starts from, kept for the next one of the same grid."""
+        if grid in self._frames:
+            self._frames.move_to_end(grid)
+            return self._frames[grid]
+        frame = _make_frame(self.backbone, grid)
+        self._frames[grid] = frame
+        while sum(len(kept.tokens) for kept in self._frames.values()) > _CACHED_TOKENS:
+            self._frames.popitem(last=False)
+        return frame
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What is the same for all images of one grid.
+
+    Attributes:
+        tokens: prefix tokens and position embeddings, shape (prefix + N, D), float32: the patches are added to it.
+        ropes: each block's rotary embedding of the patches, or None.
+    """
+
+    tokens: Tensor
+    ropes: list[Tensor | None]
+
+
+def _make_frame(backbone: Backbone, grid: tuple[int, int]) -> _Frame:
+    model: Any = backbone.model
+    ropes: list[Tensor | None] = [None] * backbone.depth
+    if backbone.spec.interpolation != "antialias":
+        position = stretch_position_embedding(
+            model.pos_embed, model.patch_embed.grid_size, grid, backbone.spec.interpolation
+        )
+        tokens = position.clone()
+        tokens[:, :1] += model.cls_token
+        return _Frame(tokens[0].float(), ropes)
+    # The model's own way with an image whose patches are embedded as zeros.
+    tokens = model._pos_embed(torch.zeros(1, *grid, model.embed_dim, device=backbone.device, dtype=backbone.dtype))
+    if isinstance(model, Eva):
+        tokens, rope = tokens
+        if rope is not None:
+            ropes = list(rope) if model.rope_mixed else [rope] * backbone.depth
+    return _Frame(tokens[0].float(), ropes)
+
+
+def _patches_of(tokens: Tensor, packing: Packing, prefix: int) -> Tensor:
+    """A copy of the patches' tokens, (sum of all N, D), in float32."""
+    if not prefix:
+        return tokens.to(torch.float32, copy=True)
+    return torch.cat([tokens[span][prefix:] for span in packing.spans]).float()
 
 
 def _check_feature(feature: Feature) -> Feature:
@@ -109,26 +232,6 @@ def _check_images(backbone: Backbone, images: Tensor) -> None:
         raise OptionError(f"height and width must be multiples of the patch size {patch}, not {height}x{width}")
 
 
-def _embed(backbone: Backbone, images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-    """Tokens before the first block, (B, prefix + N, D), and each block's rotary embedding, if any."""
-    model: Any = backbone.model
-    patches = model.patch_embed(images)
-    if isinstance(model, Eva):
-        tokens, rope = model._pos_embed(patches)
-        ropes = list(rope) if model.rope_mixed and rope is not None else [rope] * backbone.depth
-        return model.norm_pre(tokens), ropes
-    if backbone.spec.interpolation == "antialias":
-        tokens = model._pos_embed(patches)
-    else:
-        grid = (patches.shape[1], patches.shape[2])
-        position = stretch_position_embedding(
-            model.pos_embed, model.patch_embed.grid_size, grid, backbone.spec.interpolation
-        )
-        cls = model.cls_token.expand(len(patches), -1, -1)
-        tokens = torch.cat([cls, patches.flatten(1, 2)], dim=1) + position
-    return model.norm_pre(tokens), [None] * backbone.depth
-
-
 def stretch_position_embedding(
     position: Tensor, source: tuple[int, int], target: tuple[int, int], interpolation: Interpolation
 ) -> Tensor:
@@ -156,32 +259,3 @@ def stretch_position_embedding(
         stretched = functional.interpolate(image, size=target, mode="bicubic", antialias=interpolation == "antialias")
     flat = stretched.permute(0, 2, 3, 1).reshape(1, target[0] * target[1], -1)
     return torch.cat([prefix, flat.to(position.dtype)], dim=1)
-
-
-def _run_block(block: nn.Module, tokens: Tensor, rope: Tensor | None) -> Tensor:
-    return cast("Tensor", block(tokens) if rope is None else block(tokens, rope=rope))
-
-
-def _project(block: Any, tokens: Tensor, feature: Feature) -> Tensor:
-    """The layer's queries, keys or values for all tokens, (B, T, heads * head_dim): one slice of the projection."""
-    attention = block.attn
-    post_norm = isinstance(block, ResPostBlock | EvaBlockPostNorm)
-    inputs = tokens if post_norm else block.norm1(tokens)
-    if attention.qkv is None:
-        projected = getattr(attention, f"{feature}_proj")(inputs)
-    else:
-        index = "qkv".index(feature)
-        projected = functional.linear(
-            inputs, attention.qkv.weight.chunk(3)[index], _projection_bias(attention, feature, index)
-        )
-    if feature == "v":
-        return cast("Tensor", projected)
-    norm = attention.q_norm if feature == "q" else attention.k_norm
-    return cast("Tensor", norm(projected.unflatten(-1, (-1, attention.head_dim))).flatten(-2))
-
-
-def _projection_bias(attention: Any, feature: Feature, index: int) -> Tensor | None:
-    if isinstance(attention, EvaAttention):
-        return cast("Tensor | None", getattr(attention, f"{feature}_bias"))
-    bias = attention.qkv.bias
-    return None if bias is None else bias.chunk(3)[index]

@@ -1,0 +1,263 @@
+"""The blocks of a Vision Transformer over *packed* images: tokens of several images in one sequence, of any lengths.
+
+Every step but attention works on each token alone, so images need not have one shape to be computed together: their
+tokens lie one image after the other in one tensor (T, D), and attention is told where each image ends. Nothing is
+padded and no image waits for another of its shape. Blocks are walked instead of hooked, so nothing is left on a model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, groupby
+from typing import Any, Final, NamedTuple, cast
+
+import torch
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import ResPostBlock
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lostreg.backbone_table import Feature
+from lostreg.errors import OptionError
+
+varlen_attn: Callable[..., Any] | None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before PyTorch 2.10
+    varlen_attn = None
+
+# Tokens that go through an MLP at once: its hidden layer, four times as wide, then has a bounded size.
+_CPU_CHUNK: Final = 1 << 12
+_DEVICE_CHUNK: Final = 1 << 17
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the tokens of several images lie in one sequence.
+
+    Attributes:
+        lengths: tokens of each image, prefix tokens included, in the order in which they lie.
+        device: where the tokens are.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Index after each image's last token."""
+        return list(accumulate(self.lengths))
+
+    @property
+    def spans(self) -> Iterator[slice]:
+        """Each image's tokens."""
+        return (slice(end - length, end) for length, end in zip(self.lengths, self.ends, strict=True))
+
+    @cached_property
+    def runs(self) -> list[tuple[slice, int]]:
+        """Neighbouring images of equal length, as one: their tokens, and how many images they are."""
+        runs, start = [], 0
+        for length, group in groupby(self.lengths):
+            count = len(list(group))
+            runs.append((slice(start, start + count * length), count))
+            start += count * length
+        return runs
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """0 and `ends`, as a tensor of int32 on the device."""
+        return torch.tensor([0, *self.ends], dtype=torch.int32).to(self.device, non_blocking=True)
+
+
+class _Projected(NamedTuple):
+    """What attention needs, (T, heads, head_dim) each, and the gate, (T, heads * head_dim), of models that have one."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None
+
+
+class BlockRunner:
+    """Runs single blocks on packed tokens.
+
+    Args:
+        dtype: what the model computes in. Tokens themselves are float32: the sum over all blocks is then not rounded
+            to half precision after each of them.
+        compiled: whether what surrounds attention is compiled (`torch.compile`), with the number of tokens as a
+            variable: once for all blocks that are alike and all shapes of images.
+    """
+
+    def __init__(self, dtype: torch.dtype, *, compiled: bool = False) -> None:
+        self._dtype = dtype
+        self._before: Callable[..., _Projected] = _before_attention
+        self._after: Callable[..., None] = _after_attention
+        if compiled:
+            self._before = torch.compile(_before_attention, dynamic=True)
+            self._after = torch.compile(_after_attention, dynamic=True)
+
+    def __call__(self, block: nn.Module, tokens: Tensor, packing: Packing, rope: Tensor | None) -> None:
+        """Run one block in place.
+
+        Args:
+            block: of a supported model.
+            tokens: shape (T, D), float32; overwritten with the block's output.
+            packing: where each image's tokens lie.
+            rope: rotary embeddings of all tokens, shape (T, R) or (heads, T, R), or None; see `pack_ropes`.
+        """
+        projected = self._before(block, tokens, rope, self._dtype)
+        attended = attend(projected.q, projected.k, projected.v, packing)
+        chunk = _CPU_CHUNK if tokens.device.type == "cpu" else _DEVICE_CHUNK
+        for start in range(0, len(tokens), chunk):
+            part = slice(start, start + chunk)
+            gate = None if projected.gate is None else projected.gate[part]
+            # Detached, which changes nothing here: compiled code would be made anew for each kind of view.
+            self._after(block, tokens[part].detach(), attended[part].detach(), gate)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Make sure that `torch.compile` works on a device: on a CPU it needs a C++ compiler.
+
+    Raises:
+        OptionError: if it does not.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise OptionError(f"torch.compile does not work here, leave --compile out: {reason}") from error
+
+
+def project(block: Any, tokens: Tensor, feature: Feature, dtype: torch.dtype) -> Tensor:
+    """The block's queries, keys or values: one slice of the projection, and nothing else of the block.
+
+    Args:
+        block: of a supported model.
+        tokens: shape (T, D), float32.
+        feature: ``q``, ``k`` or ``v``.
+        dtype: what the model computes in.
+
+    Returns:
+        Shape (T, heads * head_dim), of that dtype.
+    """
+    attention = block.attn
+    inputs = _attention_inputs(block, tokens, dtype)
+    if attention.qkv is None:
+        projected = getattr(attention, f"{feature}_proj")(inputs)
+    else:
+        index = "qkv".index(feature)
+        bias = _fused_bias(attention)
+        projected = functional.linear(
+            inputs, attention.qkv.weight.chunk(3)[index], None if bias is None else bias.chunk(3)[index]
+        )
+    if feature == "v":
+        return cast("Tensor", projected)
+    norm = attention.q_norm if feature == "q" else attention.k_norm
+    return cast("Tensor", norm(projected.unflatten(-1, (-1, attention.head_dim))).flatten(-2))
+
+
+def pack_ropes(ropes: Sequence[Tensor], prefix: int) -> Tensor:
+    """Rotary embeddings of all tokens of a pack, where prefix tokens are turned by nothing.
+
+    Args:
+        ropes: of each image's patches, sines and cosines side by side, shape (N, R) or (heads, N, R).
+        prefix: tokens in front of each image's patches.
+
+    Returns:
+        Shape (T, R) or (heads, T, R).
+    """
+    still = torch.zeros_like(ropes[0][..., :1, :]).expand(*ropes[0].shape[:-2], prefix, -1).clone()
+    still[..., still.shape[-1] // 2 :] = 1  # sine 0, cosine 1
+    return torch.cat([part for rope in ropes for part in (still, rope)], dim=-2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+    """Attention of each image's tokens to those of the same image.
+
+    Args:
+        q: queries, shape (T, heads, head_dim).
+        k: keys, shape (T, heads or a divisor of them, head_dim).
+        v: values, of the shape of ``k``.
+        packing: where each image's tokens lie.
+
+    Returns:
+        Shape (T, heads * head_dim).
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if len(packing.runs) > 1 and varlen_attn is not None and _takes_any_lengths(q):
+        longest = max(packing.lengths)
+        return cast("Tensor", varlen_attn(q, k, v, packing.offsets, packing.offsets, longest, longest)).flatten(1)
+    parts = []
+    for tokens, count in packing.runs:
+        first, second, third = (t[tokens].view(count, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
+        attended = functional.scaled_dot_product_attention(first, second, third)
+        parts.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _takes_any_lengths(q: Tensor) -> bool:
+    """Whether PyTorch has one kernel for sequences of several lengths: on GPUs since Ampere, in half precision."""
+    return (
+        q.device.type == "cuda"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+    )
+
+
+def _is_post_norm(block: nn.Module) -> bool:
+    return isinstance(block, ResPostBlock | EvaBlockPostNorm)
+
+
+def _attention_inputs(block: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    tokens = tokens.to(dtype)
+    return tokens if _is_post_norm(block) else cast("Tensor", block.norm1(tokens))
+
+
+def _fused_bias(attention: Any) -> Tensor | None:
+    if isinstance(attention, EvaAttention) and attention.q_bias is not None:
+        return torch.cat([attention.q_bias, cast("Tensor", attention.k_bias), cast("Tensor", attention.v_bias)])
+    return cast("Tensor | None", attention.qkv.bias)
+
+
+def _before_attention(block: Any, tokens: Tensor, rope: Tensor | None, dtype: torch.dtype) -> _Projected:
+    attention = block.attn
+    inputs = _attention_inputs(block, tokens, dtype)
+    if attention.qkv is None:
+        projected = [getattr(attention, f"{feature}_proj")(inputs) for feature in "qkv"]
+    else:
+        projected = list(functional.linear(inputs, attention.qkv.weight, _fused_bias(attention)).chunk(3, dim=-1))
+    q, k, v = (tensor.unflatten(-1, (-1, attention.head_dim)) for tensor in projected)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    if rope is not None:
+        q, k = (_rotate(tensor, rope, attention).type_as(v) for tensor in (q, k))
+    gate = None if attention.gate is None else attention.gate(inputs).sigmoid()
+    return _Projected(q, k, v, gate)
+
+
+def _rotate(heads: Tensor, rope: Tensor, attention: Any) -> Tensor:
+    half = getattr(attention, "rotate_half", False)
+    return apply_rot_embed_cat(heads.transpose(0, 1), rope, half=half).transpose(0, 1)
+
+
+def _after_attention(block: Any, tokens: Tensor, attended: Tensor, gate: Tensor | None) -> None:
+    attention = block.attn
+    attended = attention.norm(attended)
+    update = attention.proj(attended if gate is None else attended * gate)
+    if _is_post_norm(block):
+        tokens += block.norm1(update)
+        tokens += block.norm2(block.mlp(tokens.to(update.dtype)))
+        return
+    first, second = (block.gamma_1, block.gamma_2) if isinstance(block, EvaBlock) else (block.ls1, block.ls2)
+    tokens += _scale(first, update)
+    tokens += _scale(second, block.mlp(block.norm2(tokens.to(update.dtype))))
+
+
+def _scale(layer_scale: Tensor | nn.Module | None, update: Tensor) -> Tensor:
+    if layer_scale is None:
+        return update
+    return layer_scale * update if isinstance(layer_scale, Tensor) else cast("Tensor", layer_scale(update))

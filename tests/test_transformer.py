@@ -1,0 +1,267 @@
+"""Images of any shapes in one sequence of tokens: each as if it were alone."""
+
+import inspect
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_features import DEPTH, LAYERS, NARROW, OTHERS, SOME, assert_close, built, images_for
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from lostreg import transformer
+from lostreg.backbone_table import FEATURES
+from lostreg.backbones import Backbone
+from lostreg.features import FeatureExtractor, collect_features
+from lostreg.transformer import Packing, attend
+
+Grid = tuple[int, int]
+GRIDS: list[Grid] = [(3, 5), (2, 2), (2, 2), (5, 3), (1, 1), (2, 2), (1, 7)]
+WANTED = [(feature, layer) for feature in FEATURES for layer in LAYERS]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(
+    scope="module", params=["dino_vits16", "dinov2_vits14_reg", "dinov3_vits16", *SOME, "RoPE, no CLS", "plain"]
+)
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    name, options = OTHERS.get(request.param, (request.param, NARROW))
+    return built(name, **options)
+
+
+def picture(backbone: Backbone, grid: Grid, number: int = 0) -> Tensor:
+    return images_for(backbone, grid, batch=number + 1)[number:]
+
+
+def patches(image: Tensor, patch: int) -> Tensor:
+    """(1, 3, H, W) to (N, patch * patch * 3): of each patch its pixels, of each pixel red, green, blue."""
+    _, _, height, width = image.shape
+    corners = [(y, x) for y in range(0, height, patch) for x in range(0, width, patch)]
+    return torch.stack([image[0, :, y : y + patch, x : x + patch].permute(1, 2, 0).flatten() for y, x in corners])
+
+
+def run(extractor: FeatureExtractor, grids: Sequence[Grid], numbers: Sequence[int] | None = None) -> list[list[Tensor]]:
+    """The features of pictures of these grids, of each pair the images' own: number n is the n-th picture."""
+    backbone = extractor.backbone
+    numbers = range(len(grids)) if numbers is None else numbers
+    pictures = [picture(backbone, grid, number) for grid, number in zip(grids, numbers, strict=True)]
+    packed = extractor([patches(image, backbone.spec.patch_size) for image in pictures], grids)
+    return [list(torch.split(tensor, [rows * columns for rows, columns in grids])) for tensor in packed]
+
+
+def test_each_image_of_a_pack_has_the_features_it_has_alone(backbone: Backbone) -> None:
+    extractor = FeatureExtractor(backbone, WANTED)
+    together = run(extractor, GRIDS)
+    for index, grid in enumerate(GRIDS):
+        alone = collect_features(backbone, picture(backbone, grid, index), WANTED)
+        for pair, packed, (expected,) in zip(WANTED, together, alone, strict=True):
+            assert packed[index].dtype == torch.float32
+            assert_close(packed[index], expected, f"{pair} of image {index}")
+
+
+def test_the_order_of_a_pack_does_not_matter(backbone: Backbone) -> None:
+    extractor = FeatureExtractor(backbone, [("k", DEPTH - 1), ("out", -1)])
+    order = [4, 1, 6, 0, 2, 5, 3]
+    plain = run(extractor, GRIDS)
+    moved = run(extractor, [GRIDS[index] for index in order], order)
+    for first, second in zip(plain, moved, strict=True):
+        for place, index in enumerate(order):
+            assert_close(second[place], first[index], f"image {index}")
+
+
+def test_a_run_leaves_nothing_behind_that_changes_the_next(backbone: Backbone) -> None:
+    extractor = FeatureExtractor(backbone, [("k", DEPTH - 1), ("out", -1)])
+    first = run(extractor, GRIDS)
+    frames = {grid: (frame.tokens.clone(), frame.ropes) for grid, frame in extractor._frames.items()}
+    assert set(frames) == set(GRIDS)
+    ropes = [[None if rope is None else rope.clone() for rope in each] for _, each in frames.values()]
+    run(extractor, [*GRIDS[::-1], (4, 4)])
+    for (grid, (tokens, each)), before in zip(frames.items(), ropes, strict=True):
+        assert torch.equal(extractor._frames[grid].tokens, tokens)
+        assert all(rope is None or torch.equal(rope, old) for rope, old in zip(each, before, strict=True))
+    for before, after in zip(first, run(extractor, GRIDS), strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_what_is_kept_of_grids_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = FeatureExtractor(built("dinov3_vits16", **NARROW), [("out", 0)])
+    expected = run(extractor, GRIDS)
+    monkeypatch.setattr("lostreg.features._CACHED_TOKENS", 30)
+    bounded = FeatureExtractor(extractor.backbone, [("out", 0)])
+    assert all(torch.equal(one, other) for one, other in zip(run(bounded, GRIDS)[0], expected[0], strict=True))
+    assert list(bounded._frames) == [(1, 1), (2, 2), (1, 7)]  # 6 + 9 + 12 tokens, the last ones that were used
+    run(bounded, [(2, 2), (5, 3)])
+    assert list(bounded._frames) == [(2, 2), (5, 3)]  # 9 + 20 tokens
+
+
+lengths_of_packs = st.lists(st.integers(1, 6), min_size=1, max_size=6)
+
+
+@given(lengths_of_packs)
+def test_a_packing_says_where_each_image_and_each_run_of_equal_lengths_lies(lengths: list[int]) -> None:
+    packing = Packing(tuple(lengths), CPU)
+    owner = [image for image, length in enumerate(lengths) for _ in range(length)]
+    spans = list(packing.spans)
+    assert [set(owner[span]) for span in spans] == [{image} for image in range(len(lengths))]
+    assert [owner[place] for span in spans for place in range(span.start, span.stop)] == owner
+    seen: list[int] = []
+    for tokens, count in packing.runs:
+        images = sorted(set(owner[tokens]))
+        assert len(images) == count
+        assert {lengths[image] for image in images} == {(tokens.stop - tokens.start) // count}
+        seen += images
+    assert seen == list(range(len(lengths)))
+    assert all(lengths[owner[end - 1]] != lengths[owner[end]] for end in [run.start for run, _ in packing.runs[1:]])
+    assert packing.offsets.dtype == torch.int32
+    assert packing.offsets.tolist() == [0, *(span.stop for span in spans)]
+
+
+def explicit(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Attention by its formula, image by image and head by head, in float64; (T, heads * head_dim)."""
+    groups = q.shape[1] // k.shape[1]
+    images = []
+    for first, second, third in zip(
+        *(torch.split(tensor.double(), list(lengths)) for tensor in (q, k, v)), strict=True
+    ):
+        heads = []
+        for head in range(q.shape[1]):
+            scores = first[:, head] @ second[:, head // groups].T / q.shape[2] ** 0.5
+            heads.append(scores.softmax(dim=1) @ third[:, head // groups])
+        images.append(torch.cat(heads, dim=1))
+    return torch.cat(images)
+
+
+def random_heads(lengths: Sequence[int], heads: int, groups: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    counts = (heads, heads // groups, heads // groups)
+    q, k, v = (torch.randn(sum(lengths), count, 8, generator=generator) * 2 for count in counts)
+    return q, k, v
+
+
+@given(lengths_of_packs, st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 3), (4, 4)]), st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_tokens_attend_to_those_of_the_same_image(lengths: list[int], heads: tuple[int, int], seed: int) -> None:
+    q, k, v = random_heads(lengths, *heads, seed=seed)
+    attended = attend(q, k, v, Packing(tuple(lengths), CPU))
+    assert attended.shape == (sum(lengths), heads[0] * 8)
+    assert_close(attended.double(), explicit(q, k, v, lengths))
+
+
+class SlowVarlen:
+    """Stands in for PyTorch's kernel for sequences of several lengths, which wants a GPU: its signature, by hand."""
+
+    def __init__(self, real: Any) -> None:
+        self._signature = inspect.signature(real)
+        self.calls = 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        bound = self._signature.bind(*arguments, **options).arguments
+        self.calls += 1
+        q, k, v = bound["query"], bound["key"], bound["value"]
+        offsets = bound["cu_seq_q"]
+        assert offsets.dtype == torch.int32
+        assert torch.equal(offsets, bound["cu_seq_k"])
+        lengths = offsets.diff().tolist()
+        assert offsets[0] == 0
+        assert sum(lengths) == len(q)
+        assert bound["max_q"] == bound["max_k"] == max(lengths)
+        assert q.shape == k.shape == v.shape
+        assert set(bound) == {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"}
+        return explicit(q, k, v, lengths).float().view(q.shape)
+
+
+@pytest.fixture
+def varlen(monkeypatch: pytest.MonkeyPatch) -> SlowVarlen:
+    if transformer.varlen_attn is None:
+        pytest.skip("this PyTorch has no kernel for sequences of several lengths")
+    slow = SlowVarlen(transformer.varlen_attn)
+    monkeypatch.setattr(transformer, "varlen_attn", slow)
+    return slow
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_one_call_for_all_lengths_gives_what_one_for_each_does(
+    varlen: SlowVarlen, monkeypatch: pytest.MonkeyPatch, groups: int
+) -> None:
+    lengths = (3, 5, 5, 1, 3)
+    q, k, v = random_heads(lengths, 6, groups)
+    one_by_one = attend(q, k, v, Packing(lengths, CPU))
+    assert varlen.calls == 0  # a CPU has no such kernel
+    monkeypatch.setattr(transformer, "_takes_any_lengths", lambda q: True)
+    assert_close(attend(q, k, v, Packing(lengths, CPU)), one_by_one)
+    assert varlen.calls == 1
+    attend(q[:10], k[:10], v[:10], Packing((5, 5), CPU))
+    assert varlen.calls == 1  # images of one length are a plain batch
+
+
+def test_features_are_the_same_with_one_call_for_all_lengths(
+    backbone: Backbone, varlen: SlowVarlen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extractor = FeatureExtractor(backbone, WANTED)
+    one_by_one = run(extractor, GRIDS)
+    monkeypatch.setattr(transformer, "_takes_any_lengths", lambda q: True)
+    at_once = run(extractor, GRIDS)
+    assert varlen.calls == DEPTH
+    for pair, before, after in zip(WANTED, one_by_one, at_once, strict=True):
+        assert_close(torch.cat(after), torch.cat(before), str(pair))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20])
+def test_how_many_tokens_go_through_an_mlp_at_once_changes_nothing(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    extractor = FeatureExtractor(backbone, [("out", -1)])
+    whole = run(extractor, GRIDS)
+    monkeypatch.setattr(transformer, "_CPU_CHUNK", chunk)
+    assert_close(torch.cat(run(extractor, GRIDS)[0]), torch.cat(whole[0]))
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+# One image, images of one length, of several, each with fewer and with more tokens than go through an MLP at once.
+SHAPES: list[list[Grid]] = [
+    [(4, 4)],
+    [(3, 3)] * 3,
+    [(3, 5), (2, 2)],
+    [(10, 10)],
+    [(6, 6)] * 3,
+    [(9, 4), (5, 8)],
+    [(2, 2), (1, 7), (1, 7)],
+    [(6, 5)],
+    [(2, 4)] * 4,
+    [(1, 3), (2, 3)],
+    [(9, 9)],
+    [(5, 6)] * 3,
+    [(6, 6), (6, 6), (2, 3)],
+    [(2, 2)],
+]
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="compiling needs a C++ compiler")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["dinov2_vits14_reg", "mixed RoPE"])
+def test_compiled_blocks_give_the_same_and_no_other_shape_is_compiled_again(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow: a real compiler, for two blocks of a tiny model."""
+    monkeypatch.setattr(transformer, "_CPU_CHUNK", 60)
+    table_name, _ = OTHERS.get(name, (name, {}))
+    backbone = built(table_name, depth=2, embed_dim=32, num_heads=2)
+    wanted = [("k", 1), ("out", -1)]
+    eager, compiled = FeatureExtractor(backbone, wanted), FeatureExtractor(backbone, wanted, compiled=True)
+    graphs = []
+    for grids in SHAPES:
+        for expected, actual in zip(run(eager, grids), run(compiled, grids), strict=True):
+            assert_close(torch.cat(actual), torch.cat(expected), str(grids))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert set(graphs) == {2}  # what comes before attention and what comes after it, once each
