@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lostreg.errors import OptionError
+from lostreg.similarity import Similarities
 
 AUTO_QUANTILE: Final = 0.25
-_GRAM_ELEMENTS: Final = 1 << 26  # similarities held at once, over all images of a batch: 256 MiB
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,124 @@ def lost_boxes(
     normalize = resolve_normalize(bias, normalize, default=False)
     if features.device.type == "mps":  # which has no kthvalue
         features = features.cpu()
+    if isinstance(bias, Tensor) and bias.shape != features.shape[:1]:
+        raise OptionError(f"bias must have shape ({len(features)},), not {tuple(bias.shape)}")
+    maps = object_maps(features, grid, bias, k_patches, normalize=normalize)
+    return ObjectMaps.unpack(maps.pack().cpu()).boxes(grid)
+
+
+@dataclass(frozen=True)
+class ObjectMaps:
+    """What LOST computes where the features are: all but the connected components.
+
+    Attributes:
+        masks: patches that are similar to the seed and its companions, shape (B, N), bool.
+        degrees: connections of each patch, shape (B, N), int64.
+        seeds: patch index of each seed, shape (B,), int64.
+        bias: the bias that was added to each image's similarities, shape (B,), float32.
+        finite: whether each image's features were, shape (B,), bool.
+    """
+
+    masks: Tensor
+    degrees: Tensor
+    seeds: Tensor
+    bias: Tensor
+    finite: Tensor
+
+    def pack(self) -> Tensor:
+        """All of it in one tensor, so that one transfer takes it to the host; shape (B, N + 3), int32."""
+        rows = [
+            self.degrees * 2 + self.masks,
+            self.seeds[:, None],
+            self.bias.view(torch.int32)[:, None],
+            self.finite[:, None],
+        ]
+        return torch.cat([row.int() for row in rows], dim=1)
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> "ObjectMaps":
+        """The opposite of `pack`."""
+        counts = packed[:, :-3]
+        seeds, bias, finite = packed[:, -3:].unbind(dim=1)
+        return cls(
+            masks=counts % 2 == 1,
+            degrees=counts.long() // 2,
+            seeds=seeds.long(),
+            bias=bias.contiguous().view(torch.float32),
+            finite=finite.bool(),
+        )
+
+    def boxes(self, grid: tuple[int, int]) -> LostResult:
+        """The connected components around the seeds, and their boxes (LOST, section 3.4). Takes maps on the CPU.
+
+        Args:
+            grid: (h, w), rows and columns of patches.
+
+        Raises:
+            OptionError: if a feature was not finite.
+        """
+        if not self.finite.all():
+            raise OptionError("features must be finite: in half precision, try bf16 or fp32")
+        seeds = torch.stack([self.seeds // grid[1], self.seeds % grid[1]], dim=1)
+        masks = self.masks.view(-1, *grid).numpy()
+        components = np.empty_like(masks)
+        boxes = np.empty((len(masks), 4), dtype=np.int64)
+        scores = np.ones(len(masks), dtype=np.float32)
+        for index, (row, column) in enumerate(seeds.tolist()):
+            component = seed_component(masks[index], row, column)
+            if not component.any():  # an unsuitable bias: the seed itself is the answer, with no confidence
+                component[row, column] = True
+                scores[index] = 0.0
+            rows, columns = np.nonzero(component)
+            components[index] = component
+            boxes[index] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        return LostResult(
+            xyxy=torch.from_numpy(boxes),
+            scores=torch.from_numpy(scores),
+            seeds=seeds,
+            degrees=self.degrees.view(-1, *grid),
+            masks=torch.from_numpy(components),
+            bias=self.bias,
+        )
+
+
+@torch.no_grad()
+def object_maps(
+    features: Tensor,
+    grid: tuple[int, int],
+    bias: float | Literal["auto"] | Tensor,
+    k_patches: int,
+    *,
+    normalize: bool,
+) -> ObjectMaps:
+    """LOST up to the connected components, in memory that grows with the number of patches and not its square.
+
+    Args:
+        features: as for `lost_boxes`.
+        grid: (h, w), rows and columns of patches; N = h * w.
+        bias: as for `lost_boxes`.
+        k_patches: as for `lost_boxes`.
+        normalize: whether to scale every feature vector to length 1 first; needed for ``auto``.
+
+    Returns:
+        `ObjectMaps` on the device of the features. Whether these were finite is noted, not raised: asking would
+        wait for the device.
+
+    Raises:
+        OptionError: if the shapes disagree or ``k_patches`` is below 1.
+    """
     _check_input(features, grid, k_patches)
-    _, count, _ = features.shape
-    at_once = max(1, _GRAM_ELEMENTS // count**2)
-    starts = range(0, max(1, len(features)), at_once)  # one part for an empty batch too
-    biases = bias if isinstance(bias, Tensor) else None
-    if biases is not None and biases.shape != features.shape[:1]:
-        raise OptionError(f"bias must have shape ({len(features)},), not {tuple(biases.shape)}")
+    at_once = Similarities.images_at_once(features.shape[1], features.device)
     parts = []
-    for start in starts:
+    for start in range(0, max(1, len(features)), at_once):  # one part for an empty batch too
         part = slice(start, start + at_once)
-        part_bias = bias if biases is None else biases[part]
+        part_bias = bias[part] if isinstance(bias, Tensor) else bias
         with _exact_float32(features.device):
-            parts.append(_lost_part(features[part], grid, part_bias, k_patches, normalize=normalize))
-    return parts[0] if len(parts) == 1 else _join(parts)
+            parts.append(_maps_of_part(features[part], part_bias, k_patches, normalize=normalize))
+    if len(parts) == 1:
+        return parts[0]
+    names = ("masks", "degrees", "seeds", "bias", "finite")
+    return ObjectMaps(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @contextmanager
@@ -129,20 +233,7 @@ def resolve_normalize(bias: object, normalize: bool | None, *, default: bool) ->
     return (automatic or default) if normalize is None else normalize
 
 
-def gram_matrix(features: Tensor) -> Tensor:
-    """Similarities of all pairs of patches, without a bias.
-
-    Args:
-        features: shape (B, N, D).
-
-    Returns:
-        Shape (B, N, N), float32.
-    """
-    features = features.float()
-    return features @ features.mT
-
-
-def auto_bias(similarities: Tensor) -> Tensor:
+def auto_bias(similarities: Similarities) -> Tensor:
     """A bias for each image from its own cosine similarities: minus their 25 % quantile.
 
     A quarter of all pairs of different patches is then not connected (ties aside). A patch is always connected to
@@ -150,31 +241,12 @@ def auto_bias(similarities: Tensor) -> Tensor:
     changes nothing, since they are normalised.
 
     Args:
-        similarities: cosine similarities without a bias, shape (B, N, N).
+        similarities: of normalised features.
 
     Returns:
         Shape (B,), float32, in [-1, 1]; 0 for an image of a single patch.
     """
-    batch, count, _ = similarities.shape
-    pairs = count * (count - 1)
-    if pairs == 0:
-        return similarities.new_zeros(batch)
-    # A patch's similarity to itself is the largest there is: the lowest `pairs` values are those of other pairs.
-    rank = math.floor(AUTO_QUANTILE * (pairs - 1)) + 1
-    return -similarities.flatten(1).kthvalue(rank).values
-
-
-def patch_degrees(gram: Tensor) -> Tensor:
-    """Number of other patches that each patch is connected to (LOST, section 3.1).
-
-    Args:
-        gram: biased similarities, shape (B, N, N).
-
-    Returns:
-        Shape (B, N), int64, in [0, N - 1].
-    """
-    own = gram.diagonal(dim1=1, dim2=2) > 0
-    return (gram > 0).sum(dim=2) - own.long()
+    return -similarities.quantile(AUTO_QUANTILE).nan_to_num()
 
 
 def lowest_degrees(degree: Tensor, k: int) -> Tensor:
@@ -197,30 +269,22 @@ def lowest_degrees(degree: Tensor, k: int) -> Tensor:
     return (degree * count + index).topk(k, dim=1, largest=False, sorted=True).indices
 
 
-def expand_seed(gram: Tensor, degree: Tensor, seed: Tensor, k: int = 100) -> Tensor:
+def expand_seed(features: Tensor, candidates: Tensor, bias: Tensor) -> Tensor:
     """Grow one object mask per image from its seed (LOST, section 3.3).
 
     Args:
-        gram: biased similarities, shape (B, N, N), float32.
-        degree: connections per patch, shape (B, N), int64.
-        seed: index of the seed patch, shape (B,), int64.
-        k: how many lowest-degree patches may join the seed, in [1, N].
+        features: shape (B, N, D), float32.
+        candidates: the patches of lowest degree, which may join the seed, shape (B, k), int64; the first is the seed.
+        bias: added to every similarity, shape (B,), float32.
 
     Returns:
-        Boolean masks, shape (B, N), on the device of ``gram``: patches whose similarities to the seed and its
-        companions add up to more than 0. Not yet reduced to one connected component.
-
-    Raises:
-        OptionError: if ``k`` is outside [1, N] or the shapes disagree.
+        Boolean masks, shape (B, N), on the device of ``features``: patches whose biased similarities to the seed and
+        its companions add up to more than 0. Not yet reduced to one connected component.
     """
-    if gram.shape[:2] != degree.shape or gram.shape[1] != gram.shape[2] or seed.shape != degree.shape[:1]:
-        shapes = f"{tuple(gram.shape)}, {tuple(degree.shape)}, {tuple(seed.shape)}"
-        raise OptionError(f"gram, degree and seed must have shapes (B, N, N), (B, N), (B,), not {shapes}")
-    image = torch.arange(len(gram), device=gram.device)
-    candidates = lowest_degrees(degree, k)
-    kept = gram[image, seed].gather(1, candidates) > 0
-    rows = gram[image[:, None], candidates]
-    return (kept.to(gram.dtype).unsqueeze(1) @ rows).squeeze(1) > 0
+    image = torch.arange(len(features), device=features.device)
+    similarities = features[image[:, None], candidates] @ features.mT + bias.view(-1, 1, 1)
+    kept = similarities[:, 0].gather(1, candidates) > 0
+    return (kept.float().unsqueeze(1) @ similarities).squeeze(1) > 0
 
 
 def seed_component(mask: np.ndarray, row: int, column: int) -> np.ndarray:
@@ -249,65 +313,24 @@ def _check_input(features: Tensor, grid: tuple[int, int], k_patches: int) -> Non
         )
     if k_patches < 1:
         raise OptionError(f"k_patches must be at least 1, not {k_patches}")
-    if not torch.isfinite(features).all():
-        raise OptionError("features must be finite: in half precision, try bf16 or fp32")
 
 
-def _lost_part(
-    features: Tensor,
-    grid: tuple[int, int],
-    bias: float | str | Tensor,
-    k_patches: int,
-    *,
-    normalize: bool,
-) -> LostResult:
+def _maps_of_part(
+    features: Tensor, bias: float | Literal["auto"] | Tensor, k_patches: int, *, normalize: bool
+) -> ObjectMaps:
     features = features.float()
+    batch, count, _ = features.shape
+    finite = features.sum(dim=2).isfinite().all(dim=1)
     if normalize:
         features = functional.normalize(features, dim=-1)
-    gram = gram_matrix(features)
+    similarities = Similarities(features)
     if isinstance(bias, Tensor):
-        biases = bias.to(gram)
+        biases = bias.to(features)
     elif bias == "auto":
-        biases = auto_bias(gram)
+        biases = auto_bias(similarities)
     else:
-        biases = gram.new_full((len(gram),), float(bias))
-    gram += biases.view(-1, 1, 1)  # the register paper's addition to LOST
-    degree = patch_degrees(gram)
-    seed = lowest_degrees(degree, 1).squeeze(1)
-    mask = expand_seed(gram, degree, seed, min(k_patches, gram.shape[1]))
-    return _boxes(mask.cpu(), degree.cpu(), seed.cpu(), biases.cpu(), grid)
-
-
-def _boxes(mask: Tensor, degree: Tensor, seed: Tensor, bias: Tensor, grid: tuple[int, int]) -> LostResult:
-    seeds = torch.stack([seed // grid[1], seed % grid[1]], dim=1)
-    masks = mask.view(-1, *grid).numpy()
-    components = np.empty_like(masks)
-    boxes = np.empty((len(masks), 4), dtype=np.int64)
-    scores = np.ones(len(masks), dtype=np.float32)
-    for index, (row, column) in enumerate(seeds.tolist()):
-        component = seed_component(masks[index], row, column)
-        if not component.any():  # an unsuitable bias: the seed itself is the answer, with no confidence
-            component[row, column] = True
-            scores[index] = 0.0
-        rows, columns = np.nonzero(component)
-        components[index] = component
-        boxes[index] = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-    return LostResult(
-        xyxy=torch.from_numpy(boxes),
-        scores=torch.from_numpy(scores),
-        seeds=seeds,
-        degrees=degree.view(-1, *grid),
-        masks=torch.from_numpy(components),
-        bias=bias,
-    )
-
-
-def _join(parts: list[LostResult]) -> LostResult:
-    return LostResult(
-        xyxy=torch.cat([part.xyxy for part in parts]),
-        scores=torch.cat([part.scores for part in parts]),
-        seeds=torch.cat([part.seeds for part in parts]),
-        degrees=torch.cat([part.degrees for part in parts]),
-        masks=torch.cat([part.masks for part in parts]),
-        bias=torch.cat([part.bias for part in parts]),
-    )
+        biases = features.new_full((batch,), float(bias))
+    # A biased similarity (the register paper's addition to LOST) is above 0 where the plain one is above -bias.
+    degrees = similarities.counts_above(-biases)
+    candidates = lowest_degrees(degrees, min(k_patches, count))
+    return ObjectMaps(expand_seed(features, candidates, biases), degrees, candidates[:, 0], biases, finite)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lostreg.backbones import Backbone
 from lostreg.features import collect_features
-from lostreg.images import patch_grid, read_image, to_batch
+from lostreg.images import patch_grid, read_image
 from lostreg.lost import lost_boxes
 
 IMAGES = 48
@@ -21,9 +21,19 @@ METHODS = {"k": -0.85, "v": -0.2, "out": -0.25}
 Grid = tuple[int, int]
 
 
+def padded_batch(backbone: Backbone, pictures: list[np.ndarray]) -> Tensor:
+    """Normalised RGB, (B, 3, H, W): by the plain definition, for pictures that share a patch grid."""
+    rows, columns = patch_grid(pictures[0], backbone.spec.patch_size)
+    batch = torch.zeros(len(pictures), 3, rows * backbone.spec.patch_size, columns * backbone.spec.patch_size)
+    mean, std = torch.tensor(backbone.mean).view(3, 1, 1), torch.tensor(backbone.std).view(3, 1, 1)
+    for image, pixels in zip(batch, pictures, strict=True):
+        values = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+        image[:, : pixels.shape[0], : pixels.shape[1]] = (values - mean) / std
+    return batch
+
+
 def features_of(backbone: Backbone, pictures: list[np.ndarray]) -> list[Tensor]:
-    batch = to_batch(pictures, backbone.spec.patch_size, backbone.mean, backbone.std)
-    return collect_features(backbone, batch, [(feature, -1) for feature in METHODS])
+    return collect_features(backbone, padded_batch(backbone, pictures), [(feature, -1) for feature in METHODS])
 
 
 @pytest.fixture(scope="module")

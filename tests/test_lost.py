@@ -1,5 +1,6 @@
 """LOST against the slow oracle, against pictures one can check by hand, and under transformations."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -13,15 +14,16 @@ from safetensors.torch import load_file
 
 from lostreg.errors import OptionError
 from lostreg.lost import (
+    ObjectMaps,
     auto_bias,
     expand_seed,
-    gram_matrix,
     lost_boxes,
     lowest_degrees,
-    patch_degrees,
+    object_maps,
     resolve_normalize,
     seed_component,
 )
+from lostreg.similarity import Similarities
 
 # Small integers: every sum is exact in float32, so both sides must agree to the last tie.
 integers = st.integers(-3, 3).map(float)
@@ -177,11 +179,20 @@ def test_a_bias_per_image_is_that_images_bias() -> None:
         assert torch.equal(alone.xyxy[0], together.xyxy[index])
 
 
-def test_a_batch_too_large_for_one_gram_matrix_is_cut_into_parts(monkeypatch) -> None:
+def test_a_batch_whose_similarities_cannot_all_be_kept_is_cut_into_parts(monkeypatch) -> None:
     features = torch.randn(5, 36, 8)
     whole = lost_boxes(features, (6, 6), "auto")
-    monkeypatch.setattr("lostreg.lost._GRAM_ELEMENTS", 2 * 36 * 36)
+    sizes = []
+
+    class Recorded(Similarities):
+        def __init__(self, part: torch.Tensor) -> None:
+            sizes.append(len(part))
+            super().__init__(part)
+
+    monkeypatch.setattr("lostreg.lost.Similarities", Recorded)
+    monkeypatch.setattr("lostreg.similarity._KEPT_ELEMENTS", {"cpu": 2 * 36 * 36})
     parts = lost_boxes(features, (6, 6), "auto")
+    assert sizes == [2, 2, 1]
     for name in ("xyxy", "scores", "seeds", "degrees", "masks"):
         assert torch.equal(getattr(whole, name), getattr(parts, name))
     per_image = lost_boxes(features, (6, 6), whole.bias, normalize=True)
@@ -200,12 +211,15 @@ def test_autocast_and_gradients_around_it_change_nothing() -> None:
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs PyTorch 2.9")
 def test_reduced_precision_of_products_is_off_while_it_matters_and_back_afterwards(monkeypatch) -> None:
-    seen = []
-    real = torch.Tensor.__matmul__
+    seen = {}
 
-    def spy(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        seen.append((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
-        return real(first, second)
+    def spy_on(name: str, product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def spy(*tensors: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+            backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+            seen.setdefault(name, set()).add(tuple(backend.fp32_precision for backend in backends))
+            return product(*tensors, **options)
+
+        return spy
 
     places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [place.fp32_precision for place in places]
@@ -213,9 +227,11 @@ def test_reduced_precision_of_products_is_off_while_it_matters_and_back_afterwar
         for place, reduced in zip(places, ("tf32", "bf16"), strict=True):
             place.fp32_precision = reduced
         with monkeypatch.context() as patched:
-            patched.setattr(torch.Tensor, "__matmul__", spy)
-            lost_boxes(torch.randn(1, 100, 32), (10, 10), "auto")
-        assert set(seen) == {("ieee", "ieee")}
+            for owner, name in ((torch, "mm"), (torch, "bmm"), (torch.Tensor, "__matmul__")):
+                patched.setattr(owner, name, spy_on(name, getattr(owner, name)))
+            for batch in (1, 2):
+                lost_boxes(torch.randn(batch, 100, 32), (10, 10), "auto")
+        assert seen == {name: {("ieee", "ieee")} for name in ("mm", "bmm", "__matmul__")}
         assert [place.fp32_precision for place in places] == ["tf32", "bf16"]
     finally:
         for place, precision in zip(places, before, strict=True):
@@ -235,12 +251,13 @@ def test_half_precision_features_are_compared_in_float32() -> None:
 
 
 def test_the_automatic_bias_is_the_quantile_of_pairs_of_different_patches() -> None:
-    vectors = torch.nn.functional.normalize(torch.randn(4, 50, 8), dim=-1)
-    similarity = gram_matrix(vectors)
+    vectors = (torch.randint(2, (4, 50, 1024)) * 2 - 1) / 32  # of length 1, and their products are exact
+    similarity = vectors @ vectors.mT
     others = similarity[:, ~torch.eye(50, dtype=torch.bool)].numpy()
     expected = -np.quantile(others, 0.25, axis=1, method="lower")
-    np.testing.assert_array_equal(auto_bias(similarity).numpy(), expected)
-    connected = ((similarity + auto_bias(similarity).view(-1, 1, 1)) > 0).float().mean()
+    biases = auto_bias(Similarities(vectors))
+    np.testing.assert_array_equal(biases.numpy(), expected)
+    connected = ((similarity + biases.view(-1, 1, 1)) > 0).float().mean()
     assert 0.72 < connected < 0.78
 
 
@@ -256,15 +273,42 @@ def test_lowest_degrees_breaks_ties_by_index() -> None:
 
 
 def test_degrees_do_not_count_the_patch_itself() -> None:
-    gram = torch.tensor([[[1.0, 1.0, -1.0], [1.0, -1.0, -1.0], [-1.0, -1.0, 1.0]]])
-    assert patch_degrees(gram).tolist() == [[1, 1, 0]]
+    features = torch.tensor([[[1.0], [2.0], [-1.0]]])
+    assert lost_boxes(features, (1, 3)).degrees.tolist() == [[[1, 1, 0]]]
+    assert lost_boxes(features, (1, 3), bias=-1.5).degrees.tolist() == [[[1, 1, 0]]]
+    assert lost_boxes(features, (1, 3), bias=2.5).degrees.tolist() == [[[2, 2, 2]]]
 
 
 def test_expand_seed_adds_up_the_companions_that_are_connected_to_the_seed() -> None:
-    gram = torch.tensor([[[2.0, 1.0, -1.0, 1.0], [1.0, 2.0, 1.0, -3.0], [-1.0, 1.0, 2.0, 1.0], [1.0, -3.0, 1.0, 2.0]]])
-    degree = torch.tensor([[0, 1, 2, 3]])
-    # Of patches 0, 1, 2 the seed 0 is connected to 0 and 1: rows 0 and 1 add up to [3, 3, 0, -2].
-    assert expand_seed(gram, degree, torch.tensor([0]), 3).tolist() == [[True, True, False, False]]
+    features = torch.tensor([[[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [-1.0, 0.0, 2.0], [1.0, 0.0, -4.0]]])
+    candidates = torch.tensor([[0, 1, 2]])
+    # Similarities [2, 1, -1, 1] of patch 0, the seed, and [1, 2, 1, -3] of patch 1 add up to [3, 3, 0, -2].
+    assert expand_seed(features, candidates, torch.tensor([0.0])).tolist() == [[True, True, False, False]]
+    # With 0.75 more, they add up to [4.5, 4.5, 1.5, -0.5].
+    assert expand_seed(features, candidates, torch.tensor([0.75])).tolist() == [[True, True, True, False]]
+    # With 1 less, the seed is connected to itself alone: [1, 0, -2, 0].
+    assert expand_seed(features, candidates, torch.tensor([-1.0])).tolist() == [[True, False, False, False]]
+
+
+@pytest.mark.parametrize("bias", [-0.1, "auto"])
+def test_maps_survive_the_way_to_the_host_in_one_tensor(bias) -> None:
+    features = torch.randn(3, 30, 8)
+    features[1, 7, 2] = torch.nan
+    maps = object_maps(features, (5, 6), bias, 10, normalize=True)
+    back = ObjectMaps.unpack(maps.pack())
+    assert maps.finite.tolist() == [True, False, True]
+    for name in ("masks", "degrees", "seeds", "bias", "finite"):
+        before, after = getattr(maps, name), getattr(back, name)
+        assert before.dtype == after.dtype, name
+        torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_one_feature_of_one_image_that_is_not_finite_is_noticed(value: float) -> None:
+    features = torch.randn(3, 30, 8)
+    features[2, 29, 7] = value
+    with pytest.raises(OptionError, match="features must be finite"):
+        lost_boxes(features, (5, 6))
 
 
 @given(arrays(bool, (5, 7)), st.integers(0, 4), st.integers(0, 6))
@@ -288,7 +332,6 @@ def test_the_component_is_what_a_flood_fill_reaches(mask, row, column) -> None:
         (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), float("nan")), "finite number or 'auto', not nan"),
         (lambda: lost_boxes(np.ones((2, 12, 3)), (3, 4)), "PyTorch tensor, not ndarray"),
         (lambda: lowest_degrees(torch.zeros(1, 4, dtype=torch.long), 5), "\\[1, 4\\], not 5"),
-        (lambda: expand_seed(torch.ones(1, 3, 3), torch.ones(1, 4).long(), torch.ones(1).long(), 2), "shapes"),
     ],
 )
 def test_bad_input_says_what_was_expected(call, message) -> None:
