@@ -8,5 +8,6 @@ BACKBONE: Final = "dinov2_vits14_reg"
 PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "bf16", "fp16")
 K_PATCHES: Final = 100  # as in LOST's published code
 BATCH_SIZE: Final = 8
+CUDA_BATCH_SIZE: Final = 32
 MAX_SIDE: Final = 1024
 MAX_PIXELS: Final = 200_000_000

@@ -2,29 +2,37 @@
 
 import copy
 import dataclasses
-import sys
+import os
+import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from lostreg.backbone_table import FEATURES, Feature
 from lostreg.backbones import Backbone, load_backbone
-from lostreg.defaults import BACKBONE, BATCH_SIZE, K_PATCHES, MAX_PIXELS, MAX_SIDE, Precision
-from lostreg.errors import ImageError, LostregError, OptionError
-from lostreg.features import patch_features, resolve_layer
-from lostreg.images import ImageSource, Picture, patch_grid, read_image, to_batch
-from lostreg.lost import LostResult, check_bias, lost_boxes, resolve_normalize
+from lostreg.defaults import BACKBONE, BATCH_SIZE, CUDA_BATCH_SIZE, K_PATCHES, MAX_PIXELS, MAX_SIDE, Precision
+from lostreg.engine import Engine, Search
+from lostreg.errors import ImageError, LostregWarning, OptionError
+from lostreg.features import resolve_layer
+from lostreg.images import ImageSource, PatchedPicture, cut_patches, read_image
+from lostreg.lost import check_bias, resolve_normalize
+from lostreg.memory import available_bytes, describe_bytes, keep_freed_memory, required_bytes
 from lostreg.regions import Discovery
+from lostreg.transformer import check_compiler
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_WINDOW_BATCHES: Final = 4  # images are grouped by shape within windows of this many batches
-_DECODERS: Final = 4
+_PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a CPU gains nothing from more
+_OTHER_PACK_PATCHES: Final = 1 << 14
+_DECODED_BYTES: Final = 1 << 30  # that wait for their turn
+_UNCHECKED_BYTES: Final = 2 << 30  # an image that needs less is tried without asking for free memory
+_LONG: Final = 1 << 16  # patches
+_SLOW: Final = "time grows with their square, and this may take hours; --max-side bounds it"
 
 
 class Discoverer:
@@ -40,16 +48,22 @@ class Discoverer:
         k_patches: how many low-degree patches may join the seed, at least 1.
         weights: a weights file, see `load_backbone`.
         device: ``auto`` (CUDA, then MPS, then CPU), or a PyTorch device.
-        precision: of the backbone; similarities are float32 always.
-        batch_size: images of one shape that go through the backbone together, at least 1.
+        precision: of the backbone's products; tokens are added up, and similarities taken, in float32 always. On a
+            CPU, ``bf16`` is quick where the CPU has instructions for it (AVX512-BF16, AMX).
+        batch_size: images that go through the backbone together at most, at least 1; None takes 8, on CUDA 32.
+        compile: whether the backbone's blocks are compiled (`torch.compile`): once, for images of all shapes. That
+            takes up to minutes, and pays in long runs.
         max_side: longer images are scaled down to this side; boxes are in pixels of the original all the same.
-            None keeps every size, as benchmarks do; memory grows with the square of the number of patches.
+            None keeps every size, as benchmarks do; time grows with the square of the number of patches.
         exif: whether EXIF orientation is applied.
         max_pixels: images with more are refused before they are decoded.
 
     Raises:
-        OptionError: if an option is out of its range.
+        OptionError: if an option is out of its range, or nothing can be compiled here.
         BackboneError: if the backbone or its weights cannot be had.
+
+    Note:
+        On a CPU, the C library is told to keep freed memory: see `lostreg.memory.keep_freed_memory`.
     """
 
     def __init__(
@@ -64,15 +78,24 @@ class Discoverer:
         weights: str | Path | None = None,
         device: str | torch.device = "auto",
         precision: Precision = "fp32",
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
+        compile: bool = False,  # noqa: A002 - as the command line's option
         max_side: int | None = MAX_SIDE,
         exif: bool = True,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         _check_options(feature, bias, precision)
+        where = resolve_device(device)
+        if batch_size is None:
+            batch_size = CUDA_BATCH_SIZE if where.type == "cuda" else BATCH_SIZE
         counts = {"k_patches": k_patches, "batch_size": batch_size, "max_side": max_side, "max_pixels": max_pixels}
         _check_counts(counts)
-        where = resolve_device(device)
+        if where.type == "cpu":
+            keep_freed_memory()
+            if precision == "bf16" and not _has_quick_bf16():
+                _tell("this CPU has no instructions for bf16 (AVX512-BF16 or AMX): fp32 will be quicker")
+        if compile:
+            check_compiler(where)
         if isinstance(backbone, str):
             backbone = load_backbone(backbone, weights=weights, device=where, dtype=_DTYPES[precision])
         elif weights is not None:
@@ -88,9 +111,23 @@ class Discoverer:
         self.k_patches = k_patches
         self.precision: Precision = precision
         self.batch_size = batch_size
+        self.compile = compile
         self.max_side = max_side
         self.exif = exif
         self.max_pixels = max_pixels
+        # Patches of a pack of several images: fewer after memory ran out.
+        self._pack_patches = _PACK_PATCHES.get(backbone.device.type, _OTHER_PACK_PATCHES)
+        self._is_halved = False
+        self._ahead = 1 if backbone.device.type == "cuda" else 0  # packs that are started before one is finished
+        self.engine = Engine(
+            backbone,
+            self.feature,
+            self.layer,
+            self.bias,
+            k_patches,
+            normalize=self.normalize,
+            compiled=compile,
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -106,6 +143,7 @@ class Discoverer:
             "device": self.backbone.device.type,
             "precision": self.precision,
             "batch_size": self.batch_size,
+            "compile": self.compile,
             "max_side": self.max_side,
             "exif": self.exif,
             "max_pixels": self.max_pixels,
@@ -118,15 +156,18 @@ class Discoverer:
             image: a file, a PIL image, or an RGB array (h, w, 3) of uint8.
 
         Raises:
-            ImageError: if the image cannot be read.
+            ImageError: if the image cannot be read, or memory does not suffice for it.
         """
-        return self._run([self._read(image)])[0]
+        (outcome,) = self.outcomes([image])
+        if isinstance(outcome, ImageError):
+            raise outcome
+        return outcome
 
     def discover_many(self, images: Iterable[ImageSource]) -> Iterator[Discovery]:
         """Find the main object of each image: batched, streamed, in input order.
 
         Args:
-            images: as for `discover`; may be endless. Up to eight batches of them are taken in advance, so an
+            images: as for `discover`; may be endless. Up to two batches of them are taken in advance, so an
                 array must not be changed until its discovery is there.
 
         Yields:
@@ -147,9 +188,10 @@ class Discoverer:
     def outcomes(self, images: Iterable[ImageSource], skip: int = 0) -> Iterator[Discovery | ImageError]:
         """Like `discover_many`, with the error in place of the discovery where an image cannot be read.
 
-        Images are taken in windows of fixed length and batched by shape within a window, so how a batch is made
-        up depends on the list alone and not on where an interrupted run goes on: the same image meets the same
-        neighbours and gets the same box to the bit.
+        Images keep their sizes. Neighbours in the list, whatever their shapes, are packed into one sequence of
+        tokens and computed together. What shares a pack depends on the list alone and not on where an interrupted
+        run goes on: the same image meets the same neighbours and gets the same box to the bit. Only where memory
+        runs out are packs halved, which is told once, by a `LostregWarning`.
 
         Args:
             images: as for `discover`.
@@ -158,108 +200,201 @@ class Discoverer:
         Yields:
             One outcome an image, in input order, beginning with number ``skip``.
         """
-        length = min(self.batch_size * _WINDOW_BATCHES, sys.maxsize)
         remaining = iter(images)
-        known = skip // length * length
-        next(islice(remaining, known, known), None)  # whole windows that are known: nothing is decoded
-        skip -= known
-        with ThreadPoolExecutor(_DECODERS) as pool:
-            window = self._submit(pool, remaining, length)
-            while window:
-                upcoming = self._submit(pool, remaining, length)
-                try:
-                    yield from islice(self._window(window), skip, None)
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-                window, skip = upcoming, 0
+        known = skip // self.batch_size * self.batch_size
+        next(islice(remaining, known, known), None)  # whole batches that are known: nothing is decoded
+        yield from islice(self._stream(remaining), skip - known, None)
 
-    def _submit(self, pool: ThreadPoolExecutor, images: Iterator[ImageSource], length: int) -> list[Future[Picture]]:
-        return [pool.submit(self._read, image) for image in islice(images, length)]
-
-    def _read(self, image: ImageSource) -> Picture:
-        return read_image(image, max_side=self.max_side, exif=self.exif, max_pixels=self.max_pixels)
-
-    def _window(self, window: list[Future[Picture]]) -> Iterator[Discovery | ImageError]:
-        """The outcomes of one window in order, each as soon as those before it are there."""
-        done: dict[int, Discovery | ImageError] = {}
-        pictures: dict[int, Picture] = {}
-        for index, future in enumerate(window):
+    def _stream(self, images: Iterator[ImageSource]) -> Iterator[Discovery | ImageError]:
+        """Decode, compute and finish at the same time: on a GPU, the next pack is started before one is finished."""
+        started: deque[_Started] = deque()
+        with ThreadPoolExecutor(_decoders()) as pool:
             try:
-                pictures[index] = future.result()
+                for pack in self._packs(self._decoded(pool, images)):
+                    started.append(self._start(pack))
+                    while len(started) > self._ahead:
+                        yield from self._finish(started.popleft())
+                while started:
+                    yield from self._finish(started.popleft())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _decoded(self, pool: ThreadPoolExecutor, images: Iterator[ImageSource]) -> Iterator["_Decoded"]:
+        """Images in order, the next ones being decoded meanwhile: two batches of them, or as much as memory allows."""
+        window: deque[tuple[str, Future[PatchedPicture]]] = deque()
+        while True:
+            while len(window) < 2 * self.batch_size and (not window or _held_bytes(window) < _DECODED_BYTES):
+                source = next(images, _END)
+                if isinstance(source, _End):
+                    break
+                window.append((_name(source), pool.submit(self._read, source)))
+            if not window:
+                return
+            name, future = window.popleft()
+            try:
+                yield _Decoded(name, future.result())
             except ImageError as error:
-                done[index] = error
-        batches = self._batches(pictures)
-        for index in range(len(window)):
-            while index not in done:
-                batch = next(batches)
-                found = self._run([pictures.pop(member) for member in batch])
-                done.update(zip(batch, found, strict=True))
-            yield done.pop(index)
+                yield _Decoded(name, error)
 
-    def _batches(self, pictures: dict[int, Picture]) -> Iterator[list[int]]:
-        """Indices of pictures that share a patch grid, at most a batch of them, by their first member."""
-        by_grid: dict[tuple[int, int], list[int]] = {}
-        for index, picture in pictures.items():
-            by_grid.setdefault(patch_grid(picture.pixels, self.backbone.spec.patch_size), []).append(index)
-        size = self.batch_size
-        batches = [
-            members[start : start + size] for members in by_grid.values() for start in range(0, len(members), size)
-        ]
-        yield from sorted(batches)
+    def _read(self, image: ImageSource) -> PatchedPicture:
+        picture = read_image(
+            image, max_side=self.max_side, exif=self.exif, max_pixels=self.max_pixels, check_size=self._check_size
+        )
+        return cut_patches(picture, self.backbone.spec.patch_size)
 
-    def _run(self, pictures: list[Picture]) -> list[Discovery]:
-        backbone = self.backbone
-        patch = backbone.spec.patch_size
-        batch = to_batch([picture.pixels for picture in pictures], patch, backbone.mean, backbone.std, backbone.device)
-        grid = patch_grid(pictures[0].pixels, patch)
+    def _check_size(self, width: int, height: int) -> None:
+        """Refuse an image for which there is not enough memory, before it is decoded."""
+        patch, device = self.backbone.spec.patch_size, self.backbone.device
+        grid = (-(-height // patch), -(-width // patch))
+        needed = required_bytes(self.backbone, grid)
+        if needed < _UNCHECKED_BYTES:
+            return
+        free = available_bytes(device)
+        if free is not None and needed > free:
+            raise ImageError(
+                f"{width}x{height} pixels are {grid[0] * grid[1]:,} patches, which need up to {describe_bytes(needed)} "
+                f"with {self.backbone.spec.name}, but {describe_bytes(free)} are free on {device}: "
+                "use --max-side, a smaller backbone or --precision bf16"
+            )
+
+    def _packs(self, images: Iterable["_Decoded"]) -> Iterator[list["_Decoded"]]:
+        """Neighbours of one batch that make up one sequence of bounded length; a long image is alone."""
+        pack: list[_Decoded] = []
+        for number, image in enumerate(images, start=1):
+            if pack and sum(member.patches for member in pack) + image.patches > self._pack_patches:
+                yield pack
+                pack = []
+            pack.append(image)
+            if number % self.batch_size == 0:
+                yield pack
+                pack = []
+        if pack:
+            yield pack
+
+    def _start(self, pack: list["_Decoded"]) -> "_Started":
+        """Queue a pack's work, ordered by grid: neighbours of one grid share the steps that know of shapes."""
+        readable = [index for index, image in enumerate(pack) if isinstance(image.picture, PatchedPicture)]
+        readable.sort(key=lambda index: cast("PatchedPicture", pack[index].picture).grid)
+        outcomes = {index: image.picture for index, image in enumerate(pack) if isinstance(image.picture, ImageError)}
+        parts: list[_Part] = []
+        waiting = [readable] if readable else []
+        while waiting:
+            indices = waiting.pop(0)
+            pictures = [cast("PatchedPicture", pack[index].picture) for index in indices]
+            search = self._try(pictures)
+            if search is not None:
+                parts.append(_Part(indices, pictures, search))
+            elif len(indices) > 1:
+                self._halve(pictures)
+                half = -(-len(indices) // 2)
+                waiting[:0] = [indices[:half], indices[half:]]
+            else:
+                outcomes[indices[0]] = self._too_large(pack[indices[0]].name, pictures[0])
+        return _Started(outcomes, parts)
+
+    def _try(self, pictures: list[PatchedPicture]) -> Search | None:
+        """A pack's work, or None where memory ran out: what was taken for it is free again by then."""
+        longest = max(picture.grid[0] * picture.grid[1] for picture in pictures)
+        if longest > _LONG:
+            _tell(f"an image of {longest:,} patches: {_SLOW}")
         try:
-            features = patch_features(backbone, batch, self.feature, self.layer)
-            result = lost_boxes(features, grid, self.bias, self.k_patches, normalize=self.normalize)
+            patches = self.engine.transfer(pictures)
+            features = self.engine.forward(patches, [picture.size for picture in pictures])
+            return self.engine.search(features, [picture.grid for picture in pictures])
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            raise LostregError(
-                f"out of memory on {len(pictures)} images of {grid[0]}x{grid[1]} patches on {backbone.device}: "
-                "use a smaller --batch-size, --max-side or backbone, or --precision bf16"
-            ) from error
-        return [to_discovery(result, index, picture, patch) for index, picture in enumerate(pictures)]
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
+    def _halve(self, pictures: list[PatchedPicture]) -> None:
+        """Make the packs to come half as large as the one that did not fit."""
+        self._pack_patches = sum(picture.grid[0] * picture.grid[1] for picture in pictures) // 2
+        if not self._is_halved:
+            _tell(
+                f"out of memory on {self.backbone.device} with {len(pictures)} images together: going on with half as "
+                "much at once; a smaller --batch-size avoids the attempt"
+            )
+        self._is_halved = True
+
+    def _too_large(self, name: str, picture: PatchedPicture) -> ImageError:
+        rows, columns = picture.grid
+        return ImageError(
+            f"{name}: out of memory on one image of {rows}x{columns} patches on {self.backbone.device} "
+            f"(needs up to {describe_bytes(required_bytes(self.backbone, picture.grid))}): "
+            "use a smaller --max-side or backbone, or --precision bf16"
+        )
+
+    def _finish(self, started: "_Started") -> list[Discovery | ImageError]:
+        outcomes: dict[int, Discovery | ImageError] = dict(started.outcomes)
+        for part in started.parts:
+            outcomes.update(zip(part.indices, self.engine.finish(part.search, part.pictures), strict=True))
+        return [outcomes[index] for index in sorted(outcomes)]
 
 
-def to_discovery(result: LostResult, index: int, picture: Picture, patch_size: int) -> Discovery:
-    """One image's share of a batched result, with its box in pixels of the original image.
+class _End:
+    """Marks the end of the list of images."""
 
-    Args:
-        result: of a batch, in patches.
-        index: which image of the batch.
-        picture: that image.
-        patch_size: side of a patch, in pixels of ``picture.pixels``.
-    """
-    height, width = picture.pixels.shape[:2]
-    scale = np.array([picture.width / width, picture.height / height] * 2)
-    limits = np.array([width, height] * 2)
-    box = np.minimum(result.xyxy[index].numpy() * patch_size, limits) * scale
-    return Discovery(
-        xyxy=box[None].astype(np.float32),
-        scores=_one(result.scores[index]),
-        seeds=result.seeds[index : index + 1].numpy(),
-        width=picture.width,
-        height=picture.height,
-        degrees=result.degrees[index].numpy(),
-        mask=result.masks[index].numpy(),
-        patch_width=float(patch_size * scale[0]),
-        patch_height=float(patch_size * scale[1]),
-        bias=float(result.bias[index]),
-    )
+
+_END: Final = _End()
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """One image of the list, and what became of reading it."""
+
+    name: str
+    picture: PatchedPicture | ImageError
+
+    @property
+    def patches(self) -> int:
+        if isinstance(self.picture, ImageError):
+            return 0
+        return self.picture.grid[0] * self.picture.grid[1]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Images of a pack that went to the device together: their places in it, and what is on its way back."""
+
+    indices: list[int]
+    pictures: list[PatchedPicture]
+    search: Search
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A pack whose work is queued: outcomes that are known already, and the parts that are not."""
+
+    outcomes: dict[int, ImageError]
+    parts: list[_Part]
+
+
+def _name(source: ImageSource) -> str:
+    return str(source) if isinstance(source, str | Path) else "image"
+
+
+def _held_bytes(window: Iterable[tuple[str, Future[PatchedPicture]]]) -> int:
+    """What decoded images that wait for their turn take."""
+    done = (future for _, future in window if future.done() and not future.cancelled() and not future.exception())
+    return sum(future.result().patches.nbytes for future in done)
+
+
+def _decoders() -> int:
+    """Threads that decode: as many as this process may have cores, within reason."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores, 2), 16)
+
+
+def _tell(message: str) -> None:
+    warnings.warn(message, LostregWarning, stacklevel=2)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """PyTorch has a class for it on GPUs, and on the CPU only its allocator's words."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _one(value: torch.Tensor) -> NDArray[np.float32]:
-    return np.array([float(value)], dtype=np.float32)
 
 
 def _place(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
@@ -291,6 +426,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"device '{device}' was asked for, but there are {torch.cuda.device_count()} GPUs")
     return found
+
+
+def _has_quick_bf16() -> bool:
+    """Whether an x86 CPU has instructions for bf16; True where PyTorch does not say."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if capabilities.get("architecture") != "x86_64":
+        return True
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _check_options(feature: str | None, bias: object, precision: str) -> None:

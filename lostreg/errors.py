@@ -30,3 +30,7 @@ class DatasetError(LostregError):
 
 class PredictionsError(LostregError):
     """A predictions file or output folder cannot be used."""
+
+
+class LostregWarning(UserWarning):
+    """Something that a user should know of, though the work goes on."""

@@ -315,12 +315,13 @@ def _results(settings: dict[str, Any], evaluation: Evaluation, device: str) -> d
             "images_per_s": round(evaluation.computed / evaluation.seconds, 3) if evaluation.seconds else None,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **package_versions()},
         "device": device,
     }
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of lostreg and of what its figures depend on, where they are installed."""
     found = {}
     for package in _PACKAGES:
         try:

@@ -1,11 +1,12 @@
-"""Pictures in, tensors out: decode, orient, bound the size, normalise, pad."""
+"""Pictures in, tensors out: decode, orient, bound the size, cut into patches, normalise."""
 
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _DECODE_ERRORS: Final = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _SIXTEEN_BIT: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+_SIDEWAYS: Final = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _UNDO_ORIENTATION: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -53,7 +55,12 @@ class Picture:
 
 
 def read_image(
-    source: ImageSource, *, max_side: int | None = None, exif: bool = True, max_pixels: int = MAX_PIXELS
+    source: ImageSource,
+    *,
+    max_side: int | None = None,
+    exif: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    check_size: Callable[[int, int], None] | None = None,
 ) -> Picture:
     """Decode one image as 8-bit RGB.
 
@@ -61,38 +68,72 @@ def read_image(
 
     Args:
         source: a file, a PIL image, or an RGB array of shape (h, w, 3), uint8.
-        max_side: the longer side is scaled down to this many pixels; None keeps the size.
+        max_side: the longer side is scaled down to this many pixels; None keeps the size. A JPEG file is then decoded
+            at half, a quarter or an eighth of its size, where that is still no smaller than what is asked for.
         exif: whether to turn the image as its EXIF orientation says. Benchmarks' boxes refer to stored pixels,
             photographs are meant to be turned.
         max_pixels: a file with more pixels is refused before it is decoded.
+        check_size: called with the width and height that the result will have, or have turned, before a file is
+            decoded; may raise `ImageError`.
 
     Raises:
         ImageError: if the file is missing, unreadable, truncated or too large, or the array of another kind.
     """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        with _decoding(str(path)), _open_file(path, max_pixels) as image:
+            return _decode_scaled(image, str(path), max_side, exif=exif, check_size=check_size)
     if isinstance(source, np.ndarray):
         pixels = _check_array(source)
-    elif isinstance(source, Image.Image):
+    else:
         with _decoding("PIL image"):
             pixels = _decode(source, "PIL image", exif=exif)
-    else:
-        pixels = _read_file(Path(source), exif=exif, max_pixels=max_pixels)
     height, width = pixels.shape[:2]
-    return Picture(_limit_side(pixels, max_side), width, height)
+    size = _limited_size(width, height, max_side)
+    if check_size:
+        check_size(*size)
+    return Picture(_resize(pixels, size), width, height)
 
 
-def _read_file(path: Path, *, exif: bool, max_pixels: int) -> NDArray[np.uint8]:
-    with _decoding(str(path)):
-        if not path.exists():
-            raise ImageError(f"{path}: no such file")
-        if path.is_file() and not path.stat().st_size:
-            raise ImageError(f"{path}: not a readable image (empty file)")
-        with _pillow_limit_lifted, Image.open(path, formats=_FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise ImageError(
-                    f"{path}: {image.width}x{image.height} is {image.width * image.height:,} pixels, more than "
-                    f"the limit of {max_pixels:,}; not decoded (--max-pixels raises the limit)"
-                )
-            return _decode(image, str(path), exif=exif)
+@contextmanager
+def _open_file(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    if not path.exists():
+        raise ImageError(f"{path}: no such file")
+    if path.is_file() and not path.stat().st_size:
+        raise ImageError(f"{path}: not a readable image (empty file)")
+    with _pillow_limit_lifted, Image.open(path, formats=_FORMATS) as image:
+        if image.width * image.height > max_pixels:
+            raise ImageError(
+                f"{path}: {image.width}x{image.height} is {image.width * image.height:,} pixels, more than "
+                f"the limit of {max_pixels:,}; not decoded (--max-pixels raises the limit)"
+            )
+        yield image
+
+
+def _decode_scaled(
+    image: Image.Image,
+    name: str,
+    max_side: int | None,
+    *,
+    exif: bool,
+    check_size: Callable[[int, int], None] | None,
+) -> Picture:
+    stored = image.size
+    target = _limited_size(*stored, max_side)
+    if check_size:
+        try:
+            check_size(*target)
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from error
+    is_sideways = exif and image.getexif().get(ExifTags.Base.Orientation, 1) in _SIDEWAYS
+    if target != stored:
+        image.draft(None, target)  # only JPEG can, and goes no lower than asked
+    is_reduced = image.size != stored
+    pixels = _decode(image, name, exif=exif)
+    height, width = pixels.shape[:2]
+    if is_reduced:
+        width, height = stored[::-1] if is_sideways else stored
+    return Picture(_resize(pixels, _limited_size(width, height, max_side)), width, height)
 
 
 @contextmanager
@@ -162,12 +203,16 @@ def _check_array(array: NDArray[Any]) -> NDArray[np.uint8]:
     return np.require(array, requirements=["C", "W"])  # a copy of read-only memory, for PyTorch
 
 
-def _limit_side(pixels: NDArray[np.uint8], max_side: int | None) -> NDArray[np.uint8]:
-    height, width = pixels.shape[:2]
+def _limited_size(width: int, height: int, max_side: int | None) -> tuple[int, int]:
     if max_side is None or max(height, width) <= max_side:
-        return pixels
+        return width, height
     scale = max_side / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    if size == pixels.shape[1::-1]:
+        return pixels
     return np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
 
 
@@ -177,31 +222,69 @@ def patch_grid(pixels: NDArray[np.uint8], patch_size: int) -> tuple[int, int]:
     return -(-height // patch_size), -(-width // patch_size)
 
 
-def to_batch(
-    pictures: Sequence[NDArray[np.uint8]],
-    patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Normalise images that share a patch grid, and pad them on the right and bottom with zeros.
+@dataclass(frozen=True)
+class PatchedPicture:
+    """An image cut into patches, ready for a device.
+
+    Attributes:
+        patches: RGB, shape (rows, columns, patch, patch, 3), uint8; zeros beyond the image's right and bottom edges.
+        size: (height, width) of what was cut, in pixels.
+        width: of the original image, in pixels.
+        height: of the original image, in pixels.
+    """
+
+    patches: NDArray[np.uint8]
+    size: tuple[int, int]
+    width: int
+    height: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.patches.shape[0], self.patches.shape[1]
+
+
+def cut_patches(picture: Picture, patch_size: int) -> PatchedPicture:
+    """Cut an image into patches, row by row, each with its pixels side by side in memory.
 
     Args:
-        pictures: RGB arrays (h, w, 3), uint8; the same number of patch rows and columns each.
+        picture: a decoded image.
         patch_size: side of a patch in pixels.
+    """
+    pixels = picture.pixels
+    height, width = pixels.shape[:2]
+    rows, columns = patch_grid(pixels, patch_size)
+    if (height, width) != (rows * patch_size, columns * patch_size):
+        padded = np.zeros((rows * patch_size, columns * patch_size, 3), dtype=np.uint8)
+        padded[:height, :width] = pixels
+        pixels = padded
+    patches = pixels.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 1, 3, 4)
+    return PatchedPicture(np.ascontiguousarray(patches), (height, width), picture.width, picture.height)
+
+
+def normalise_patches(patches: Tensor, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """What a model is fed: normalised pixels, and zeros where a patch reaches beyond the image.
+
+    Args:
+        patches: shape (rows, columns, patch, patch, 3), uint8, on the model's device.
+        size: (height, width) of the image in pixels.
         mean: per channel, in [0, 1].
         std: per channel, in [0, 1].
-        device: where the batch is made.
 
     Returns:
-        Shape (B, 3, H, W), float32; H and W are the next multiples of the patch size.
+        Shape (rows * columns, patch * patch * 3), float32, on that device.
     """
-    rows, columns = patch_grid(pictures[0], patch_size)
-    batch = torch.zeros(len(pictures), 3, rows * patch_size, columns * patch_size, device=device)
-    shift = torch.tensor(mean, device=device).view(3, 1, 1)
-    scale = torch.tensor(std, device=device).view(3, 1, 1)
-    for image, pixels in zip(batch, pictures, strict=True):
-        height, width = pixels.shape[:2]
-        values = torch.from_numpy(pixels).to(device).permute(2, 0, 1).float().div(255)
-        image[:, :height, :width] = (values - shift) / scale
-    return batch
+    rows, columns, patch, _, _ = patches.shape
+    shift, scale = (_patch_row(tuple(values), patch, patches.device) for values in (mean, std))
+    values = patches.view(rows * columns, -1).float().div_(255).sub_(shift).div_(scale)
+    pixels = values.view(rows, columns, patch, patch, 3)
+    height, width = size
+    pixels[-1, :, height - (rows - 1) * patch :] = 0
+    pixels[:, -1, :, width - (columns - 1) * patch :] = 0
+    return values
+
+
+@lru_cache(maxsize=32)
+def _patch_row(channels: tuple[float, ...], patch: int, device: torch.device) -> Tensor:
+    """One number a channel, for each number of a patch: over a last dimension of three, arithmetic is slow."""
+    return torch.tensor(channels * patch**2, device=device)

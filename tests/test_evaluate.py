@@ -152,7 +152,7 @@ def test_a_finished_run_computes_nothing(
     def never(*_: object) -> None:
         raise AssertionError("an image was computed again")
 
-    monkeypatch.setattr(Discoverer, "_run", never)
+    monkeypatch.setattr(Discoverer, "_start", never)
     measured = (finished / RESULTS_FILE).read_bytes()
     evaluation = evaluate(benchmark, discoverer, finished)
     assert (evaluation.computed, evaluation.score.hits) == (0, score)

@@ -1,15 +1,21 @@
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import disc_picture
 from fabricate import png_header
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image, JpegImagePlugin
 
 from lostreg.errors import ImageError
-from lostreg.images import MAX_PIXELS, patch_grid, read_image, to_batch
+from lostreg.images import MAX_PIXELS, Picture, cut_patches, normalise_patches, patch_grid, read_image
 
 WIDTH, HEIGHT = 40, 30
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -186,10 +192,110 @@ def test_arrays_and_pil_images_are_taken(rgb: np.ndarray) -> None:
     )
 
 
-def test_read_only_arrays_are_taken_without_a_warning(rgb: np.ndarray, recwarn: pytest.WarningsRecorder) -> None:
-    rgb.flags.writeable = False
-    to_batch([read_image(rgb).pixels], 14, MEAN, STD)
+def test_read_only_arrays_are_taken_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    pixels = disc_picture(14, 28)  # whole patches in one column: cut without a copy
+    pixels.flags.writeable = False
+    torch.from_numpy(cut_patches(read_image(pixels), 14).patches)
     assert not recwarn.list
+
+
+@contextmanager
+def drafts() -> Iterator[list[tuple[int, int]]]:
+    """The sizes that JPEG files are decoded at, where that was asked for."""
+    sizes = []
+    real = JpegImagePlugin.JpegImageFile.draft
+
+    def draft(image: Image.Image, *arguments: object) -> object:
+        result = real(image, *arguments)
+        sizes.append(image.size)
+        return result
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(JpegImagePlugin.JpegImageFile, "draft", draft)
+        yield sizes
+
+
+def reduced(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
+    return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA).astype(int)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("exif", [True, False])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path: Path, orientation: int, exif: bool, mode: str) -> None:
+    tags = Image.Exif()
+    tags[0x112] = orientation
+    path = save(tmp_path / "a.jpg", disc_picture(1000, 620), mode=mode, quality=95, exif=tags)
+    with drafts() as sizes:
+        picture = read_image(path, max_side=150, exif=exif)
+    assert sizes == [(250, 155)]  # a quarter: an eighth would be less than what is asked for
+    whole = read_image(path, exif=exif)
+    assert (picture.width, picture.height) == (whole.width, whole.height)
+    size = (93, 150) if exif and orientation > 4 else (150, 93)
+    assert picture.pixels.shape == (*size[::-1], 3)
+    assert np.abs(picture.pixels - reduced(whole.pixels, *size)).mean() < 1.5
+
+
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 600))
+@settings(deadline=None, max_examples=60)
+def test_a_jpeg_is_never_decoded_at_less_than_what_is_asked_for(
+    tmp_path_factory: pytest.TempPathFactory, width: int, height: int, max_side: int
+) -> None:
+    path = save(tmp_path_factory.getbasetemp() / "drafted.jpg", np.full((height, width, 3), (200, 90, 30), np.uint8))
+    with drafts() as sizes:
+        picture = read_image(path, max_side=max_side)
+    expected = read_image(np.zeros((height, width, 3), np.uint8), max_side=max_side)
+    assert (picture.width, picture.height) == (width, height)
+    assert picture.pixels.shape == expected.pixels.shape
+    np.testing.assert_allclose(picture.pixels, np.broadcast_to((200, 90, 30), picture.pixels.shape), atol=3)
+    asked = picture.pixels.shape[1::-1]
+    assert all(size[0] >= asked[0] and size[1] >= asked[1] for size in sizes)
+    assert len(sizes) == (max(width, height) > max_side)
+
+
+def test_a_multi_picture_jpeg_is_scaled_down_too(tmp_path: Path) -> None:
+    path = tmp_path / "phone.jpg"
+    first, second = Image.fromarray(disc_picture(800, 600)), Image.new("RGB", (800, 600), "blue")
+    first.save(path, format="MPO", save_all=True, append_images=[second], quality=95)
+    picture = read_image(path, max_side=100)
+    assert (picture.width, picture.height) == (800, 600)
+    assert np.abs(picture.pixels - reduced(disc_picture(800, 600), 100, 75)).mean() < 3
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".tif"])
+def test_other_formats_are_decoded_whole_and_then_scaled_down(tmp_path: Path, suffix: str) -> None:
+    path = save(tmp_path / f"a{suffix}", disc_picture(1000, 620))
+    with drafts() as sizes:
+        picture = read_image(path, max_side=150)
+    assert not sizes
+    np.testing.assert_array_equal(picture.pixels, reduced(read_image(path).pixels, 150, 93))
+    assert (picture.width, picture.height) == (1000, 620)
+
+
+@pytest.mark.parametrize("max_side", [150, 151, None])
+def test_a_jpeg_within_the_limit_keeps_every_pixel(photo: Path, max_side: int | None) -> None:
+    with drafts() as sizes:
+        pixels = read_image(photo, max_side=max_side).pixels
+    assert not sizes
+    with Image.open(photo) as image:
+        np.testing.assert_array_equal(pixels, np.asarray(image))
+
+
+@pytest.mark.parametrize(("max_side", "size"), [(None, (150, 110)), (30, (30, 22))])
+def test_the_size_is_checked_before_a_file_is_decoded(photo: Path, max_side: int | None, size: tuple[int, int]) -> None:
+    seen = []
+
+    def refuse(width: int, height: int) -> None:
+        seen.append((width, height))
+        raise ImageError("too much for us")
+
+    pixels = read_image(photo).pixels
+    photo.write_bytes(photo.read_bytes()[:2000])  # the header alone: decoding would fail in another way
+    with pytest.raises(ImageError, match=r"photo\.jpg: too much for us"):
+        read_image(photo, max_side=max_side, check_size=refuse)
+    with pytest.raises(ImageError, match="too much for us"):
+        read_image(pixels, max_side=max_side, check_size=refuse)
+    assert seen == [size, size]
 
 
 @pytest.mark.parametrize(
@@ -312,29 +418,42 @@ def test_patch_grid_counts_partial_patches(height: int, width: int, grid: tuple[
     assert patch_grid(np.zeros((height, width, 3), np.uint8), 14) == grid
 
 
-def test_a_batch_is_normalised_then_padded_with_zeros(rgb: np.ndarray) -> None:
-    smaller = rgb[:29, :37]
-    batch = to_batch([rgb, smaller], 14, MEAN, STD)
-    assert batch.shape == (2, 3, 42, 42)
-    assert batch.dtype == torch.float32
-    for row, pixels in zip(batch.numpy(), (rgb, smaller), strict=True):
+def test_patches_are_normalised_then_padded_with_zeros(rgb: np.ndarray) -> None:
+    for pixels in (rgb, rgb[:29, :37], rgb[:28, :28], rgb[:1, :1]):
         height, width = pixels.shape[:2]
-        expected = np.zeros((42, 42, 3))
-        expected[:height, :width] = (pixels / 255 - np.array(MEAN)) / np.array(STD)
-        np.testing.assert_allclose(row, expected.transpose(2, 0, 1), atol=1e-5)
-        assert (row[:, height:] == 0).all()
-        assert (row[:, :, width:] == 0).all()
+        cut = cut_patches(Picture(pixels, 400, 300), 14)
+        assert (cut.size, cut.width, cut.height) == ((height, width), 400, 300)
+        rows, columns = cut.grid
+        values = normalise_patches(torch.from_numpy(cut.patches), cut.size, MEAN, STD)
+        assert values.dtype == torch.float32
+        assert values.shape == (rows * columns, 14 * 14 * 3)
+        image = values.view(rows, columns, 14, 14, 3).transpose(1, 2).reshape(rows * 14, columns * 14, 3).numpy()
+        np.testing.assert_allclose(image[:height, :width], (pixels / 255 - np.array(MEAN)) / np.array(STD), atol=1e-5)
+        assert (image[height:] == 0).all()
+        assert (image[:, width:] == 0).all()
 
 
-def test_a_batch_leaves_its_pictures_alone(rgb: np.ndarray) -> None:
-    before = rgb.copy()
-    to_batch([rgb], 14, MEAN, STD)
-    np.testing.assert_array_equal(rgb, before)
+@given(arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))), st.integers(1, 5))
+def test_each_patch_holds_its_own_pixels_and_zeros_beyond_the_image(pixels: np.ndarray, patch: int) -> None:
+    cut = cut_patches(Picture(pixels, 9, 9), patch)
+    assert cut.grid == patch_grid(pixels, patch)
+    assert cut.patches.shape == (*cut.grid, patch, patch, 3)
+    assert cut.patches.dtype == np.uint8
+    assert cut.patches.flags.c_contiguous
+    for row, column in np.ndindex(cut.grid):
+        expected = np.zeros((patch, patch, 3), np.uint8)
+        there = pixels[row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+        expected[: there.shape[0], : there.shape[1]] = there
+        np.testing.assert_array_equal(cut.patches[row, column], expected)
 
 
-def test_a_picture_gives_the_same_values_alone_and_in_a_batch(rgb: np.ndarray) -> None:
-    alone = to_batch([rgb], 14, MEAN, STD)
-    assert torch.equal(to_batch([rgb[:29], rgb], 14, MEAN, STD)[1:], alone)
+@pytest.mark.parametrize(("width", "height"), [(WIDTH, HEIGHT), (14, 28)])
+def test_cutting_and_normalising_leave_the_pixels_alone(width: int, height: int) -> None:
+    pixels = disc_picture(width, height)
+    before = pixels.copy()
+    cut = cut_patches(Picture(pixels, width, height), 14)
+    normalise_patches(torch.from_numpy(cut.patches), cut.size, MEAN, STD)
+    np.testing.assert_array_equal(pixels, before)
 
 
 def test_formats_that_need_other_programs_are_not_read(tmp_path: Path) -> None:
@@ -378,6 +497,8 @@ def test_orientation_is_applied_or_ignored_in_every_format(tmp_path: Path, suffi
     assert np.abs(plain.astype(int) - stored).mean() < 8
     turned = read_image(path).pixels
     assert turned.shape[:2] == ((40, 90) if orientation < 5 else (90, 40))
+    assert read_image(path, max_side=45).pixels.shape[:2] == ((20, 45) if orientation < 5 else (45, 20))
+    assert read_image(path, max_side=45, exif=False).pixels.shape[:2] == (20, 45)
     corners = [turned[5, 5], turned[5, -5], turned[-5, -5], turned[-5, 5]]
     white = [int(corner.mean() > 128) for corner in corners]
     # Where row 0 and column 0 of the stored picture are seen, by the EXIF standard.

@@ -8,11 +8,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lostreg import __version__
 from lostreg.cli import backbones, datasets, evaluate, predict, score
-from lostreg.cli.parser import Parser
-from lostreg.errors import LostregError
+from lostreg.cli.parser import Parser, tell
+from lostreg.errors import LostregError, LostregWarning
 
 _COMMANDS = (predict, evaluate, score, backbones, datasets)
 
@@ -57,15 +58,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     logging.getLogger("timm").setLevel(logging.ERROR)
-    # On files that are broken or no checkpoints: those are reported in one line.
-    warnings.filterwarnings("ignore", module=r"PIL\.|torch\._weights_only")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text of any encoding
     if sys.stdout is None:  # closed by the caller
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
-    code: int = args.run(args)
+    with warnings.catch_warnings():
+        # On files that are broken or no checkpoints: those are reported in one line.
+        warnings.filterwarnings("ignore", module=r"PIL\.|torch\._weights_only")
+        _tell_warnings()
+        code: int = args.run(args)
     sys.stdout.flush()
     return code
+
+
+def _tell_warnings() -> None:
+    """Our own warnings as lines for the person at the terminal, everyone else's as Python shows them."""
+    show = warnings.showwarning
+
+    def showwarning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, LostregWarning):
+            tell(str(message))
+        else:
+            show(message, category, *where)
+
+    warnings.simplefilter("always", LostregWarning)
+    warnings.showwarning = showwarning  # type: ignore[assignment]
 
 
 def _join_bias(arguments: Sequence[str]) -> list[str]:

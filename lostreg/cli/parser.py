@@ -100,9 +100,14 @@ def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bo
     group.add_argument(
         "--batch-size",
         type=positive_int,
-        default=defaults.BATCH_SIZE,
         metavar="N",
-        help=f"images of one shape that run together (default: {defaults.BATCH_SIZE})",
+        help="images, of whatever shapes, that run together at most "
+        f"(default: {defaults.BATCH_SIZE}, on CUDA {defaults.CUDA_BATCH_SIZE})",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the backbone's blocks first, which takes up to minutes and pays in long runs",
     )
     group.add_argument(
         "--max-pixels",
@@ -143,6 +148,7 @@ def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> 
         device=args.device,
         precision=args.precision,
         batch_size=args.batch_size,
+        compile=args.compile,
         max_side=args.max_side,
         max_pixels=args.max_pixels,
         **options,

@@ -17,6 +17,7 @@ from lostreg.backbone_table import BACKBONES
 from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.cli.main import main
 from lostreg.datasets import BENCHMARKS
+from lostreg.engine import Engine
 
 COMMANDS = ("predict", "eval", "score", "backbones", "datasets")
 FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]
@@ -48,6 +49,26 @@ def images(root: Path) -> Path:
 
 def predict(*arguments: object) -> int:
     return main(["predict", *map(str, arguments), *FAST])
+
+
+def test_going_on_with_less_memory_is_told_in_a_line_and_is_no_failure(
+    images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert predict(images) == 0
+    expected = capsys.readouterr().out
+    forward = Engine.forward
+
+    def crowded(engine: Engine, patches: list[torch.Tensor], sizes: list[tuple[int, int]]) -> torch.Tensor:
+        if len(patches) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(engine, patches, sizes)
+
+    monkeypatch.setattr(Engine, "forward", crowded)
+    assert predict(images) == 0
+    captured = capsys.readouterr()
+    assert captured.out == expected
+    (line,) = captured.err.splitlines()
+    assert line.startswith("lostreg: out of memory on cpu with 5 images together: going on with half as much at once")
 
 
 def table(text: str) -> list[list[str]]:

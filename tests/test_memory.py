@@ -1,0 +1,231 @@
+"""What is estimated and asked of the system, and what LOST really takes."""
+
+import copy
+import ctypes
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lostreg.backbones import Backbone, build_backbone, find_spec
+from lostreg.memory import available_bytes, describe_bytes, keep_freed_memory, required_bytes
+
+CPU = torch.device("cpu")
+MEMINFO = """\
+MemTotal:       16000000 kB
+MemFree:         1000000 kB
+MemAvailable:    8000000 kB
+HugePages_Total:       0
+"""
+
+needs_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+
+
+@pytest.fixture
+def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands in for the root of the file system; it says that 8,192 MB are available."""
+    monkeypatch.setattr("lostreg.memory.Path", lambda name: tmp_path / name.lstrip("/"))
+    write(tmp_path / "proc" / "meminfo", MEMINFO)
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_a_systems_available_memory_is_taken_from_it(system: Path) -> None:
+    assert available_bytes(CPU) == 8_192_000_000
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")],
+)
+def test_a_containers_limit_bounds_it(system: Path, limit: str, used: str) -> None:
+    folder = system / "sys" / "fs" / "cgroup"
+    statistics = (folder / used).parent / "memory.stat"
+    write(folder / limit, "4000000000\n")
+    write(folder / used, "1500000000\n")
+    write(statistics, "anon 7\n")
+    assert available_bytes(CPU) == 2_500_000_000
+    # Contents of files can be dropped; the version of 2008 has a line for the group alone, too.
+    write(statistics, "anon 7\ninactive_file 900000000\n")
+    assert available_bytes(CPU) == 3_400_000_000
+    write(statistics, "inactive_file 5\ntotal_inactive_file 500000000\n")
+    assert available_bytes(CPU) == 3_000_000_000
+    write(folder / used, "4600000000\n")
+    assert available_bytes(CPU) == 0
+    write(folder / used, "1500000000\n")
+    write(statistics, "anon 7\n")
+    write(folder / limit, "9223372036854771712\n")
+    assert available_bytes(CPU) == 8_192_000_000
+    (system / "proc" / "meminfo").unlink()
+    write(folder / limit, "4000000000\n")
+    assert available_bytes(CPU) == 2_500_000_000
+
+
+def test_a_container_without_a_limit_leaves_what_the_system_has(system: Path) -> None:
+    write(system / "sys" / "fs" / "cgroup" / "memory.max", "max\n")
+    write(system / "sys" / "fs" / "cgroup" / "memory.current", "1500000000\n")
+    assert available_bytes(CPU) == 8_192_000_000
+
+
+@pytest.mark.parametrize("meminfo", [None, "MemTotal:       16000000 kB\n"])
+def test_nothing_is_said_where_the_system_does_not_tell(system: Path, meminfo: str | None) -> None:
+    (system / "proc" / "meminfo").unlink()
+    if meminfo:
+        write(system / "proc" / "meminfo", meminfo)
+    assert available_bytes(CPU) is None
+    assert available_bytes(torch.device("mps")) is None
+
+
+@needs_linux
+def test_this_system_has_memory() -> None:
+    free = available_bytes(CPU)
+    assert free is not None
+    assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_memory_grows_with_the_number_of_patches_and_not_its_square(backbone: Backbone) -> None:
+    needed = [required_bytes(backbone, (100 * times, 100)) for times in (1, 2, 3, 30)]
+    assert 0 < needed[1] - needed[0] == needed[2] - needed[1]
+    assert needed[3] - needed[0] == 29 * (needed[1] - needed[0])
+    assert required_bytes(backbone, (50, 200)) == needed[0]
+
+
+def test_larger_models_and_longer_numbers_need_more(backbone: Backbone) -> None:
+    grid = (300, 300)
+    half = dataclasses.replace(backbone, model=copy.deepcopy(backbone.model).bfloat16())
+    wider = build_backbone(find_spec("dinov2_vitb14_reg"), depth=1)
+    assert required_bytes(half, grid) < required_bytes(backbone, grid) < required_bytes(wider, grid)
+
+
+def test_sizes_are_told_in_billions_of_bytes() -> None:
+    assert describe_bytes(3_149_999_999) == "3.1 GB"
+    assert describe_bytes(12_000_000) == "0.0 GB"
+
+
+class Library:
+    """Stands in for a C library: notes what its allocator is told."""
+
+    def __init__(self, answer: int = 1) -> None:
+        self.told: list[tuple[int, int]] = []
+        self._answer = answer
+
+    def mallopt(self, option: int, value: int) -> int:
+        self.told.append((option, value))
+        return self._answer
+
+
+@pytest.fixture
+def linux(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A Linux whose user has chosen nothing of the allocator's."""
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "platform", "linux")
+    keep_freed_memory.cache_clear()
+    yield monkeypatch
+    keep_freed_memory.cache_clear()
+
+
+def test_the_allocator_is_told_once_to_keep_memory(linux: pytest.MonkeyPatch) -> None:
+    library = Library()
+    linux.setattr(ctypes, "CDLL", lambda name: library)
+    assert [keep_freed_memory(), keep_freed_memory()] == [True, True]
+    assert library.told == [(-3, 32 << 20), (-1, 1 << 30)]  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+
+
+def test_an_allocator_that_refuses_is_left_alone(linux: pytest.MonkeyPatch) -> None:
+    linux.setattr(ctypes, "CDLL", lambda name: Library(answer=0))
+    assert keep_freed_memory() is False
+
+
+def test_a_c_library_without_the_setting_is_left_alone(linux: pytest.MonkeyPatch) -> None:
+    linux.setattr(ctypes, "CDLL", lambda name: object())
+    assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_"])
+def test_what_the_user_chose_of_the_allocators_stands(linux: pytest.MonkeyPatch, name: str) -> None:
+    library = Library()
+    linux.setattr(ctypes, "CDLL", lambda name: library)
+    linux.setenv(name, "1")
+    assert keep_freed_memory() is False
+    assert not library.told
+
+
+def test_other_systems_are_left_alone(linux: pytest.MonkeyPatch) -> None:
+    library = Library()
+    linux.setattr(ctypes, "CDLL", lambda name: library)
+    linux.setattr(sys, "platform", "darwin")
+    assert keep_freed_memory() is False
+    assert not library.told
+
+
+FAULTS = """
+import ctypes, resource, torch
+from lostreg.memory import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        [torch.ones(6 << 20) for _ in range(4)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+ctypes.CDLL(None).mallopt(-3, 1 << 17)  # glibc's defaults, fixed: it would adapt them to what was freed so far
+ctypes.CDLL(None).mallopt(-1, 1 << 17)
+faults()
+given_back = faults()
+assert keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+
+
+def output(script: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@needs_linux
+@needs_glibc
+def test_kept_memory_is_not_cleared_by_the_system_again() -> None:
+    given_back, kept = map(int, output(FAULTS).split())
+    assert kept < given_back / 10
+
+
+PEAK = """
+import torch
+from lostreg import similarity
+from lostreg.lost import object_maps
+
+def peak():  # of this process alone: what getrusage says may be that of the process which started it
+    with open("/proc/self/status") as file:
+        return int(dict(line.split(":", 1) for line in file)["VmHWM"].split()[0]) * 1024
+
+similarity._KEPT_ELEMENTS = {{"cpu": 0}}
+features = torch.randn(1, {rows} * 100, 384)
+object_maps(features[:, :30], (5, 6), {bias!r}, 100, normalize=True)
+before = peak()
+maps = object_maps(features, ({rows}, 100), {bias!r}, 100, normalize=True)
+assert 0.1 < maps.degrees.float().mean() / ({rows} * 100) < 0.9
+print(peak() - before)
+"""
+
+
+@needs_linux
+@pytest.mark.parametrize(("rows", "bias"), [(60, -0.01), (60, "auto")])
+def test_lost_takes_less_memory_than_a_gram_matrix(rows: int, bias: float | str) -> None:
+    grown = int(output(PEAK.format(rows=rows, bias=bias)))
+    assert 100 * rows * 384 * 4 < grown < (rows * 100) ** 2 * 4  # more than its features, in any case
