@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -223,25 +224,31 @@ class Discoverer:
     def _decoded(self, pool: ThreadPoolExecutor, images: Iterator[ImageSource]) -> Iterator["_Decoded"]:
         """Images in order, the next ones being decoded meanwhile: two batches of them, or as much as memory allows."""
         window: deque[tuple[str, Future[PatchedPicture]]] = deque()
+        waiting = _ByteCount()
         while True:
-            while len(window) < 2 * self.batch_size and (not window or _held_bytes(window) < _DECODED_BYTES):
+            while len(window) < 2 * self.batch_size and (not window or waiting.total < _DECODED_BYTES):
                 source = next(images, _END)
                 if isinstance(source, _End):
                     break
-                window.append((_name(source), pool.submit(self._read, source)))
+                window.append((_name(source), pool.submit(self._read, source, waiting)))
             if not window:
                 return
             name, future = window.popleft()
             try:
-                yield _Decoded(name, future.result())
+                picture = future.result()
             except ImageError as error:
                 yield _Decoded(name, error)
+            else:
+                waiting.add(-picture.patches.nbytes)
+                yield _Decoded(name, picture)
 
-    def _read(self, image: ImageSource) -> PatchedPicture:
-        picture = read_image(
+    def _read(self, image: ImageSource, waiting: "_ByteCount") -> PatchedPicture:
+        read = read_image(
             image, max_side=self.max_side, exif=self.exif, max_pixels=self.max_pixels, check_size=self._check_size
         )
-        return cut_patches(picture, self.backbone.spec.patch_size)
+        picture = cut_patches(read, self.backbone.spec.patch_size)
+        waiting.add(picture.patches.nbytes)
+        return picture
 
     def _check_size(self, width: int, height: int) -> None:
         """Refuse an image for which there is not enough memory, before it is decoded."""
@@ -341,6 +348,18 @@ class _End:
 _END: Final = _End()
 
 
+class _ByteCount:
+    """Bytes of decoded images that wait for their turn, counted by several threads."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.total += count
+
+
 @dataclass(frozen=True)
 class _Decoded:
     """One image of the list, and what became of reading it."""
@@ -374,12 +393,6 @@ class _Started:
 
 def _name(source: ImageSource) -> str:
     return str(source) if isinstance(source, str | Path) else "image"
-
-
-def _held_bytes(window: Iterable[tuple[str, Future[PatchedPicture]]]) -> int:
-    """What decoded images that wait for their turn take."""
-    done = (future for _, future in window if future.done() and not future.cancelled() and not future.exception())
-    return sum(future.result().patches.nbytes for future in done)
 
 
 def _decoders() -> int:
