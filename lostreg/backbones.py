@@ -191,5 +191,22 @@ def load_backbone(
     else:
         with weight_files.hub_weights(spec.timm_name) as source:
             backbone = build_backbone(spec, pretrained=True)
-    backbone.model.to(device=device, dtype=dtype)
+    place_model(backbone.model, device, dtype)
     return replace(backbone, weights=source)
+
+
+def place_model(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Move a model to a device and into a precision, but for what reads and scales the sum of tokens over all blocks.
+
+    That sum is kept in float32, so norms and layer scales stay as they are: it costs nothing, and rounding the sum
+    first, or what is added to it, would change more boxes.
+    """
+    names = ("norm1", "norm2", "ls1", "ls2", "gamma_1", "gamma_2")
+    parts = [getattr(block, name, None) for block in model.blocks for name in names]  # type: ignore[union-attr]
+    kept = set()
+    for part in (model.norm, model.norm_pre, *parts):
+        kept |= {id(tensor) for tensor in (part.parameters() if isinstance(part, nn.Module) else [part])}
+    model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in kept and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)

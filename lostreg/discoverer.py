@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, cast
 import torch
 
 from lostreg.backbone_table import FEATURES, Feature
-from lostreg.backbones import Backbone, load_backbone
+from lostreg.backbones import Backbone, load_backbone, place_model
 from lostreg.defaults import BACKBONE, BATCH_SIZE, CUDA_BATCH_SIZE, K_PATCHES, MAX_PIXELS, MAX_SIDE, Precision
 from lostreg.engine import Engine, Search
 from lostreg.errors import ImageError, LostregWarning, OptionError
@@ -49,8 +49,8 @@ class Discoverer:
         k_patches: how many low-degree patches may join the seed, at least 1.
         weights: a weights file, see `load_backbone`.
         device: ``auto`` (CUDA, then MPS, then CPU), or a PyTorch device.
-        precision: of the backbone's products; tokens are added up, and similarities taken, in float32 always. On a
-            CPU, ``bf16`` is quick where the CPU has instructions for it (AVX512-BF16, AMX).
+        precision: of the backbone's products; tokens are added up, normalised and scaled, and similarities taken, in
+            float32 always. On a CPU, ``bf16`` is quick where the CPU has instructions for it (AVX512-BF16, AMX).
         batch_size: images that go through the backbone together at most, at least 1; None takes 8, on CUDA 32.
         compile: whether the backbone's blocks are compiled (`torch.compile`): once, for images of all shapes. That
             takes up to minutes, and pays in long runs.
@@ -415,7 +415,8 @@ def _place(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Back
     same_device = backbone.device.type == device.type and device.index in (None, backbone.device.index)
     if same_device and backbone.dtype == dtype:
         return backbone
-    model = copy.deepcopy(backbone.model).to(device=device, dtype=dtype)
+    model = copy.deepcopy(backbone.model)
+    place_model(model, device, dtype)
     return dataclasses.replace(backbone, model=model)
 
 

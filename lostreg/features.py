@@ -22,7 +22,7 @@ from torch.nn import functional
 from lostreg.backbone_table import FEATURES, Feature, Interpolation
 from lostreg.backbones import Backbone
 from lostreg.errors import OptionError
-from lostreg.transformer import BlockRunner, Packing, pack_ropes, project
+from lostreg.transformer import BlockRunner, Packing, normed, pack_ropes, project
 
 Wanted = Sequence[tuple[Feature, int]]
 
@@ -128,7 +128,7 @@ class FeatureExtractor:
     def _final_norm(self, tokens: Tensor, layer: int) -> Tensor:
         if layer < self.backbone.depth - 1:
             return tokens
-        return cast("Tensor", cast("nn.Module", self.backbone.model.norm)(tokens.to(self.backbone.dtype)))
+        return normed(cast("nn.Module", self.backbone.model.norm), tokens, torch.float32)
 
     def _embed(
         self, pixels: Iterable[Tensor], grids: Sequence[tuple[int, int]], packing: Packing
@@ -144,8 +144,7 @@ class FeatureExtractor:
             patches = embedding.norm(functional.linear(image.to(dtype), weight, embedding.proj.bias))
             tokens[span] = frame.tokens
             tokens[span][prefix:] += patches
-        if not isinstance(model.norm_pre, nn.Identity):
-            tokens = model.norm_pre(tokens.to(dtype)).float()
+        tokens = normed(model.norm_pre, tokens, torch.float32)
         if frames[0].ropes[0] is None:
             return tokens, [None] * self.backbone.depth
         if not model.rope_mixed:  # one for all blocks

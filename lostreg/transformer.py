@@ -129,6 +129,12 @@ def check_compiler(device: torch.device) -> None:
         raise OptionError(f"torch.compile does not work here, leave --compile out: {reason}") from error
 
 
+def normed(norm: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """A norm in the precision of its own parameters, rounded to ``dtype`` afterwards and not before."""
+    own = next(norm.parameters(), tokens).dtype
+    return cast("Tensor", norm(tokens.to(own))).to(dtype)
+
+
 def project(block: Any, tokens: Tensor, feature: Feature, dtype: torch.dtype) -> Tensor:
     """The block's queries, keys or values: one slice of the projection, and nothing else of the block.
 
@@ -214,8 +220,7 @@ def _is_post_norm(block: nn.Module) -> bool:
 
 
 def _attention_inputs(block: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    tokens = tokens.to(dtype)
-    return tokens if _is_post_norm(block) else cast("Tensor", block.norm1(tokens))
+    return tokens.to(dtype) if _is_post_norm(block) else normed(block.norm1, tokens, dtype)
 
 
 def _fused_bias(attention: Any) -> Tensor | None:
@@ -249,12 +254,12 @@ def _after_attention(block: Any, tokens: Tensor, attended: Tensor, gate: Tensor 
     attended = attention.norm(attended)
     update = attention.proj(attended if gate is None else attended * gate)
     if _is_post_norm(block):
-        tokens += block.norm1(update)
-        tokens += block.norm2(block.mlp(tokens.to(update.dtype)))
+        tokens += normed(block.norm1, update, tokens.dtype)
+        tokens += normed(block.norm2, block.mlp(tokens.to(update.dtype)), tokens.dtype)
         return
     first, second = (block.gamma_1, block.gamma_2) if isinstance(block, EvaBlock) else (block.ls1, block.ls2)
     tokens += _scale(first, update)
-    tokens += _scale(second, block.mlp(block.norm2(tokens.to(update.dtype))))
+    tokens += _scale(second, block.mlp(normed(block.norm2, tokens, update.dtype)))
 
 
 def _scale(layer_scale: Tensor | nn.Module | None, update: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from lostreg.backbone_table import BACKBONES, FEATURES
-from lostreg.backbones import Backbone, build_backbone, find_spec, load_backbone
+from lostreg.backbones import Backbone, build_backbone, find_spec, load_backbone, place_model
 from lostreg.errors import BackboneError, LostregError
 
 SHORT = 2
@@ -231,3 +231,24 @@ def test_a_timm_row_is_filled_in_from_its_model(
 def test_errors_about_backbones_can_be_caught_as_errors_of_this_package() -> None:
     with pytest.raises(LostregError):
         find_spec("timm:resnet50")
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("dinov2_vits14_reg", {"norm", "norm1", "norm2", "ls1", "ls2"}),
+        ("clip_vitb16", {"norm", "norm_pre", "norm1", "norm2"}),
+        ("timm:eva02_base_patch14_224", {"norm1", "norm2"}),
+        ("timm:vit_small_patch16_dinov3_qkvb", {"norm", "norm1", "norm2", "gamma_1", "gamma_2"}),
+    ],
+)
+def test_half_precision_leaves_what_reads_and_scales_the_sum_of_tokens_alone(name: str, kept: set[str]) -> None:
+    model = build_backbone(find_spec(name), depth=2).model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    place_model(model, "cpu", torch.bfloat16)
+    full = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.float32}
+    assert {part for name in full for part in name.split(".") if part in kept} == kept
+    for name, tensor in model.state_dict().items():
+        parts = set(name.split("."))
+        assert (name in full) == (bool(parts & kept) and not parts & {"attn", "mlp"}), name
+        assert torch.equal(tensor, before[name].to(tensor.dtype))
