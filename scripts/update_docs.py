@@ -1,25 +1,117 @@
-"""Write the generated parts of the documentation: the backbone table of README.md and docs/cli.md.
+"""Write the generated parts of the documentation: the tables of README.md and eval/README.md, and docs/cli.md.
 
 python scripts/update_docs.py           writes them
 python scripts/update_docs.py --check   exits with 1 if they are out of date
 """
 
 import argparse
+import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lostreg.backbone_table import BACKBONES
 from lostreg.cli.backbones import HEADINGS, as_row
 from lostreg.cli.main import build_parser
 
-TABLE = re.compile(r"(<!-- backbones -->\n).*?(<!-- /backbones -->)", re.DOTALL)
+# Speeds as ratios within a run of scripts/benchmark.py: heading, and which of its ratios or shares.
+SPEEDS = (
+    ("lostreg / bare backbone, fp32", "lostreg fp32 / backbone fp32"),
+    ("with the same allocator setting", "lostreg fp32 / backbone fp32, same allocator"),
+    ("lostreg / bare backbone, bf16", "lostreg bf16 / backbone bf16"),
+    ("with the same allocator setting", "lostreg bf16 / backbone bf16, same allocator"),
+    ("lostreg / naive, fp32", "lostreg fp32 / naive fp32"),
+    ("lostreg bf16 / naive fp32", "lostreg bf16 / naive fp32"),
+    ("compiled bf16 / naive fp32", "lostreg bf16 compiled / naive fp32"),
+)
 
 
 def backbone_table() -> str:
     """The backbone table as Markdown."""
     rows = [HEADINGS, tuple("---" for _ in HEADINGS), *(as_row(spec) for spec in BACKBONES.values())]
     return "".join(f"| {' | '.join(cell.replace('*', chr(92) + '*') for cell in row)} |\n" for row in rows)
+
+
+def in_markers(text: str, name: str, content: str) -> str:
+    """The text with what stands between a pair of markers replaced."""
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    return marked.sub(lambda found: found[1] + content + found[2], text)
+
+
+def performance_tables(results: Path) -> str:
+    """What the benchmark script measured, a table a device, as Markdown."""
+    parts = []
+    for path in sorted(results.glob("benchmark-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(f"{found['cpu']}, {found['threads']} threads; {found['device'].partition(':')[0]}:\n")
+        parts.append(_markdown([performance_column(run) for run in found["runs"]]))
+    return "\n".join(parts)
+
+
+def performance_column(run: dict[str, Any]) -> list[tuple[str, str]]:
+    """One run of the benchmark script, as headings and figures."""
+    split = run["split"]
+    figures = [(heading, f"{run['ratios'][name]:.2f}") for heading, name in SPEEDS]
+    figures += [
+        (
+            f"LOST's share, {kind}",
+            f"{100 * (split[f'lostreg {kind}']['LOST'] + split[f'lostreg {kind}']['host']):.1f} %",
+        )
+        for kind in ("fp32", "bf16")
+    ]
+    trained = run["images"] == "photographs"  # the others have random weights, and boxes that say nothing
+    figures += [
+        (f"boxes of {kind} like fp32's", f"{100 * run['same_boxes'][f'lostreg {kind}']:.1f} %" if trained else "-")
+        for kind in ("bf16", "bf16 compiled")
+    ]
+    return [("", f"{run['backbone']}, {run['images']} ({run['count']} images)"), *figures]
+
+
+def benchmark_details(results: Path) -> str:
+    """Speed and memory of every contender, and growth with the number of patches, as Markdown."""
+    parts = []
+    for path in sorted(results.glob("benchmark-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "timm"))
+        parts.append(
+            f"[results/{path.name}](results/{path.name}): {found['cpu']}, {found['threads']} threads, {versions}\n"
+        )
+        for run in found["runs"]:
+            parts.append(
+                f"{run['backbone']}, {run['images']}: {run['count']} images of {run['grids']} grids, on average "
+                f"{run['mean_patches']:.0f} patches.\n"
+            )
+            parts.append(
+                _table(
+                    ("contender", "images/s", "peak memory (GB)"),
+                    [
+                        (name, f"{contender['images_per_s']:.2f}", f"{contender['peak_mb'] / 1000:.2f}")
+                        for name, contender in run["contenders"].items()
+                    ],
+                )
+            )
+        fills = [
+            f"{100 * bucket['fill']:.0f} % for batches of {bucket['batch_size']} out of {bucket['window']} neighbours"
+            for bucket in found["bucketing"]
+        ]
+        parts.append(f"How full batches of one shape would be on the generated mix: {', '.join(fills)}.\n")
+        parts.append("Growth, `dinov2_vits14_reg` in fp32 (memory of LOST: above the features):\n")
+        headings = ("patches", "LOST (s)", "LOST (MB)", "a whole Gram matrix (MB)", "image, from pixels to box (s)")
+        keys = ("patches", "lost_seconds", "lost_peak_mb", "gram_mb", "image_seconds")
+        parts.append(_table(headings, [tuple(f"{point[key]:,}" for key in keys) for point in found["growth"]]))
+    return "\n".join(parts)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _markdown(columns: list[list[tuple[str, str]]]) -> str:
+    rows = [[columns[0][i][0], *(column[i][1] for column in columns)] for i in range(len(columns[0]))]
+    return _table(rows[0], rows[1:])
 
 
 def cli_reference() -> str:
@@ -52,8 +144,14 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: the current folder)")
     args = parser.parse_args()
     readme, reference = args.root / "README.md", args.root / "docs" / "cli.md"
+    figures, results = args.root / "eval" / "README.md", args.root / "eval" / "results"
     wanted = {
-        readme: TABLE.sub(lambda found: found[1] + backbone_table() + found[2], readme.read_text(encoding="utf-8")),
+        readme: in_markers(
+            in_markers(readme.read_text(encoding="utf-8"), "backbones", backbone_table()),
+            "performance",
+            performance_tables(results),
+        ),
+        figures: in_markers(figures.read_text(encoding="utf-8"), "benchmark", benchmark_details(results)),
         reference: cli_reference(),
     }
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]

@@ -18,7 +18,7 @@ def test_rows_with_published_corloc_agree_with_the_list_of_figures(repository: P
 
 def test_measured_figures_are_those_of_the_results_files(repository: Path) -> None:
     text = (repository / "eval" / "README.md").read_text(encoding="utf-8")
-    files = sorted((repository / "eval" / "results").glob("*.json"))
+    files = sorted((repository / "eval" / "results").glob("coco-*.json"))
     assert files
     for path in files:
         found = json.loads(path.read_text(encoding="utf-8"))
