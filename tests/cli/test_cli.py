@@ -212,6 +212,7 @@ def test_method_options_reach_the_results(root: Path, tmp_path: Path) -> None:
         "device": "cpu",
         "precision": "bf16",
         "batch_size": 3,
+        "compile": False,
         "max_side": None,
         "exif": False,
         "max_pixels": 123456,
