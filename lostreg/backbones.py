@@ -191,15 +191,21 @@ def load_backbone(
     else:
         with weight_files.hub_weights(spec.timm_name) as source:
             backbone = build_backbone(spec, pretrained=True)
-    place_model(backbone.model, device, dtype)
+    backbone.model.to(device=device, dtype=dtype)
     return replace(backbone, weights=source)
 
 
 def place_model(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:
     """Move a model to a device and into a precision, but for what reads and scales the sum of tokens over all blocks.
 
-    That sum is kept in float32, so norms and layer scales stay as they are: it costs nothing, and rounding the sum
-    first, or what is added to it, would change more boxes.
+    That sum is kept in float32 by `BlockRunner`, so norms and layer scales are float32 too: rounding the sum before it
+    is read, or what is added to it, would change more boxes. In half precision timm's own forward, which rounds the
+    sum, does not run on such a model.
+
+    Args:
+        model: changed in place.
+        device: where it goes.
+        dtype: precision of all its other floating-point tensors.
     """
     names = ("norm1", "norm2", "ls1", "ls2", "gamma_1", "gamma_2")
     parts = [getattr(block, name, None) for block in model.blocks for name in names]  # type: ignore[union-attr]
@@ -208,5 +214,5 @@ def place_model(model: nn.Module, device: torch.device | str, dtype: torch.dtype
         kept |= {id(tensor) for tensor in (part.parameters() if isinstance(part, nn.Module) else [part])}
     model.to(device)
     for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in kept and tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if id(tensor) in kept else dtype)

@@ -98,11 +98,10 @@ class Discoverer:
         if compile:
             check_compiler(where)
         if isinstance(backbone, str):
-            backbone = load_backbone(backbone, weights=weights, device=where, dtype=_DTYPES[precision])
+            backbone = load_backbone(backbone, weights=weights, device=where)
         elif weights is not None:
             raise OptionError("weights are for a backbone that is named: this one is loaded already")
-        else:
-            backbone = _place(backbone, where, _DTYPES[precision])
+        backbone = _place(backbone, where, _DTYPES[precision])
         spec = backbone.spec
         self.backbone = backbone
         self.feature: Feature = feature or spec.feature
@@ -318,7 +317,8 @@ class Discoverer:
 
     def _halve(self, pictures: list[PatchedPicture]) -> None:
         """Make the packs to come half as large as the one that did not fit."""
-        self._pack_patches = sum(picture.grid[0] * picture.grid[1] for picture in pictures) // 2
+        half = sum(picture.grid[0] * picture.grid[1] for picture in pictures) // 2
+        self._pack_patches = min(self._pack_patches, half)
         if not self._is_halved:
             _tell(
                 f"out of memory on {self.backbone.device} with {len(pictures)} images together: going on with half as "

@@ -35,7 +35,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep up to 1 GiB of what is freed, for the next tensors, instead of giving it back at once.
 
     A forward on a CPU frees and takes the same megabytes hundreds of times an image; each time the system maps and
-    clears pages anew, which takes up to half of the whole time in half precision. The setting is the process's.
+    clears pages anew. What that costs is in the benchmark's figures, where a bare backbone runs with and without.
+    The setting is the process's.
     It is left alone where the user has chosen one (an environment variable ``MALLOC_...`` or ``GLIBC_TUNABLES``) and
     where the C library is not glibc.
 

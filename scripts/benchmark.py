@@ -327,24 +327,7 @@ def work(
 ) -> None:
     """The life of a contender's process."""
     where = torch.device(device)
-    if contender.keeps_memory:
-        keep_freed_memory()
-    backbone = benchmark_backbone(name, where, DTYPES[contender.precision])
-    discoverer = None
-    if contender.kind == "naive":
-        run = naive_run(backbone, paths)
-    elif contender.kind == "backbone":
-        run = backbone_run(backbone, paths, batch_size)
-    else:
-        discoverer = Discoverer(
-            backbone,
-            device=where,
-            precision=contender.precision,  # type: ignore[arg-type]
-            batch_size=batch_size,
-            compile=contender.compiled,
-            max_side=None,
-        )
-        run = lostreg_run(discoverer, paths)
+    run, discoverer = prepare(contender, name, paths, where, batch_size)
     run(min(len(paths), batch_size))  # warm-up, compilation included
     connection.send("ready")
     while True:
@@ -362,13 +345,36 @@ def work(
             connection.send(np.stack([found.xyxy[0] for found in discoverer.discover_many(images)]))
 
 
-def benchmark_backbone(name: str, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """The offline backbone with its weights, others with random ones: they cost the same."""
+def prepare(
+    contender: Contender, name: str, paths: list[Path], where: torch.device, batch_size: int
+) -> tuple[Callable[[int], None], Discoverer | None]:
+    """What a contender runs over the first so many images, and lostreg's object where it is lostreg."""
+    if contender.keeps_memory:
+        keep_freed_memory()
+    backbone = benchmark_backbone(name, where)
+    if contender.kind == "lostreg":  # which places the model itself, as for its users
+        discoverer = Discoverer(
+            backbone,
+            device=where,
+            precision=contender.precision,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            compile=contender.compiled,
+            max_side=None,
+        )
+        return lostreg_run(discoverer, paths), discoverer
+    backbone.model.to(DTYPES[contender.precision])
+    if contender.kind == "naive":
+        return naive_run(backbone, paths), None
+    return backbone_run(backbone, paths, batch_size), None
+
+
+def benchmark_backbone(name: str, device: torch.device) -> Backbone:
+    """The offline backbone with its weights, others with random ones, in fp32: they cost the same."""
     if find_spec(name).offline:
-        return load_backbone(name, device=device, dtype=dtype)
+        return load_backbone(name, device=device)
     torch.manual_seed(0)
     backbone = build_backbone(find_spec(name))
-    backbone.model.to(device=device, dtype=dtype)
+    backbone.model.to(device=device)
     return backbone
 
 
@@ -558,7 +564,7 @@ def growth(count: int, device: str) -> dict[str, Any]:
     first = timed(lambda: search(features, grid), where)
     memory = peak_bytes(where) - before
     seconds = min(first, *(timed(lambda: search(features, grid), where) for _ in range(2)))
-    backbone = benchmark_backbone("dinov2_vits14_reg", where, torch.float32)
+    backbone = benchmark_backbone("dinov2_vits14_reg", where)
     discoverer = Discoverer(backbone, device=where, max_side=None)
     patch = backbone.spec.patch_size
     picture = np.random.default_rng(0).integers(0, 256, (grid[0] * patch, grid[1] * patch, 3), dtype=np.uint8)

@@ -252,3 +252,6 @@ def test_half_precision_leaves_what_reads_and_scales_the_sum_of_tokens_alone(nam
         parts = set(name.split("."))
         assert (name in full) == (bool(parts & kept) and not parts & {"attn", "mlp"}), name
         assert torch.equal(tensor, before[name].to(tensor.dtype))
+    model.to(torch.bfloat16)
+    place_model(model, "cpu", torch.float32)  # back, from a model that someone has rounded as a whole
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
