@@ -2,38 +2,29 @@
 
 import copy
 import dataclasses
-import os
-import threading
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import torch
 
 from lostreg.backbone_table import FEATURES, Feature
 from lostreg.backbones import Backbone, load_backbone, place_model
+from lostreg.bias import TRIALS, check_bias, resolve_normalize
+from lostreg.calibration import Calibration
 from lostreg.defaults import BACKBONE, BATCH_SIZE, CUDA_BATCH_SIZE, K_PATCHES, MAX_PIXELS, MAX_SIDE, Precision
-from lostreg.engine import Engine, Search
+from lostreg.engine import Engine, to_discovery
 from lostreg.errors import ImageError, LostregWarning, OptionError
 from lostreg.features import resolve_layer
-from lostreg.images import ImageSource, PatchedPicture, cut_patches, read_image
-from lostreg.lost import check_bias, resolve_normalize
-from lostreg.memory import available_bytes, describe_bytes, keep_freed_memory, required_bytes
+from lostreg.images import ImageSource, PatchedPicture
+from lostreg.lost import Objects
+from lostreg.memory import keep_freed_memory
 from lostreg.regions import Discovery
+from lostreg.stream import Convert, ImageStream, Outcome
 from lostreg.transformer import check_compiler
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a CPU gains nothing from more
-_OTHER_PACK_PATCHES: Final = 1 << 14
-_DECODED_BYTES: Final = 1 << 30  # that wait for their turn
-_UNCHECKED_BYTES: Final = 2 << 30  # an image that needs less is tried without asking for free memory
-_LONG: Final = 1 << 16  # patches
-_SLOW: Final = "time grows with their square, and this may take hours; --max-side bounds it"
 
 
 class Discoverer:
@@ -44,7 +35,7 @@ class Discoverer:
             copied where it is on another device or in another precision, and shared otherwise.
         feature: ``q``, ``k``, ``v`` or ``out``; None takes the row's.
         layer: block index from 0, or from the end when negative.
-        bias: Gram bias, ``auto``, or None for the row's.
+        bias: Gram bias, ``auto``, a `Calibration` of the same feature, or None for the row's.
         normalize: whether features are L2-normalised; None takes the row's, or what ``auto`` needs.
         k_patches: how many low-degree patches may join the seed, at least 1.
         weights: a weights file, see `load_backbone`.
@@ -73,7 +64,7 @@ class Discoverer:
         *,
         feature: Feature | None = None,
         layer: int = -1,
-        bias: float | Literal["auto"] | None = None,
+        bias: float | Literal["auto"] | Calibration | None = None,
         normalize: bool | None = None,
         k_patches: int = K_PATCHES,
         weights: str | Path | None = None,
@@ -94,7 +85,8 @@ class Discoverer:
         if where.type == "cpu":
             keep_freed_memory()
             if precision == "bf16" and not _has_quick_bf16():
-                _tell("this CPU has no instructions for bf16 (AVX512-BF16 or AMX): fp32 will be quicker")
+                message = "this CPU has no instructions for bf16 (AVX512-BF16 or AMX): fp32 will be quicker"
+                warnings.warn(message, LostregWarning, stacklevel=2)
         if compile:
             check_compiler(where)
         if isinstance(backbone, str):
@@ -106,6 +98,10 @@ class Discoverer:
         self.backbone = backbone
         self.feature: Feature = feature or spec.feature
         self.layer = resolve_layer(backbone, layer)
+        if isinstance(bias, Calibration):
+            bias.require(spec.name, backbone.weights, self.feature, self.layer)
+            normalize = resolve_normalize("auto", normalize, default=True)  # like auto, it is one of cosines
+            bias = bias.bias
         self.bias: float | Literal["auto"] = spec.bias if bias is None else bias
         self.normalize = resolve_normalize(self.bias, normalize, default=spec.normalize)
         self.k_patches = k_patches
@@ -115,18 +111,20 @@ class Discoverer:
         self.max_side = max_side
         self.exif = exif
         self.max_pixels = max_pixels
-        # Patches of a pack of several images: fewer after memory ran out.
-        self._pack_patches = _PACK_PATCHES.get(backbone.device.type, _OTHER_PACK_PATCHES)
-        self._is_halved = False
-        self._ahead = 1 if backbone.device.type == "cuda" else 0  # packs that are started before one is finished
         self.engine = Engine(
-            backbone,
-            self.feature,
-            self.layer,
-            self.bias,
-            k_patches,
-            normalize=self.normalize,
-            compiled=compile,
+            backbone, [(self.feature, self.layer)], self.bias, k_patches, normalize=self.normalize, compiled=compile
+        )
+        self.stream = self.stream_of(self.engine, self._discoveries)
+
+    def stream_of(self, engine: Engine, convert: Convert[Outcome]) -> ImageStream[Outcome]:
+        """Another engine on the same backbone, fed as this one is: see `ImageStream`."""
+        return ImageStream(
+            engine,
+            convert,
+            batch_size=self.batch_size,
+            max_side=self.max_side,
+            exif=self.exif,
+            max_pixels=self.max_pixels,
         )
 
     @property
@@ -147,6 +145,7 @@ class Discoverer:
             "max_side": self.max_side,
             "exif": self.exif,
             "max_pixels": self.max_pixels,
+            "auto_trials": list(TRIALS) if self.bias == "auto" else None,
         }
 
     def discover(self, image: ImageSource) -> Discovery:
@@ -188,10 +187,8 @@ class Discoverer:
     def outcomes(self, images: Iterable[ImageSource], skip: int = 0) -> Iterator[Discovery | ImageError]:
         """Like `discover_many`, with the error in place of the discovery where an image cannot be read.
 
-        Images keep their sizes. Neighbours in the list, whatever their shapes, are packed into one sequence of
-        tokens and computed together. What shares a pack depends on the list alone and not on where an interrupted
-        run goes on: the same image meets the same neighbours and gets the same box to the bit. Only where memory
-        runs out are packs halved, which is told once, by a `LostregWarning`.
+        The same image meets the same neighbours of the list, wherever an interrupted run goes on, and gets the same
+        box to the bit: see `ImageStream.outcomes`.
 
         Args:
             images: as for `discover`.
@@ -200,214 +197,12 @@ class Discoverer:
         Yields:
             One outcome an image, in input order, beginning with number ``skip``.
         """
-        remaining = iter(images)
-        known = skip // self.batch_size * self.batch_size
-        next(islice(remaining, known, known), None)  # whole batches that are known: nothing is decoded
-        yield from islice(self._stream(remaining), skip - known, None)
+        return self.stream.outcomes(images, skip)
 
-    def _stream(self, images: Iterator[ImageSource]) -> Iterator[Discovery | ImageError]:
-        """Decode, compute and finish at the same time: on a GPU, the next pack is started before one is finished."""
-        started: deque[_Started] = deque()
-        with ThreadPoolExecutor(_decoders()) as pool:
-            try:
-                for pack in self._packs(self._decoded(pool, images)):
-                    started.append(self._start(pack))
-                    while len(started) > self._ahead:
-                        yield from self._finish(started.popleft())
-                while started:
-                    yield from self._finish(started.popleft())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _decoded(self, pool: ThreadPoolExecutor, images: Iterator[ImageSource]) -> Iterator["_Decoded"]:
-        """Images in order, the next ones being decoded meanwhile: two batches of them, or as much as memory allows."""
-        window: deque[tuple[str, Future[PatchedPicture]]] = deque()
-        waiting = _ByteCount()
-        while True:
-            while len(window) < 2 * self.batch_size and (not window or waiting.total < _DECODED_BYTES):
-                source = next(images, _END)
-                if isinstance(source, _End):
-                    break
-                window.append((_name(source), pool.submit(self._read, source, waiting)))
-            if not window:
-                return
-            name, future = window.popleft()
-            try:
-                picture = future.result()
-            except ImageError as error:
-                yield _Decoded(name, error)
-            else:
-                waiting.add(-picture.patches.nbytes)
-                yield _Decoded(name, picture)
-
-    def _read(self, image: ImageSource, waiting: "_ByteCount") -> PatchedPicture:
-        read = read_image(
-            image, max_side=self.max_side, exif=self.exif, max_pixels=self.max_pixels, check_size=self._check_size
-        )
-        picture = cut_patches(read, self.backbone.spec.patch_size)
-        waiting.add(picture.patches.nbytes)
-        return picture
-
-    def _check_size(self, width: int, height: int) -> None:
-        """Refuse an image for which there is not enough memory, before it is decoded."""
-        patch, device = self.backbone.spec.patch_size, self.backbone.device
-        grid = (-(-height // patch), -(-width // patch))
-        needed = required_bytes(self.backbone, grid)
-        if needed < _UNCHECKED_BYTES:
-            return
-        free = available_bytes(device)
-        if free is not None and needed > free:
-            raise ImageError(
-                f"{width}x{height} pixels are {grid[0] * grid[1]:,} patches, which need up to {describe_bytes(needed)} "
-                f"with {self.backbone.spec.name}, but {describe_bytes(free)} are free on {device}: "
-                "use --max-side, a smaller backbone or --precision bf16"
-            )
-
-    def _packs(self, images: Iterable["_Decoded"]) -> Iterator[list["_Decoded"]]:
-        """Neighbours of one batch that make up one sequence of bounded length; a long image is alone."""
-        pack: list[_Decoded] = []
-        for number, image in enumerate(images, start=1):
-            if pack and sum(member.patches for member in pack) + image.patches > self._pack_patches:
-                yield pack
-                pack = []
-            pack.append(image)
-            if number % self.batch_size == 0:
-                yield pack
-                pack = []
-        if pack:
-            yield pack
-
-    def _start(self, pack: list["_Decoded"]) -> "_Started":
-        """Queue a pack's work, ordered by grid: neighbours of one grid share the steps that know of shapes."""
-        readable = [index for index, image in enumerate(pack) if isinstance(image.picture, PatchedPicture)]
-        readable.sort(key=lambda index: cast("PatchedPicture", pack[index].picture).grid)
-        outcomes = {index: image.picture for index, image in enumerate(pack) if isinstance(image.picture, ImageError)}
-        parts: list[_Part] = []
-        waiting = [readable] if readable else []
-        while waiting:
-            indices = waiting.pop(0)
-            pictures = [cast("PatchedPicture", pack[index].picture) for index in indices]
-            search = self._try(pictures)
-            if search is not None:
-                parts.append(_Part(indices, pictures, search))
-            elif len(indices) > 1:
-                self._halve(pictures)
-                half = -(-len(indices) // 2)
-                waiting[:0] = [indices[:half], indices[half:]]
-            else:
-                outcomes[indices[0]] = self._too_large(pack[indices[0]].name, pictures[0])
-        return _Started(outcomes, parts)
-
-    def _try(self, pictures: list[PatchedPicture]) -> Search | None:
-        """A pack's work, or None where memory ran out: what was taken for it is free again by then."""
-        longest = max(picture.grid[0] * picture.grid[1] for picture in pictures)
-        if longest > _LONG:
-            _tell(f"an image of {longest:,} patches: {_SLOW}")
-        try:
-            patches = self.engine.transfer(pictures)
-            features = self.engine.forward(patches, [picture.size for picture in pictures])
-            return self.engine.search(features, [picture.grid for picture in pictures])
-        except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-        if self.backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
-
-    def _halve(self, pictures: list[PatchedPicture]) -> None:
-        """Make the packs to come half as large as the one that did not fit."""
-        half = sum(picture.grid[0] * picture.grid[1] for picture in pictures) // 2
-        self._pack_patches = min(self._pack_patches, half)
-        if not self._is_halved:
-            _tell(
-                f"out of memory on {self.backbone.device} with {len(pictures)} images together: going on with half as "
-                "much at once; a smaller --batch-size avoids the attempt"
-            )
-        self._is_halved = True
-
-    def _too_large(self, name: str, picture: PatchedPicture) -> ImageError:
-        rows, columns = picture.grid
-        return ImageError(
-            f"{name}: out of memory on one image of {rows}x{columns} patches on {self.backbone.device} "
-            f"(needs up to {describe_bytes(required_bytes(self.backbone, picture.grid))}): "
-            "use a smaller --max-side or backbone, or --precision bf16"
-        )
-
-    def _finish(self, started: "_Started") -> list[Discovery | ImageError]:
-        outcomes: dict[int, Discovery | ImageError] = dict(started.outcomes)
-        for part in started.parts:
-            outcomes.update(zip(part.indices, self.engine.finish(part.search, part.pictures), strict=True))
-        return [outcomes[index] for index in sorted(outcomes)]
-
-
-class _End:
-    """Marks the end of the list of images."""
-
-
-_END: Final = _End()
-
-
-class _ByteCount:
-    """Bytes of decoded images that wait for their turn, counted by several threads."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        with self._lock:
-            self.total += count
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """One image of the list, and what became of reading it."""
-
-    name: str
-    picture: PatchedPicture | ImageError
-
-    @property
-    def patches(self) -> int:
-        if isinstance(self.picture, ImageError):
-            return 0
-        return self.picture.grid[0] * self.picture.grid[1]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Images of a pack that went to the device together: their places in it, and what is on its way back."""
-
-    indices: list[int]
-    pictures: list[PatchedPicture]
-    search: Search
-
-
-@dataclass(frozen=True)
-class _Started:
-    """A pack whose work is queued: outcomes that are known already, and the parts that are not."""
-
-    outcomes: dict[int, ImageError]
-    parts: list[_Part]
-
-
-def _name(source: ImageSource) -> str:
-    return str(source) if isinstance(source, str | Path) else "image"
-
-
-def _decoders() -> int:
-    """Threads that decode: as many as this process may have cores, within reason."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores, 2), 16)
-
-
-def _tell(message: str) -> None:
-    warnings.warn(message, LostregWarning, stacklevel=2)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch has a class for it on GPUs, and on the CPU only its allocator's words."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    def _discoveries(self, objects: list[Objects], pictures: list[PatchedPicture]) -> list[Discovery]:
+        result = objects[0].best()
+        patch_size = self.backbone.spec.patch_size
+        return [to_discovery(result, index, picture, patch_size) for index, picture in enumerate(pictures)]
 
 
 def _place(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
@@ -453,7 +248,7 @@ def _has_quick_bf16() -> bool:
 def _check_options(feature: str | None, bias: object, precision: str) -> None:
     if feature is not None and feature not in FEATURES:
         raise OptionError(f"feature must be one of {', '.join(FEATURES)}, not '{feature}'")
-    if bias is not None:
+    if not (bias is None or isinstance(bias, Calibration)):
         check_bias(bias)
     if precision not in _DTYPES:
         raise OptionError(f"precision must be one of {', '.join(_DTYPES)}, not '{precision}'")

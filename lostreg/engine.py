@@ -1,4 +1,4 @@
-"""One pack of images through backbone and LOST: the four stages between pixels and discoveries.
+"""One pack of images through backbone and LOST: the four stages between pixels and objects.
 
 `transfer` and `forward` and `search` only queue work where the device is a GPU; `finish` waits for its result. A caller
 that finishes a pack after starting the next keeps the device busy.
@@ -6,19 +6,17 @@ that finishes a pack after starting the next keeps the device busy.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Literal
+from itertools import chain, groupby
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lostreg.backbone_table import Feature
 from lostreg.backbones import Backbone
-from lostreg.features import FeatureExtractor
+from lostreg.features import FeatureExtractor, Wanted
 from lostreg.images import PatchedPicture, normalise_patches
-from lostreg.lost import LostResult, ObjectMaps, object_maps
+from lostreg.lost import Bias, LostResult, ObjectMaps, Objects, object_maps, prepare
 from lostreg.regions import Discovery
 
 Grid = tuple[int, int]
@@ -26,16 +24,18 @@ Grid = tuple[int, int]
 
 @dataclass(frozen=True)
 class Search:
-    """What LOST found in a pack, on its way to the host.
+    """What LOST found in a pack, on its way to the host, by runs of neighbours of equal grid.
 
     Attributes:
-        maps: packed `ObjectMaps` of neighbouring images of equal grid, on the host.
-        grids: of each image of the pack.
+        grids: (h, w) of each run.
+        features: of each run, what LOST saw: one tensor (B, N, D) for each of the engine's features, on the device.
+        maps: of each run, packed `ObjectMaps` for each of them, on the host.
         done: recorded on the device after the transfer; None where there is nothing to wait for.
     """
 
-    maps: list[Tensor]
     grids: list[Grid]
+    features: list[list[Tensor]]
+    maps: list[list[Tensor]]
     done: torch.cuda.Event | None
 
 
@@ -44,20 +44,18 @@ class Engine:
 
     Args:
         backbone: a frozen model.
-        feature: ``q``, ``k``, ``v`` or ``out``.
-        layer: block index.
-        bias: Gram bias, or ``auto``.
-        normalize: whether features are L2-normalised.
+        wanted: pairs of feature and layer, all from one forward.
+        bias: Gram bias, ``auto``, or a function that makes biases (B, K) of an image batch's similarities.
         k_patches: how many low-degree patches may join the seed.
+        normalize: whether features are L2-normalised.
         compiled: whether the blocks are compiled.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        feature: Feature,
-        layer: int,
-        bias: float | Literal["auto"],
+        wanted: Wanted,
+        bias: Bias,
         k_patches: int,
         *,
         normalize: bool,
@@ -67,7 +65,7 @@ class Engine:
         self.bias = bias
         self.k_patches = k_patches
         self.normalize = normalize
-        self._extract = FeatureExtractor(backbone, [(feature, layer)], compiled=compiled)
+        self._extract = FeatureExtractor(backbone, wanted, compiled=compiled)
 
     def transfer(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
         """Each image's patches on the device, (rows, columns, patch, patch, 3), uint8, in one transfer."""
@@ -81,7 +79,7 @@ class Engine:
         parts = torch.split(pinned.to(device, non_blocking=True), sizes)
         return [part.view(image.shape) for part, image in zip(parts, patches, strict=True)]
 
-    def forward(self, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
+    def forward(self, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Features of all patches of the pack.
 
         Args:
@@ -89,52 +87,52 @@ class Engine:
             sizes: (height, width) of each image in pixels.
 
         Returns:
-            Shape (sum of all N, D), float32.
+            For each of the engine's features, shape (sum of all N, D), float32.
         """
         mean, std = self.backbone.mean, self.backbone.std
         pixels = (normalise_patches(image, size, mean, std) for image, size in zip(patches, sizes, strict=True))
-        return self._extract(pixels, [(image.shape[0], image.shape[1]) for image in patches])[0]
+        return self._extract(pixels, [(image.shape[0], image.shape[1]) for image in patches])
 
-    def search(self, features: Tensor, grids: Sequence[Grid]) -> Search:
+    def search(self, features: Sequence[Tensor], grids: Sequence[Grid]) -> Search:
         """LOST on the device, and the start of one transfer of its maps to the host.
 
         Args:
             features: as `forward` gives them.
             grids: (h, w) of each image.
         """
-        if features.device.type == "mps":  # which lacks some of what LOST needs
-            features = features.cpu()
-        maps, start = [], 0
-        for grid, group in groupby(grids):
-            images = len(list(group))
-            stop = start + images * grid[0] * grid[1]
-            batch = features[start:stop].view(images, -1, features.shape[1])
-            found = object_maps(batch, grid, self.bias, self.k_patches, normalize=self.normalize)
-            maps.append(found.pack())
-            start = stop
-        if features.device.type != "cuda":
-            return Search(maps, list(grids), None)
-        flat = torch.cat([packed.flatten() for packed in maps])
-        host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
-        host.copy_(flat, non_blocking=True)
+        runs = [(grid, len(list(group))) for grid, group in groupby(grids)]
+        sizes = [images * grid[0] * grid[1] for grid, images in runs]
+        by_feature = [torch.split(packed, sizes) for packed in features]
+        batches = [
+            [prepare(part.view(images, -1, part.shape[1]), normalize=self.normalize) for part in parts]
+            for (_, images), *parts in zip(runs, *by_feature, strict=True)
+        ]
+        maps = [
+            [object_maps(batch, grid, self.bias, self.k_patches).pack() for batch in run]
+            for (grid, _), run in zip(runs, batches, strict=True)
+        ]
+        shapes = [grid for grid, _ in runs]
+        if self.backbone.device.type != "cuda":
+            return Search(shapes, batches, maps, None)
+        on_host = [[torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True) for packed in run] for run in maps]
+        for host, packed in zip(chain(*on_host), chain(*maps), strict=True):
+            host.copy_(packed, non_blocking=True)
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(torch.cuda.current_stream(features.device))
-        parts = torch.split(host, [packed.numel() for packed in maps])
-        return Search([part.view(packed.shape) for part, packed in zip(parts, maps, strict=True)], list(grids), done)
+        done.record(torch.cuda.current_stream(self.backbone.device))
+        return Search(shapes, batches, on_host, done)
 
-    def finish(self, search: Search, pictures: Sequence[PatchedPicture]) -> list[Discovery]:
-        """Wait for the maps; connected components, and boxes in pixels of the original images."""
+    def finish(self, search: Search) -> list[list[Objects]]:
+        """Wait for the maps; connected components and their scores.
+
+        Returns:
+            Of each run of neighbours of equal grid, the objects in each of the engine's features.
+        """
         if search.done is not None:
             search.done.synchronize()
-        remaining = iter(pictures)
-        discoveries = []
-        for packed, (grid, _) in zip(search.maps, groupby(search.grids), strict=True):
-            result = ObjectMaps.unpack(packed).boxes(grid)
-            discoveries += [
-                to_discovery(result, index, next(remaining), self.backbone.spec.patch_size)
-                for index in range(len(packed))
-            ]
-        return discoveries
+        return [
+            [ObjectMaps.unpack(packed).objects(batch, grid) for packed, batch in zip(maps, features, strict=True)]
+            for grid, features, maps in zip(search.grids, search.features, search.maps, strict=True)
+        ]
 
 
 def to_discovery(result: LostResult, index: int, picture: PatchedPicture, patch_size: int) -> Discovery:
@@ -146,10 +144,8 @@ def to_discovery(result: LostResult, index: int, picture: PatchedPicture, patch_
         picture: that image.
         patch_size: side of a patch, in pixels of what was cut.
     """
-    height, width = picture.size
-    scale = np.array([picture.width / width, picture.height / height] * 2)
-    limits = np.array([width, height] * 2)
-    box = np.minimum(result.xyxy[index].numpy() * patch_size, limits) * scale
+    box = in_pixels(result.xyxy[index].numpy(), picture, patch_size)
+    scale_x, scale_y = _scale(picture)
     return Discovery(
         xyxy=box[None].astype(np.float32),
         scores=_one(result.scores[index]),
@@ -158,10 +154,29 @@ def to_discovery(result: LostResult, index: int, picture: PatchedPicture, patch_
         height=picture.height,
         degrees=result.degrees[index].numpy(),
         mask=result.masks[index].numpy(),
-        patch_width=float(patch_size * scale[0]),
-        patch_height=float(patch_size * scale[1]),
+        patch_width=patch_size * scale_x,
+        patch_height=patch_size * scale_y,
         bias=float(result.bias[index]),
     )
+
+
+def in_pixels(boxes: NDArray[np.int64], picture: PatchedPicture, patch_size: int) -> NDArray[np.float64]:
+    """Boxes in patches as boxes in pixels of the original image; shape (..., 4) both.
+
+    Args:
+        boxes: ``x1, y1, x2, y2`` with exclusive right and bottom edges, in patches.
+        picture: the image that was cut into patches.
+        patch_size: side of a patch, in pixels of what was cut.
+    """
+    height, width = picture.size
+    pixels: NDArray[np.float64] = np.minimum(boxes * patch_size, [width, height] * 2) * (_scale(picture) * 2)
+    return pixels
+
+
+def _scale(picture: PatchedPicture) -> tuple[float, float]:
+    """Pixels of the original image a pixel of what was cut, across and down."""
+    height, width = picture.size
+    return picture.width / width, picture.height / height
 
 
 def _one(value: Tensor) -> NDArray[np.float32]:

@@ -27,7 +27,7 @@ _CGROUPS: Final = (
 )
 _DROPPABLE: Final = ("total_inactive_file", "inactive_file")
 _BLOCK_ROWS: Final = 128  # of similarities, three of them at once: see `lostreg.similarity`
-_COLLECTED: Final = 1000  # similarities a patch that a quantile collects, with copies
+_MAP_BYTES: Final = 512  # a patch, for the degrees and masks of a few biases, with copies
 
 
 @cache
@@ -106,8 +106,8 @@ def required_bytes(backbone: Backbone, grid: tuple[int, int]) -> int:
     # Tokens in float32; their norm, the projections, queries and keys once more where they are turned, attention's
     # output twice.
     forward = count * width * (4 + 8 * size)
-    # Features, normalised features; blocks of similarities; what a quantile collects.
-    search = count * (width * (size + 3 * 4) + 4 * (3 * _BLOCK_ROWS + _COLLECTED))
+    # Features, normalised features; blocks of similarities; degrees and masks.
+    search = count * (width * (size + 3 * 4) + 4 * 3 * _BLOCK_ROWS + _MAP_BYTES)
     return max(embedding + count * width * 8, forward, search) + (512 << 20)
 
 

@@ -13,7 +13,7 @@ class Discovery:
     Attributes:
         xyxy: boxes in pixels of the original image, shape (n, 4), float32, ``x1, y1, x2, y2`` with exclusive
             right and bottom edges, best first.
-        scores: shape (n,), float32, in [0, 1].
+        scores: how clearly each box is an object, shape (n,), float32, in [0, 1]: see `lostreg.score`.
         seeds: row and column of each object's seed patch, shape (n, 2), int64.
         width: of the original image, in pixels.
         height: of the original image, in pixels.

@@ -6,23 +6,18 @@ the matrix computes it again, which costs less than the memory would.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Final, cast
+from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _KEPT_ELEMENTS: Final = {"cpu": 1 << 25, "cuda": 1 << 28}  # of the whole matrices: their halves take 64 or 512 MiB
 _BLOCK_ELEMENTS: Final = {"cpu": 1 << 19, "cuda": 1 << 26}  # of a block of rows: on a CPU, what its caches hold
 _LEAST_ROWS: Final = 128  # of a block: thinner products are slow
-
-_SAMPLED_PAIRS: Final = 1 << 15
-_GATHERED_ELEMENTS: Final = 1 << 21  # of the features of sampled pairs, at once
-_PATCHES_PER_ROOT_SAMPLE: Final = 148  # keeps what a quantile collects below some 400 similarities a patch
-_STANDARD_ERRORS: Final = 6
 
 
 @dataclass(frozen=True)
@@ -94,160 +89,76 @@ class Similarities:
             torch.bmm(left, right, out=out)
         return out
 
-    def counts_above(self, threshold: Tensor) -> Tensor:
-        """How many other patches each patch is more similar to than the threshold.
-
-        Args:
-            threshold: one a image, shape (B,), float32.
+    def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the similarities of pairs of different patches.
 
         Returns:
-            Shape (B, N), int64, in [0, N - 1].
-        """
-        # Counted in float32, which is exact up to 2^24 patches and quicker to add up than booleans.
-        counts = self.features.new_zeros(self.batch, self.count)
-        limit = threshold.view(-1, 1, 1)
-        for tile in self.tiles():
-            above = torch.gt(tile.values, limit, out=torch.empty_like(tile.values))
-            counts[:, tile.rows] += above.sum(dim=2)
-            if tile.weight == 2:
-                counts[:, tile.columns] += above.sum(dim=1)
-            else:
-                counts[:, tile.rows] -= above.diagonal(dim1=1, dim2=2)
-        return counts.long()
-
-    def quantile(self, fraction: float) -> Tensor:
-        """The lower quantile of the similarities of pairs of different patches, exact, without sorting them all.
-
-        Exact where no patch is less similar to itself than to another, as is true of normalised features.
-
-        A random sample of pairs brackets the quantile. One look at the matrix counts what lies below the bracket and
-        collects what lies inside, and the rank is found among these. Should the bracket miss, a wider one is taken.
-
-        Args:
-            fraction: in [0, 1].
-
-        Returns:
-            Shape (B,), float32. Not finite where features are not, and NaN where the patch is the only one.
+            Two tensors of shape (B,), float32; 0 and 0 where the patch is the only one. Not finite where features
+            are not.
         """
         pairs = self.count * (self.count - 1)
-        if not (pairs and self.batch):
-            return self.features.new_full((self.batch,), torch.nan)
-        # A patch's similarity to itself is the largest there is: the lowest ranks are those of other pairs.
-        rank = math.floor(fraction * (pairs - 1))
-        everything = self.features.new_full((self.batch,), torch.inf)
-        if self.count**2 <= 4 * _SAMPLED_PAIRS:
-            return self._select(rank, -everything, everything)
-        sample = self._sample()
-        for errors in (_STANDARD_ERRORS, 8 * _STANDARD_ERRORS):
-            found = self._select(rank, *_bracket(sample, fraction, errors))
-            if not found.isnan().any():
-                return found
-        return self._select(rank, -everything, everything)
-
-    def _select(self, rank: int, low: Tensor, high: Tensor) -> Tensor:
-        """The similarity of a rank in the whole matrix, (B,): NaN where it is not in [``low``, ``high``], (B,) each."""
-        up_to_low, inside = self._collect(low, high)
-        answers = []
-        for image, values in enumerate(inside):
-            index = rank - up_to_low[image]
-            if 0 <= index < len(values):
-                answers.append(_ranked(values[None], index)[0])
-            elif index < 0 and rank >= self._count(torch.lt, low)[image]:
-                answers.append(low[image])
-            elif index >= 0 and rank < self._count(torch.le, high)[image]:
-                answers.append(high[image])
-            else:
-                answers.append(low.new_tensor(torch.nan))
-        return torch.stack(answers)
-
-    def _count(self, compare: Callable[..., Tensor], limit: Tensor) -> list[int]:
-        """How many similarities of each image's whole matrix compare so with its limit."""
-        total = torch.zeros(self.batch, dtype=torch.int64, device=limit.device)
+        if not pairs:
+            nothing = self.features.new_zeros(self.batch)
+            return nothing, nothing
+        # The sum of all similarities is the squared length of the sum of all features.
+        whole = torch.linalg.vector_norm(self.features.sum(dim=1), dim=1).square()
+        own = self.features.square().sum(dim=2)
+        mean = (whole - own.sum(dim=1)) / pairs
+        # Distances from the mean are squared, not the similarities: these may all be close to 1.
+        squares = -(own - mean[:, None]).square().sum(dim=1)
         for tile in self.tiles():
-            held = compare(tile.values, limit.view(-1, 1, 1), out=torch.empty_like(tile.values))
-            total += tile.weight * held.sum(dim=2).long().sum(dim=1)
-        return cast("list[int]", total.tolist())
+            distances = torch.sub(tile.values, mean.view(-1, 1, 1), out=torch.empty_like(tile.values))
+            squares += tile.weight * torch.linalg.vector_norm(distances, dim=(1, 2)).square()
+        return mean, (squares / pairs).clamp(min=0).sqrt()
 
-    def _collect(self, low: Tensor, high: Tensor) -> tuple[list[int], list[Tensor]]:
-        """Of each image's whole matrix, how much is up to ``low``, and all that is strictly between the two limits."""
-        up_to_low = [0] * self.batch
-        inside: list[list[Tensor]] = [[] for _ in range(self.batch)]
+    def counts_above(self, thresholds: Tensor) -> Tensor:
+        """How many other patches each patch is more similar to than a threshold, for several of them at once.
+
+        Args:
+            thresholds: K an image, shape (B, K), float32.
+
+        Returns:
+            Shape (B, K, N), int64, in [0, N - 1].
+        """
+        counts = torch.zeros(self.batch, thresholds.shape[1], self.count, dtype=torch.int64, device=thresholds.device)
+        count = _count_on_cpu if thresholds.device.type == "cpu" else _count
         for tile in self.tiles():
-            for image, (under, values) in enumerate(_between(tile.values, low, high)):
-                up_to_low[image] += tile.weight * under
-                inside[image] += [values] * tile.weight
-        return up_to_low, [torch.cat(parts) for parts in inside]
-
-    def _sample(self) -> Tensor:
-        """Similarities of random pairs of patches, the same pairs each time; shape (B, pairs), float32."""
-        if self._keeps:
-            places = _sampled_places(self.count, self._rows, self.features.device)
-            tiles = zip(self.tiles(), places, strict=True)
-            return torch.cat([tile.values.flatten(1)[:, place] for tile, place in tiles], dim=1)
-        wanted = max(_SAMPLED_PAIRS, (self.count // _PATCHES_PER_ROOT_SAMPLE) ** 2)
-        pairs = _random_pairs(self.count, wanted).to(self.features.device)
-        at_once = max(1, _GATHERED_ELEMENTS // (self.batch * self.features.shape[2]))
-        products = [
-            (self.features[:, first] * self.features[:, second]).sum(dim=2)
-            for first, second in (part.unbind() for part in torch.split(pairs, at_once, dim=1))
-        ]
-        return torch.cat(products, dim=1)
+            count(tile, thresholds, counts)
+        return counts
 
 
 def _limit(limits: dict[str, int], device: torch.device) -> int:
     return limits.get(device.type, limits["cpu"])
 
 
-def _bracket(sample: Tensor, fraction: float, errors: float) -> tuple[Tensor, Tensor]:
-    """Values that enclose a quantile unless the sample is off by more than that many standard errors; (B,) each."""
-    size = sample.shape[1]
-    error = errors * math.sqrt(fraction * (1 - fraction) / size)
-    first, last = math.floor((fraction - error) * size) - 1, math.ceil((fraction + error) * size)
-    infinite = sample.new_full((len(sample),), torch.inf)
-    low = _ranked(sample, first) if first >= 0 else -infinite
-    return low, _ranked(sample, last) if last < size else infinite
+def _count(tile: Tile, thresholds: Tensor, counts: Tensor) -> None:
+    """Add what a tile has above each threshold, (B, K), to the counts, (B, K, N)."""
+    for index, limit in enumerate(thresholds.unbind(dim=1)):
+        above = tile.values > limit.view(-1, 1, 1)
+        counts[:, index, tile.rows] += above.sum(dim=2)
+        if tile.weight == 2:
+            counts[:, index, tile.columns] += above.sum(dim=1)
+        else:
+            counts[:, index, tile.rows] -= above.diagonal(dim1=1, dim2=2).long()
 
 
-def _ranked(values: Tensor, rank: int) -> Tensor:
-    """The value of a rank, from 0, in each row; (B, M) to (B,)."""
-    if values.device.type == "cpu":  # NumPy is several times as quick at this
-        return torch.from_numpy(np.partition(values.numpy(), rank, axis=1)[:, rank])
-    return values.kthvalue(rank + 1).values
+def _count_on_cpu(tile: Tile, thresholds: Tensor, counts: Tensor) -> None:
+    """The same by NumPy, which adds up bytes several times as fast as PyTorch."""
+    values, totals = tile.values.numpy(), counts.numpy()
+    above = np.empty(values.shape[1:], dtype=np.bool_)
+    for image, limits in enumerate(thresholds.numpy()):
+        for index, limit in enumerate(limits):
+            np.greater(values[image], limit, out=above)
+            total = totals[image, index]
+            total[tile.rows] += _sums(above, axis=1)
+            if tile.weight == 2:
+                total[tile.columns] += _sums(above, axis=0)
+            else:
+                total[tile.rows] -= above.diagonal()
 
 
-def _between(values: Tensor, low: Tensor, high: Tensor) -> list[tuple[int, Tensor]]:
-    """For each image, how many values are up to its lower limit, and those strictly between its limits, (?,)."""
-    if values.device.type == "cpu":  # at this, too
-        found = []
-        for image, below, above in zip(values.numpy(), low.tolist(), high.tolist(), strict=True):
-            over = image > below
-            found.append((over.size - np.count_nonzero(over), torch.from_numpy(image[over & (image < above)])))
-        return found
-    over = values > low.view(-1, 1, 1)
-    chosen = over & (values < high.view(-1, 1, 1))
-    counts = torch.stack([(~over).sum(dim=(1, 2)), chosen.sum(dim=(1, 2))]).tolist()
-    return list(zip(counts[0], torch.split(values[chosen], counts[1]), strict=True))
-
-
-def _random_pairs(count: int, wanted: int) -> Tensor:
-    """Pairs of patch indices, shape (2, wanted), int64: the same for the same arguments."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(count, (2, wanted), generator=generator)
-
-
-@lru_cache(maxsize=64)
-def _sampled_places(count: int, block: int, device: torch.device) -> list[Tensor]:
-    """Where the tiles of a matrix hold random pairs of patches: indices into each tile's values, flattened."""
-    first, second = _random_pairs(count, _SAMPLED_PAIRS)
-    swapped = second // block < first // block  # the tiles hold no column before their rows' block
-    row, column = torch.where(swapped, second, first), torch.where(swapped, first, second)
-    places = []
-    for start in range(0, count, block):
-        stop = min(start + block, count)
-        here = (row >= start) & (row < stop)
-        inside = here & (column < stop)
-        places.append((row[inside] - start) * (stop - start) + column[inside] - start)
-        if stop < count:
-            beside = here & (column >= stop)
-            places.append((row[beside] - start) * (count - stop) + column[beside] - stop)
-    return [place.to(device) for place in places]
+def _sums(flags: NDArray[np.bool_], axis: int) -> NDArray[Any]:
+    """How many flags are set along an axis, counted in the smallest integers that hold that many."""
+    kind = np.uint16 if flags.shape[axis] < 1 << 16 else np.uint32
+    sums: NDArray[Any] = flags.view(np.uint8).sum(axis=axis, dtype=kind)
+    return sums

@@ -28,6 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -41,9 +42,12 @@ from scipy import ndimage
 from lostreg.backbones import Backbone, build_backbone, find_spec, load_backbone
 from lostreg.corloc import pairwise_iou
 from lostreg.discoverer import Discoverer, resolve_device
-from lostreg.evaluate import describe_device, package_versions, write_json
-from lostreg.lost import object_maps
+from lostreg.engine import Engine
+from lostreg.images import cut_patches, read_image
+from lostreg.lost import lost_boxes
 from lostreg.memory import keep_freed_memory
+from lostreg.runs import describe_device, package_versions, write_json
+from lostreg.sweep import with_trials
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROWTH: Final = (500, 1000, 2000, 5000, 10_000, 20_000)
@@ -62,6 +66,7 @@ COMMON_SIZES: Final = (
     (640, 360, 2),
 )
 UNCOMMON_SHARE: Final = 0.3
+SWEPT: Final = tuple(np.linspace(-0.95, 0.25, 25).tolist())  # the biases that `lostreg sweep` tries unless told
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,8 @@ def main() -> int:
     """Measure, write, and print the ratios."""
     args = parse_arguments()
     device = resolve_device(args.device)
+    if args.bias_cost:
+        return measure_biases(args, device)
     with tempfile.TemporaryDirectory() as folder:
         sets = image_sets(args, Path(folder))
         plan = [
@@ -150,14 +157,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, help="images a set (default: 12, on CUDA 512)")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--backbone", nargs="+", help="only these")
+    parser.add_argument("--bias-cost", action="store_true", help="measure what biases cost, and nothing else")
     parser.add_argument("--quick", action="store_true", help="8 images, 1 round, no growth curve")
-    parser.add_argument("--out", type=Path, help="default: eval/results/benchmark-DEVICE.json")
+    parser.add_argument("--out", type=Path, help="default: eval/results/(benchmark|bias-cost)-DEVICE.json")
     args = parser.parse_args()
     kind = resolve_device(args.device).type
     if args.quick:
         args.count, args.rounds = 8, 1
     args.count = args.count or (512 if kind == "cuda" else 12)
-    args.out = args.out or Path("eval/results") / f"benchmark-{kind}.json"
+    args.out = args.out or Path("eval/results") / f"{'bias-cost' if args.bias_cost else 'benchmark'}-{kind}.json"
     return args
 
 
@@ -520,16 +528,68 @@ def split(discoverer: Discoverer, paths: list[Path]) -> dict[str, float]:
         spent["decode (threads)"] += time.perf_counter() - start
         return found
 
-    read, discoverer._read = discoverer._read, decode  # type: ignore[method-assign, assignment]
+    stream: Any = discoverer.stream
+    read, stream._read = stream._read, decode
     for method, stage in (("transfer", "transfer"), ("forward", "forward"), ("search", "LOST"), ("finish", "host")):
         watch(engine, method, stage)
     total = timed(lambda: lostreg_run(discoverer, paths)(len(paths)), device)
-    for owner, names in ((engine, ("transfer", "forward", "search", "finish")), (discoverer, ("_read",))):
+    for owner, names in ((engine, ("transfer", "forward", "search", "finish")), (stream, ("_read",))):
         for attribute in names:
             delattr(owner, attribute)
     shares = {stage: round(seconds / total, 5) for stage, seconds in spent.items()}
     waited = 1 - sum(share for stage, share in shares.items() if stage != "decode (threads)")
     return {**shares, "rest": round(waited, 5), "seconds": round(total, 3)}
+
+
+def measure_biases(args: argparse.Namespace, device: torch.device) -> int:
+    """What the automatic bias and a sweep's biases add to a run, in each precision; written and printed."""
+    if device.type == "cpu":
+        keep_freed_memory()
+    result = {
+        "device": describe_device(device),
+        "cpu": processor_name(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "rounds": args.rounds,
+        "runs": [bias_cost(precision, device, args.rounds) for precision in DTYPES],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out, result)
+    print(json.dumps(result["runs"], indent=2))
+    print(f"\nwritten to {args.out}")
+    return 0
+
+
+def bias_cost(precision: str, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Seconds for one 640x480 image: the forward, and LOST from features to boxes with several kinds of bias."""
+    discoverer = Discoverer(
+        benchmark_backbone("dinov2_vits14_reg", device),
+        device=device,
+        precision=precision,  # type: ignore[arg-type]
+        max_side=None,
+    )
+    picture = cut_patches(read_image(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)), 14)
+    engines = {
+        name: Engine(discoverer.backbone, [("k", -1)], bias, 100, normalize=True)
+        for name, bias in (("one bias", -0.5), ("auto", "auto"), ("auto and 25 biases", with_trials(SWEPT)))
+    }
+    patches = engines["auto"].transfer([picture])
+    features = engines["auto"].forward(patches, [picture.size])
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for _ in range(10 * rounds):
+        seconds["forward"].append(timed(lambda: engines["auto"].forward(patches, [picture.size]) and None, device))
+        for name, engine in engines.items():
+            take = partial(lambda engine: engine.finish(engine.search(features, [picture.grid])) and None, engine)
+            seconds[name].append(timed(take, device))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    run = medians["forward"] + medians["one bias"]
+    return {
+        "precision": precision,
+        "patches": picture.grid[0] * picture.grid[1],
+        "seconds": {name: round(value, 5) for name, value in medians.items()},
+        "auto_share_of_run": round((medians["auto"] - medians["one bias"]) / run, 4),
+        "swept_over_one_bias": round((medians["forward"] + medians["auto and 25 biases"]) / run, 3),
+    }
 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -559,7 +619,7 @@ def growth(count: int, device: str) -> dict[str, Any]:
     if where.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     small = torch.randn(1, 64, 384, device=where)
-    object_maps(small, (8, 8), "auto", 100, normalize=True)  # libraries are loaded
+    search(small, (8, 8))  # libraries are loaded
     before = peak_bytes(where)
     first = timed(lambda: search(features, grid), where)
     memory = peak_bytes(where) - before
@@ -584,8 +644,8 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def search(features: torch.Tensor, grid: tuple[int, int]) -> None:
-    """LOST on the device, and its maps on the host."""
-    object_maps(features, grid, "auto", 100, normalize=True).pack().cpu()
+    """LOST with the automatic bias, from features on the device to boxes on the host."""
+    lost_boxes(features, grid, "auto")
 
 
 def processor_name() -> str:

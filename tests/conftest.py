@@ -1,5 +1,6 @@
 """Fixtures that several test modules share."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import torch
 from PIL import Image
 
 from lostreg.backbones import Backbone, build_backbone, find_spec, load_backbone
+from lostreg.regions import Discovery
+
+SHAPES = [(150, 110), (90, 120), (98, 70), (150, 112), (60, 60)]  # width, height: two share a grid of 8 x 11
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +69,24 @@ def disc_picture(width: int = 150, height: int = 110) -> np.ndarray:
     pixels = np.stack([x * 60 // width, y * 60 // height, (x + y) % 40], axis=2).astype(np.uint8)
     pixels[(x - width * 0.4) ** 2 + (y - height * 0.5) ** 2 < (height * 0.3) ** 2] = (230, 180, 40)
     return pixels
+
+
+def scene(number: int, width: int = 150, height: int = 110) -> np.ndarray:
+    """A picture whose disc lies elsewhere for each number: with the random backbone their boxes differ."""
+    return np.roll(disc_picture(width, height), (number * 53, number * 37), axis=(0, 1))
+
+
+def scenes(count: int) -> list[np.ndarray]:
+    """Pictures of mixed shapes."""
+    return [scene(number, *SHAPES[number * 7 % len(SHAPES)]) for number in range(count)]
+
+
+def same(first: Discovery, second: Discovery) -> bool:
+    """Whether two discoveries are equal to the bit."""
+    return all(
+        np.array_equal(getattr(first, field.name), getattr(second, field.name))
+        for field in dataclasses.fields(Discovery)
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -57,7 +57,7 @@ def test_the_naive_loop_sees_the_keys_that_lostreg_sees(
     monkeypatch.setattr(benchmark, "host_lost", lambda features, grid: seen.append(features))
     discoverer = Discoverer(backbone, device="cpu", max_side=None)
     forward, mine = discoverer.engine.forward, []
-    monkeypatch.setattr(discoverer.engine, "forward", lambda *given: mine.append(forward(*given)) or mine[-1])
+    monkeypatch.setattr(discoverer.engine, "forward", lambda *given: mine.extend(forward(*given)) or mine[-1:])
     list(discoverer.discover_many(photos))
     attention = backbone.model.blocks[-1].attn  # type: ignore[index]
     monkeypatch.setattr(attention, "fused_attn", True)  # put back afterwards

@@ -10,11 +10,12 @@ from conftest import disc_picture
 from torch import Tensor
 
 from lostreg.backbones import Backbone
-from lostreg.engine import Engine, to_discovery
+from lostreg.engine import Engine, in_pixels, to_discovery
 from lostreg.features import patch_features
 from lostreg.images import PatchedPicture, Picture, cut_patches, patch_grid
-from lostreg.lost import LostResult, lost_boxes
+from lostreg.lost import LostResult, Objects, lost_boxes
 from lostreg.regions import Discovery
+from lostreg.similarity import Similarities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,16 +43,32 @@ def patched() -> list[PatchedPicture]:
     return [cut_patches(picture, 14) for picture in pictures()]
 
 
+def searched(engine: Engine, features: Sequence[Tensor], pack: Sequence[PatchedPicture]) -> list[list[Objects]]:
+    return engine.finish(engine.search(features, [picture.grid for picture in pack]))
+
+
+def discoveries(runs: list[list[Objects]], pack: Sequence[PatchedPicture], which: int = 0) -> list[Discovery]:
+    """Of each picture of a pack, what one of the engine's features has found."""
+    results = [run[which].best() for run in runs]
+    places = [(result, index) for result in results for index in range(len(result.xyxy))]
+    return [to_discovery(result, index, picture, 14) for (result, index), picture in zip(places, pack, strict=True)]
+
+
 def through(engine: Engine, pack: Sequence[PatchedPicture]) -> list[Discovery]:
     features = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
-    return engine.finish(engine.search(features, [picture.grid for picture in pack]), pack)
+    return discoveries(searched(engine, features, pack), pack)
+
+
+def assert_equal(one: Discovery, other: Discovery) -> None:
+    for field in dataclasses.fields(Discovery):
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
 
 
 @pytest.mark.parametrize(("feature", "layer"), [("k", 1), ("v", 0), ("out", 1)])
 def test_features_of_a_pack_are_those_of_each_padded_image(backbone: Backbone, feature: str, layer: int) -> None:
-    engine = Engine(backbone, feature, layer, "auto", 100, normalize=True)
+    engine = Engine(backbone, [(feature, layer)], "auto", 100, normalize=True)
     pack = patched()
-    found = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
+    (found,) = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
     each = torch.split(found, [picture.grid[0] * picture.grid[1] for picture in pack])
     for picture, actual in zip(pictures(), each, strict=True):
         expected = patch_features(backbone, padded(backbone, picture.pixels), feature, layer)[0]
@@ -65,18 +82,19 @@ def test_discoveries_of_a_pack_are_those_of_each_padded_image(
     backbone: Backbone, bias: float | str, normalize: bool, k_patches: int
 ) -> None:
     # Rounded, so that sums are exact: products for two images and for one may add in another order.
-    engine = Engine(backbone, "k", 1, bias, k_patches, normalize=normalize)
+    engine = Engine(backbone, [("k", 1)], bias, k_patches, normalize=normalize)
     pack = patched()
-    features = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
+    (features,) = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
     features = (features * 16).round()
-    found = engine.finish(engine.search(features, [picture.grid for picture in pack]), pack)
+    found = discoveries(searched(engine, [features], pack), pack)
     each = torch.split(features, [picture.grid[0] * picture.grid[1] for picture in pack])
     for discovery, picture, alone in zip(found, pack, each, strict=True):
         expected = lost_boxes(alone[None], picture.grid, bias, k_patches, normalize=normalize)
         np.testing.assert_array_equal(discovery.mask, expected.masks[0].numpy())
         np.testing.assert_array_equal(discovery.degrees, expected.degrees[0].numpy())
         np.testing.assert_array_equal(discovery.seeds, expected.seeds.numpy())
-        np.testing.assert_array_equal(discovery.scores, expected.scores.numpy())
+        np.testing.assert_allclose(discovery.scores, expected.scores.numpy(), rtol=0, atol=1e-6)
+        assert 0 <= discovery.scores[0] <= 1
         assert discovery.bias == pytest.approx(float(expected.bias[0]), abs=1e-6)
         limits = np.array([picture.size[1], picture.size[0]] * 2)
         box = np.minimum(expected.xyxy[0].numpy() * 14, limits) * [2, 3, 2, 3]
@@ -86,7 +104,7 @@ def test_discoveries_of_a_pack_are_those_of_each_padded_image(
 
 
 def test_an_image_is_found_the_same_wherever_it_stands_in_a_pack(backbone: Backbone) -> None:
-    engine = Engine(backbone, "k", 1, "auto", 100, normalize=True)
+    engine = Engine(backbone, [("k", 1)], "auto", 100, normalize=True)
     pack = patched()
     order = [3, 0, 6, 5, 2, 1, 4]
     plain, moved = through(engine, pack), through(engine, [pack[index] for index in order])
@@ -97,15 +115,43 @@ def test_an_image_is_found_the_same_wherever_it_stands_in_a_pack(backbone: Backb
 
 
 def test_a_pack_leaves_its_pictures_alone_and_can_be_run_again(backbone: Backbone) -> None:
-    engine = Engine(backbone, "k", 1, "auto", 100, normalize=True)
+    engine = Engine(backbone, [("k", 1)], "auto", 100, normalize=True)
     pack = patched()
     before = [picture.patches.copy() for picture in pack]
     first, second = through(engine, pack), through(engine, pack)
     for picture, patches in zip(pack, before, strict=True):
         np.testing.assert_array_equal(picture.patches, patches)
     for one, other in zip(first, second, strict=True):
-        for field in dataclasses.fields(Discovery):
-            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+        assert_equal(one, other)
+
+
+def test_several_features_of_one_forward_give_what_each_gives_alone(backbone: Backbone) -> None:
+    wanted = [("k", 1), ("v", 0), ("out", 1)]
+    pack = patched()
+    engine = Engine(backbone, wanted, "auto", 100, normalize=True)
+    features = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
+    runs = searched(engine, features, pack)
+    for which, one in enumerate(wanted):
+        alone = Engine(backbone, [one], "auto", 100, normalize=True)
+        for found, expected in zip(discoveries(runs, pack, which), through(alone, pack), strict=True):
+            assert_equal(found, expected)
+
+
+def test_neighbours_of_one_grid_are_one_run(backbone: Backbone) -> None:
+    def biases(similarities: Similarities) -> Tensor:
+        return torch.tensor([[-0.5, -0.75, -0.875]]).repeat(similarities.batch, 1)
+
+    engine = Engine(backbone, [("k", 1)], biases, 100, normalize=True)
+    pack = [patched()[index] for index in (0, 5, 1, 2, 6)]
+    features = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
+    search = engine.search(features, [picture.grid for picture in pack])
+    assert search.grids == [(8, 11), (2, 2), (1, 1)]
+    found = engine.finish(search)
+    assert [run[0].masks.shape for run in found] == [(3, 3, 8, 11), (1, 3, 2, 2), (1, 3, 1, 1)]
+    for batch, grid, (objects,) in zip(search.features, search.grids, found, strict=True):
+        expected = lost_boxes(batch[0], grid, biases)
+        assert torch.equal(objects.best().xyxy, expected.xyxy)
+        assert torch.equal(objects.best().scores, expected.scores)
 
 
 def test_a_box_ends_at_the_image_and_is_told_in_its_own_pixels() -> None:
@@ -122,3 +168,5 @@ def test_a_box_ends_at_the_image_and_is_told_in_its_own_pixels() -> None:
     assert found.xyxy.tolist() == [[140, 140, 500, 200]]  # of 14 to 56 and 28 to 42 pixels, 50 x 40 are the image's
     assert (found.scores.tolist(), found.seeds.tolist(), found.bias) == ([1.0], [[2, 3]], -0.25)
     assert (found.patch_width, found.patch_height) == (140, 70)
+    several = in_pixels(result.xyxy.numpy(), picture, 14)
+    assert several.tolist() == [[0, 0, 140, 70], [140, 140, 500, 200]]

@@ -1,7 +1,6 @@
 """LOST against the slow oracle, against pictures one can check by hand, and under transformations."""
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,24 +8,26 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from reference_lost import flood, reference_lost
+from reference_lost import Reference, flood, reference_lost
 from safetensors.torch import load_file
 
 from lostreg.errors import OptionError
 from lostreg.lost import (
+    LostResult,
     ObjectMaps,
-    auto_bias,
     expand_seed,
     lost_boxes,
     lowest_degrees,
     object_maps,
-    resolve_normalize,
+    prepare,
     seed_component,
 )
 from lostreg.similarity import Similarities
 
 # Small integers: every sum is exact in float32, so both sides must agree to the last tie.
 integers = st.integers(-3, 3).map(float)
+
+CLEAR = 2e-5  # what decisions must be clear by, where sums are rounded
 
 
 @st.composite
@@ -38,30 +39,27 @@ def integer_features(draw: st.DrawFn, batch: int | None = None) -> tuple[np.ndar
     return draw(arrays(np.float32, shape, elements=integers)), grid
 
 
-def assert_same(features: np.ndarray, grid: tuple[int, int], **options) -> None:
-    result = lost_boxes(torch.from_numpy(features), grid, **options)
-    k, bias = options.get("k_patches", 100), options.get("bias", 0.0)
-    for index, image in enumerate(features):
-        normalize = bool(options.get("normalize") or bias == "auto")
-        expected = reference_lost(image, grid, bias, k, normalize)
-        np.testing.assert_array_equal(result.degrees[index].numpy(), expected.degrees)
-        assert tuple(result.seeds[index].tolist()) == expected.seed
-        assert tuple(result.xyxy[index].tolist()) == expected.box
-        np.testing.assert_array_equal(result.masks[index].numpy(), expected.mask)
-        assert float(result.scores[index]) == expected.score
-        assert float(result.bias[index]) == pytest.approx(expected.bias, abs=1e-6)
+def assert_same(result: LostResult, index: int, expected: Reference) -> None:
+    np.testing.assert_array_equal(result.degrees[index].numpy(), expected.degrees)
+    assert tuple(result.seeds[index].tolist()) == expected.seed
+    assert tuple(result.xyxy[index].tolist()) == expected.box
+    np.testing.assert_array_equal(result.masks[index].numpy(), expected.mask)
+    assert float(result.scores[index]) == pytest.approx(expected.score, abs=1e-4)
+    assert (float(result.scores[index]) == 0) == (expected.score == 0)
+    assert float(result.bias[index]) == pytest.approx(expected.bias, abs=1e-6)
 
 
 @given(integer_features(), st.integers(-6, 6), st.integers(1, 40))
 @settings(deadline=None, max_examples=150)
 def test_everything_equals_the_oracle_where_sums_are_exact(case, bias, k) -> None:
-    assert_same(*case, bias=float(bias), k_patches=k)
+    features, grid = case
+    result = lost_boxes(torch.from_numpy(features), grid, float(bias), k)
+    for index, image in enumerate(features):
+        assert_same(result, index, reference_lost(image, grid, bias, k))
 
 
-@given(st.integers(0, 10_000), st.sampled_from([-0.375, -0.125, 0.0, 0.0625, "auto"]))
-@settings(deadline=None, max_examples=60)
-def test_normalised_features_equal_the_oracle(seed, bias) -> None:
-    # Unit vectors whose products are exact: one-hot, or a signed half in each of four places.
+def exact_unit_vectors(seed: int) -> np.ndarray:
+    """Features of 2 images of 6x7 patches whose products are exact: one-hot, or a signed half in each of 4 places."""
     random = np.random.default_rng(seed)
     vectors = np.zeros((2, 42, 16), dtype=np.float32)
     for vector in vectors.reshape(-1, 16):
@@ -69,7 +67,36 @@ def test_normalised_features_equal_the_oracle(seed, bias) -> None:
             vector[random.integers(16)] = random.choice([-1, 1])
         else:
             vector[random.choice(16, 4, replace=False)] = random.choice([-0.5, 0.5], 4)
-    assert_same(vectors * 4, (6, 7), bias=bias, normalize=True)
+    return vectors
+
+
+@given(st.integers(0, 10_000), st.sampled_from([-0.375, -0.125, 0.0, 0.0625]))
+@settings(deadline=None, max_examples=60)
+def test_normalised_features_equal_the_oracle(seed, bias) -> None:
+    vectors = exact_unit_vectors(seed) * 4
+    result = lost_boxes(torch.from_numpy(vectors), (6, 7), bias, normalize=True)
+    for index, image in enumerate(vectors):
+        assert_same(result, index, reference_lost(image, (6, 7), bias, normalize=True))
+
+
+@given(st.integers(0, 10_000), st.sampled_from([2, 5, 20]), st.floats(0, 3), st.sampled_from([3, 100]))
+@settings(deadline=None, max_examples=60)
+def test_auto_equals_the_oracle(seed, depth, offset, k) -> None:
+    features = np.random.default_rng(seed).normal(offset, 1, (42, depth)).astype(np.float32)
+    expected = reference_lost(features, (6, 7), "auto", k, normalize=True)
+    assume(expected.margin > CLEAR)
+    assert_same(lost_boxes(torch.from_numpy(features)[None], (6, 7), "auto", k), 0, expected)
+
+
+@given(st.integers(0, 10_000))
+@settings(deadline=None, max_examples=40)
+def test_auto_equals_the_oracle_where_similarities_are_exact(seed) -> None:
+    vectors = exact_unit_vectors(seed)
+    result = lost_boxes(torch.from_numpy(vectors), (6, 7), "auto")
+    expected = [reference_lost(image, (6, 7), "auto", normalize=True) for image in vectors]
+    assume(all(one.margin > CLEAR for one in expected))
+    for index, one in enumerate(expected):
+        assert_same(result, index, one)
 
 
 def test_random_real_features_give_the_oracles_boxes_and_seeds() -> None:
@@ -81,6 +108,46 @@ def test_random_real_features_give_the_oracles_boxes_and_seeds() -> None:
             expected = reference_lost(image, (30, 40), bias, normalize=normalize)
             assert tuple(result.xyxy[index].tolist()) == expected.box
             assert tuple(result.seeds[index].tolist()) == expected.seed
+            assert float(result.scores[index]) == pytest.approx(expected.score, abs=1e-5)
+
+
+@given(integer_features(), st.data())
+@settings(deadline=None, max_examples=60)
+def test_several_biases_are_each_what_it_gives_alone(case, data) -> None:
+    features, grid = torch.from_numpy(case[0]), case[1]
+    shape = (len(features), data.draw(st.integers(1, 4)))
+    biases = torch.from_numpy(data.draw(arrays(np.float32, shape, elements=st.integers(-6, 6).map(float))))
+    k = data.draw(st.integers(1, 40))
+    maps = object_maps(features, grid, biases, k)
+    objects, boxes = maps.objects(features, grid), maps.objects(features, grid).boxes()
+    assert objects.masks.shape == (*shape, *grid)
+    for place in np.ndindex(shape):
+        image, index = place
+        alone = lost_boxes(features[image : image + 1], grid, float(biases[place]), k)
+        assert torch.equal(maps.degrees[place].view(grid), alone.degrees[0])
+        assert divmod(int(maps.seeds[place]), grid[1]) == tuple(alone.seeds[0].tolist())
+        np.testing.assert_array_equal(objects.masks[place], alone.masks[0].numpy())
+        assert boxes[place].tolist() == alone.xyxy[0].tolist()
+        assert objects.scores[place] == pytest.approx(float(alone.scores[0]), abs=1e-4)
+    best = objects.best()
+    for image, index in enumerate(objects.scores.argmax(axis=1)):
+        expected = reference_lost(features[image].numpy(), grid, biases[image, index].item(), k)
+        assert_same(best, image, expected)
+        assert best.scores[image] == objects.scores[image].max()
+
+
+@given(integer_features(), st.lists(st.integers(-6, 6), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=50)
+def test_of_several_biases_the_oracle_keeps_the_same_object(case, biases) -> None:
+    features, grid = case
+    result = lost_boxes(torch.from_numpy(features), grid, torch.tensor([biases] * len(features)))
+    for index, image in enumerate(features):
+        # Where two objects are as clear as each other, the first is kept; rounding may make either the clearer one.
+        tried = [reference_lost(image, grid, bias) for bias in biases]
+        best = max(one.score for one in tried)
+        rivals = [one for one in tried if one.score > best - 2e-4]
+        assume(all(np.array_equal(one.mask, rivals[0].mask) for one in rivals))
+        assert_same(result, index, reference_lost(image, grid, biases))
 
 
 def test_a_square_object_on_an_even_background_is_boxed_exactly() -> None:
@@ -90,9 +157,23 @@ def test_a_square_object_on_an_even_background_is_boxed_exactly() -> None:
     result = lost_boxes(features, (8, 10))
     assert result.xyxy.tolist() == [[3, 2, 7, 5]]
     assert result.seeds.tolist() == [[2, 3]]  # of equal patches the first
-    assert result.scores.tolist() == [1.0]
+    # All that tells features apart is the object, which is 12 of 80 patches, and nothing of it is on the border.
+    assert result.scores.tolist() == pytest.approx([(4 * 0.15 * 0.85) ** 0.25])
     assert result.degrees[0, 2, 3] == 11
     assert result.degrees[0, 0, 0] == 80 - 12 - 1
+
+
+def test_of_equally_clear_objects_that_of_the_first_bias_is_kept() -> None:
+    features = torch.tensor([1.0, 0.0]).repeat(1, 80, 1)
+    features.view(1, 8, 10, 2)[0, 2:5, 3:7] = torch.tensor([-0.5, 1.0])
+    # Similarities are 1, -0.5 and 1.25: the object is the same at both, but it is everything at 1 and nothing at -2.
+    for biases, first in (([-0.25, 0.25], -0.25), ([0.25, -0.25], 0.25), ([1.0, -2.0, 0.25, 0.0, -0.25], 0.25)):
+        result = lost_boxes(features, (8, 10), torch.tensor([biases]))
+        assert result.xyxy.tolist() == [[3, 2, 7, 5]]
+        assert result.bias.tolist() == [first]
+    result = lost_boxes(features, (8, 10), torch.tensor([[-2.0, 1.0, -3.0]]))
+    assert result.scores.tolist() == [0]  # one as bad as the other
+    assert result.bias.tolist() == [-2]
 
 
 def test_patches_that_touch_only_at_a_corner_are_not_one_object() -> None:
@@ -109,6 +190,12 @@ def test_a_bias_that_disconnects_everything_gives_the_seed_with_score_zero() -> 
     assert result.masks.sum().item() == 2
 
 
+def test_a_bias_that_connects_everything_gives_the_image_with_score_zero() -> None:
+    result = lost_boxes(torch.randn(2, 12, 3), (3, 4), bias=100.0)
+    assert result.xyxy.tolist() == [[0, 0, 4, 3]] * 2
+    assert result.scores.tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("bias", [0.0, -0.5, "auto"])
 def test_identical_features_and_a_single_patch_are_no_error(bias) -> None:
     assert len(lost_boxes(torch.ones(1, 1, 4), (1, 1), bias).xyxy) == 1
@@ -117,13 +204,30 @@ def test_identical_features_and_a_single_patch_are_no_error(bias) -> None:
     assert not torch.isnan(flat.bias).any()
 
 
-@given(integer_features(batch=3), st.permutations(range(3)))
+@given(integer_features(batch=3), st.permutations(range(3)), st.lists(st.integers(-6, 6), min_size=9, max_size=9))
 @settings(deadline=None, max_examples=50)
-def test_the_order_of_the_batch_does_not_matter(case, order) -> None:
+def test_the_order_of_the_batch_does_not_matter(case, order, biases) -> None:
     features, grid = torch.from_numpy(case[0]), case[1]
-    plain, moved = lost_boxes(features, grid, -1.0), lost_boxes(features[list(order)], grid, -1.0)
-    assert torch.equal(plain.xyxy[list(order)], moved.xyxy)
-    assert torch.equal(plain.degrees[list(order)], moved.degrees)
+    biases = torch.tensor(biases).view(3, 3)
+    plain, moved = (
+        object_maps(images, grid, bias, 20).objects(images, grid)
+        for images, bias in ((features, biases), (features[order], biases[order]))
+    )
+    np.testing.assert_array_equal(plain.masks[order], moved.masks)
+    np.testing.assert_allclose(plain.scores[order], moved.scores, rtol=0, atol=1e-5)
+    for name in ("degrees", "seeds", "bias"):
+        assert torch.equal(getattr(plain.maps, name)[order], getattr(moved.maps, name))
+
+
+@given(st.integers(0, 10_000), st.permutations(range(3)))
+@settings(deadline=None, max_examples=30)
+def test_auto_finds_the_same_boxes_in_a_batch_of_another_order(seed, order) -> None:
+    features = torch.randn(3, 42, 5, generator=torch.Generator().manual_seed(seed)) + 0.5
+    expected = [reference_lost(image, (6, 7), "auto", normalize=True) for image in features.numpy()]
+    moved = lost_boxes(features[order], (6, 7), "auto")
+    for index, image in enumerate(order):
+        if expected[image].margin > CLEAR:
+            assert_same(moved, index, expected[image])
 
 
 @given(integer_features(), st.integers(1, 4))
@@ -134,6 +238,18 @@ def test_feature_dimensions_that_are_zero_change_nothing(case, extra) -> None:
     plain, wide = lost_boxes(features, grid, -1.0), lost_boxes(padded, grid, -1.0)
     assert torch.equal(plain.xyxy, wide.xyxy)
     assert torch.equal(plain.masks, wide.masks)
+    torch.testing.assert_close(plain.scores, wide.scores, rtol=0, atol=1e-4)
+
+
+@given(integer_features(), st.integers(1, 3), st.integers(-12, 3))
+@settings(deadline=None, max_examples=50)
+def test_a_dimension_that_is_the_same_everywhere_adds_its_square_to_the_bias(case, value, bias) -> None:
+    features, grid = torch.from_numpy(case[0]), case[1]
+    wider = torch.nn.functional.pad(features, (0, 1), value=value)
+    plain, shifted = lost_boxes(features, grid, float(bias + value**2)), lost_boxes(wider, grid, float(bias))
+    for name in ("xyxy", "seeds", "degrees", "masks"):
+        assert torch.equal(getattr(plain, name), getattr(shifted, name))
+    torch.testing.assert_close(plain.scores, shifted.scores, rtol=0, atol=2e-4)
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.0, -2000.5, 900.5]), st.sampled_from([1, 54]))
@@ -150,6 +266,22 @@ def test_a_mirrored_image_has_the_mirrored_box(seed, bias, k) -> None:
     x1, y1, x2, y2 = plain.xyxy[0].tolist()
     assert mirrored.xyxy[0].tolist() == [9 - x2, y1, 9 - x1, y2]
     assert torch.equal(mirrored.masks.flip(2), plain.masks)
+    torch.testing.assert_close(mirrored.scores, plain.scores, rtol=0, atol=1e-6)
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1, 42]), st.sampled_from([(1,), (2,), (1, 2)]))
+@settings(deadline=None, max_examples=30)
+def test_auto_finds_the_mirrored_box_in_a_mirrored_image(seed, k, axes) -> None:
+    features = torch.randn(1, 42, 12, generator=torch.Generator().manual_seed(seed)) + 0.3
+    assume(reference_lost(features[0].numpy(), (6, 7), "auto", k, normalize=True).margin > CLEAR)
+    lowest = object_maps(prepare(features, normalize=True), (6, 7), "auto", k).degrees[0].sort(dim=1).values
+    flipped = features.view(1, 6, 7, -1).flip(axes).reshape(features.shape)
+    plain, mirrored = lost_boxes(features, (6, 7), "auto", k), lost_boxes(flipped, (6, 7), "auto", k)
+    assume((lowest[:, 0] != lowest[:, 1]).all())
+    assert torch.equal(mirrored.masks.flip(axes), plain.masks)
+    assert torch.equal(mirrored.degrees.flip(axes), plain.degrees)
+    torch.testing.assert_close(mirrored.scores, plain.scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mirrored.bias, plain.bias, rtol=0, atol=1e-6)
 
 
 @given(integer_features(), st.sampled_from([0.25, 2.0, 1024.0]), st.sampled_from([0.0, "auto"]))
@@ -157,16 +289,55 @@ def test_a_mirrored_image_has_the_mirrored_box(seed, bias, k) -> None:
 def test_scaling_all_features_changes_nothing(case, scale, bias) -> None:
     features, grid = torch.from_numpy(case[0]), case[1]
     plain, scaled = lost_boxes(features, grid, bias), lost_boxes(features * scale, grid, bias)
-    assert torch.equal(plain.xyxy, scaled.xyxy)
-    assert torch.equal(plain.degrees, scaled.degrees)
+    for name in ("xyxy", "scores", "degrees", "masks"):
+        assert torch.equal(getattr(plain, name), getattr(scaled, name))
+
+
+@given(integer_features(), st.integers(-120, 120), st.sampled_from([-0.3, "auto"]))
+@settings(deadline=None, max_examples=50)
+def test_normalised_features_may_have_any_size(case, exponent, bias) -> None:
+    features, grid = torch.from_numpy(case[0]), case[1]
+    plain = lost_boxes(features, grid, bias, normalize=True)
+    scaled = lost_boxes(torch.ldexp(features, torch.tensor(exponent)), grid, bias, normalize=True)
+    for name in ("xyxy", "scores", "seeds", "degrees", "masks", "bias"):
+        assert torch.equal(getattr(plain, name), getattr(scaled, name))
+
+
+@given(st.integers(0, 10_000), st.floats(-30, 30).map(lambda exponent: 10**exponent))
+@settings(deadline=None, max_examples=50)
+def test_any_factor_leaves_boxes_of_normalised_features_as_they_are(seed, factor) -> None:
+    features = torch.randn(1, 42, 12, generator=torch.Generator().manual_seed(seed)) + 0.3
+    for bias in (-0.2, "auto"):
+        assume(reference_lost(features[0].numpy(), (6, 7), bias, normalize=True).margin > CLEAR)
+        plain = lost_boxes(features, (6, 7), bias, normalize=True)
+        scaled = lost_boxes(features * factor, (6, 7), bias, normalize=True)
+        assert torch.equal(plain.xyxy, scaled.xyxy)
+        assert torch.equal(plain.degrees, scaled.degrees)
+        torch.testing.assert_close(plain.scores, scaled.scores, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e18, 1e30])
+def test_scores_of_features_that_are_not_normalised_are_numbers_whatever_their_size(scale: float) -> None:
+    result = lost_boxes(torch.randn(2, 42, 8) * scale, (6, 7), normalize=False)
+    assert ((result.scores >= 0) & (result.scores <= 1)).all()
+
+
+@pytest.mark.parametrize("bias", [0.0, "auto"])
+def test_images_of_one_batch_may_have_features_of_different_sizes(bias) -> None:
+    features = torch.randn(3, 42, 12) + 0.3
+    sizes = torch.tensor([2.0**-100, 1.0, 2.0**100]).view(3, 1, 1)
+    plain, scaled = (lost_boxes(images, (6, 7), bias, normalize=True) for images in (features, features * sizes))
+    for name in ("xyxy", "scores", "seeds", "degrees", "masks", "bias"):
+        assert torch.equal(getattr(plain, name), getattr(scaled, name))
 
 
 @given(integer_features(), st.lists(st.integers(-6, 6), min_size=4, max_size=4))
 @settings(deadline=None, max_examples=30)
 def test_a_stricter_bias_never_adds_a_connection(case, biases) -> None:
     features, grid = torch.from_numpy(case[0]), case[1]
-    degrees = [lost_boxes(features, grid, float(bias)).degrees for bias in sorted(biases)]
-    assert all((low <= high).all() for low, high in pairwise(degrees))
+    biases = torch.tensor([sorted(biases)] * len(features))
+    degrees = object_maps(features, grid, biases, 100).degrees
+    assert (degrees.diff(dim=1) >= 0).all()
 
 
 def test_a_bias_per_image_is_that_images_bias() -> None:
@@ -177,11 +348,41 @@ def test_a_bias_per_image_is_that_images_bias() -> None:
         alone = lost_boxes(features[index : index + 1], (5, 6), bias)
         assert torch.equal(alone.degrees[0], together.degrees[index])
         assert torch.equal(alone.xyxy[0], together.xyxy[index])
+    one_each = lost_boxes(features, (5, 6), biases[:, None])
+    assert torch.equal(one_each.masks, together.masks)
+    assert together.bias.tolist() == one_each.bias.tolist() == biases.tolist()
 
 
-def test_a_batch_whose_similarities_cannot_all_be_kept_is_cut_into_parts(monkeypatch) -> None:
+def test_biases_may_be_of_any_type_and_layout() -> None:
+    features = torch.randn(3, 30, 8)
+    biases = torch.tensor([[-1.0, 0.0, 2.0], [0.0, 1.0, -2.0], [3.0, -3.0, 0.0]])
+    expected = object_maps(features, (5, 6), biases, 10).pack()
+    for same in (biases.long(), biases.double(), biases.T.contiguous().T, biases.repeat(1, 2)[:, :3]):
+        assert torch.equal(object_maps(features, (5, 6), same, 10).pack(), expected)
+    columns = biases.repeat_interleave(2, dim=1)[:, ::2][:, 1]
+    assert torch.equal(object_maps(features, (5, 6), columns, 10).pack(), expected[:, 1:2])
+
+
+def test_biases_may_be_made_of_the_similarities_of_a_batch() -> None:
+    features = torch.randn(3, 30, 8)
+    seen = []
+
+    def make(similarities: Similarities) -> torch.Tensor:
+        seen.append(similarities.features)
+        return torch.tensor([[-1.0, 0.5]]) * torch.arange(len(similarities.features))[:, None]
+
+    made = lost_boxes(features, (5, 6), make)
+    assert torch.equal(torch.cat(seen), features)
+    expected = lost_boxes(features, (5, 6), torch.tensor([[0.0, 0.0], [-1.0, 0.5], [-2.0, 1.0]]))
+    for name in ("xyxy", "scores", "seeds", "degrees", "masks", "bias"):
+        assert torch.equal(getattr(made, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_batch_whose_similarities_cannot_all_be_kept_is_cut_into_parts(several, monkeypatch) -> None:
     features = torch.randn(5, 36, 8)
-    whole = lost_boxes(features, (6, 6), "auto")
+    bias = torch.randn(5, 3) if several else "auto"
+    whole = lost_boxes(features, (6, 6), bias, normalize=True)
     sizes = []
 
     class Recorded(Similarities):
@@ -191,7 +392,7 @@ def test_a_batch_whose_similarities_cannot_all_be_kept_is_cut_into_parts(monkeyp
 
     monkeypatch.setattr("lostreg.lost.Similarities", Recorded)
     monkeypatch.setattr("lostreg.similarity._KEPT_ELEMENTS", {"cpu": 2 * 36 * 36})
-    parts = lost_boxes(features, (6, 6), "auto")
+    parts = lost_boxes(features, (6, 6), bias, normalize=True)
     assert sizes == [2, 2, 1]
     for name in ("xyxy", "scores", "seeds", "degrees", "masks"):
         assert torch.equal(getattr(whole, name), getattr(parts, name))
@@ -206,6 +407,7 @@ def test_autocast_and_gradients_around_it_change_nothing() -> None:
         cast = lost_boxes(features, (10, 10), "auto")
     assert torch.equal(plain.degrees, cast.degrees)
     assert torch.equal(plain.bias, cast.bias)
+    assert torch.equal(plain.scores, cast.scores)
     assert not plain.bias.requires_grad
 
 
@@ -238,10 +440,12 @@ def test_reduced_precision_of_products_is_off_while_it_matters_and_back_afterwar
             place.fp32_precision = precision
 
 
-def test_an_empty_batch_has_an_empty_result() -> None:
-    result = lost_boxes(torch.ones(0, 12, 3), (3, 4), "auto")
+@pytest.mark.parametrize("bias", [0.0, "auto", torch.zeros(0), torch.zeros(0, 2)])
+def test_an_empty_batch_has_an_empty_result(bias) -> None:
+    result = lost_boxes(torch.ones(0, 12, 3), (3, 4), bias)
     assert result.xyxy.shape == (0, 4)
     assert result.degrees.shape == result.masks.shape == (0, 3, 4)
+    assert result.scores.shape == result.bias.shape == (0,)
 
 
 def test_half_precision_features_are_compared_in_float32() -> None:
@@ -250,26 +454,43 @@ def test_half_precision_features_are_compared_in_float32() -> None:
     assert torch.equal(half.degrees, full.degrees)
 
 
-def test_the_automatic_bias_is_the_quantile_of_pairs_of_different_patches() -> None:
-    vectors = (torch.randint(2, (4, 50, 1024)) * 2 - 1) / 32  # of length 1, and their products are exact
-    similarity = vectors @ vectors.mT
-    others = similarity[:, ~torch.eye(50, dtype=torch.bool)].numpy()
-    expected = -np.quantile(others, 0.25, axis=1, method="lower")
-    biases = auto_bias(Similarities(vectors))
-    np.testing.assert_array_equal(biases.numpy(), expected)
-    connected = ((similarity + biases.view(-1, 1, 1)) > 0).float().mean()
-    assert 0.72 < connected < 0.78
+def test_prepared_features_have_length_one_if_asked_for() -> None:
+    features = torch.randn(3, 30, 8).bfloat16()
+    features[1, 4] = 0
+    for shape in ((3, 30, 8), (90, 8)):
+        plain = prepare(features.view(shape), normalize=False)
+        assert plain.dtype == torch.float32
+        assert torch.equal(plain, features.view(shape).float())
+        unit = prepare(features.view(shape), normalize=True)
+        lengths = unit.double().norm(dim=-1).flatten()
+        assert lengths[34] == 0
+        np.testing.assert_allclose(np.delete(lengths.numpy(), 34), 1, rtol=0, atol=3e-7)
+        cosines = (unit * plain).sum(dim=-1) / plain.norm(dim=-1).clamp(min=1e-30)
+        np.testing.assert_allclose(np.delete(cosines.flatten().numpy(), 34), 1, rtol=0, atol=1e-6)
+    assert prepare(torch.zeros(0, 30, 8), normalize=True).shape == (0, 30, 8)
+    assert prepare(torch.zeros(3, 30, 0), normalize=True).shape == (3, 30, 0)
 
 
-def test_the_automatic_bias_leaves_no_seed_alone() -> None:
-    for sharpness in (0.1, 1.0, 20.0):
-        features = torch.randn(6, 80, 16) + sharpness
-        assert lost_boxes(features, (8, 10), "auto").scores.tolist() == [1.0] * 6
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e30, 1e38])
+def test_features_near_the_ends_of_float32_have_length_one(scale: float) -> None:
+    unit = prepare(torch.full((1, 2, 4), scale), normalize=True)
+    torch.testing.assert_close(unit, torch.full((1, 2, 4), 0.5))
+
+
+def test_an_image_that_is_not_finite_leaves_the_others_as_they_are() -> None:
+    features = torch.randn(3, 30, 8)
+    plain = object_maps(prepare(features, normalize=True), (5, 6), "auto", 10)
+    features[1, 4, 2] = torch.inf
+    maps = object_maps(prepare(features, normalize=True), (5, 6), "auto", 10)
+    for name in ("masks", "degrees", "seeds", "bias"):
+        assert torch.equal(getattr(maps, name)[[0, 2]], getattr(plain, name)[[0, 2]])
 
 
 def test_lowest_degrees_breaks_ties_by_index() -> None:
-    degree = torch.tensor([[3, 1, 2, 1, 1, 0]])
-    assert lowest_degrees(degree, 4).tolist() == [[5, 1, 3, 4]]
+    degree = torch.tensor([3, 1, 2, 1, 1, 0])
+    assert lowest_degrees(degree, 4).tolist() == [5, 1, 3, 4]
+    several = torch.stack([degree, degree.flip(0), torch.zeros_like(degree)]).view(1, 3, 6)
+    assert lowest_degrees(several, 4).tolist() == [[[5, 1, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3]]]
 
 
 def test_degrees_do_not_count_the_patch_itself() -> None:
@@ -281,21 +502,32 @@ def test_degrees_do_not_count_the_patch_itself() -> None:
 
 def test_expand_seed_adds_up_the_companions_that_are_connected_to_the_seed() -> None:
     features = torch.tensor([[[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [-1.0, 0.0, 2.0], [1.0, 0.0, -4.0]]])
-    candidates = torch.tensor([[0, 1, 2]])
     # Similarities [2, 1, -1, 1] of patch 0, the seed, and [1, 2, 1, -3] of patch 1 add up to [3, 3, 0, -2].
-    assert expand_seed(features, candidates, torch.tensor([0.0])).tolist() == [[True, True, False, False]]
     # With 0.75 more, they add up to [4.5, 4.5, 1.5, -0.5].
-    assert expand_seed(features, candidates, torch.tensor([0.75])).tolist() == [[True, True, True, False]]
     # With 1 less, the seed is connected to itself alone: [1, 0, -2, 0].
-    assert expand_seed(features, candidates, torch.tensor([-1.0])).tolist() == [[True, False, False, False]]
+    # With 2 less, not even that.
+    biases = torch.tensor([[0.0, 0.75, -1.0, -2.0]])
+    expected = [[True, True, False, False], [True, True, True, False], [True, False, False, False], [False] * 4]
+    assert expand_seed(features, torch.tensor([0, 1, 2]).repeat(1, 4, 1), biases).tolist() == [expected]
 
 
-@pytest.mark.parametrize("bias", [-0.1, "auto"])
+def test_expand_seed_starts_from_each_bias_own_candidates_in_each_image() -> None:
+    # Patches 0 and 1 are alike, 2 and 3 are; in the second image 0 and 3 are, 1 and 2 are.
+    features = torch.eye(2)[torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]])] * 2 - 1
+    candidates = torch.tensor([[[0, 2], [3, 2]], [[1, 0], [3, 1]]])
+    masks = expand_seed(features, candidates, torch.zeros(2, 2))
+    expected = [[[1, 1, 0, 0], [0, 0, 1, 1]], [[0, 1, 1, 0], [1, 0, 0, 1]]]
+    assert masks.int().tolist() == expected
+
+
+@pytest.mark.parametrize("bias", [-0.1, "auto", torch.tensor([[0.25, -0.5]] * 3)])
 def test_maps_survive_the_way_to_the_host_in_one_tensor(bias) -> None:
     features = torch.randn(3, 30, 8)
     features[1, 7, 2] = torch.nan
-    maps = object_maps(features, (5, 6), bias, 10, normalize=True)
-    back = ObjectMaps.unpack(maps.pack())
+    maps = object_maps(prepare(features, normalize=True), (5, 6), bias, 10)
+    packed = maps.pack()
+    assert packed.shape == (3, maps.bias.shape[1], 33)
+    back = ObjectMaps.unpack(packed)
     assert maps.finite.tolist() == [True, False, True]
     for name in ("masks", "degrees", "seeds", "bias", "finite"):
         before, after = getattr(maps, name), getattr(back, name)
@@ -307,8 +539,9 @@ def test_maps_survive_the_way_to_the_host_in_one_tensor(bias) -> None:
 def test_one_feature_of_one_image_that_is_not_finite_is_noticed(value: float) -> None:
     features = torch.randn(3, 30, 8)
     features[2, 29, 7] = value
-    with pytest.raises(OptionError, match="features must be finite"):
-        lost_boxes(features, (5, 6))
+    for bias in (0.0, "auto", torch.zeros(3, 2)):
+        with pytest.raises(OptionError, match="features must be finite"):
+            lost_boxes(features, (5, 6), bias)
 
 
 @given(arrays(bool, (5, 7)), st.integers(0, 4), st.integers(0, 6))
@@ -327,7 +560,14 @@ def test_the_component_is_what_a_flood_fill_reaches(mask, row, column) -> None:
         (lambda: lost_boxes(torch.ones(1, 12, 3), (3, 4), k_patches=0), "k_patches must be at least 1, not 0"),
         (lambda: lost_boxes(torch.ones(1, 12, 3), (3, 4), "auto", normalize=False), "normalised"),
         (lambda: lost_boxes(torch.full((1, 12, 3), torch.nan), (3, 4)), "finite"),
-        (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), torch.zeros(3)), "bias must have shape"),
+        (
+            lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), torch.zeros(3)),
+            "bias must have shape \\(2,\\) or \\(2, K\\)",
+        ),
+        (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), torch.zeros(3, 2)), "not \\(3, 2\\)"),
+        (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), torch.zeros(2, 0)), "not \\(2, 0\\)"),
+        (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), torch.zeros(2, 1, 1)), "not \\(2, 1, 1\\)"),
+        (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), torch.tensor(0.0)), "not \\(\\)"),
         (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), "Auto"), "finite number or 'auto', not 'Auto'"),
         (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), float("nan")), "finite number or 'auto', not nan"),
         (lambda: lost_boxes(np.ones((2, 12, 3)), (3, 4)), "PyTorch tensor, not ndarray"),
@@ -339,13 +579,6 @@ def test_bad_input_says_what_was_expected(call, message) -> None:
         call()
 
 
-def test_normalisation_follows_the_bias_unless_told() -> None:
-    assert resolve_normalize("auto", None, default=False) is True
-    assert resolve_normalize(0.0, None, default=False) is False
-    assert resolve_normalize(0.0, None, default=True) is True
-    assert resolve_normalize(0.0, False, default=True) is False
-
-
 def test_real_dinov2_features_give_the_oracles_boxes(shared_data) -> None:
     (features,) = load_file(shared_data / "dinov2-reference" / "dinov2_vits14_patch_tokens.safetensors").values()
     features = features.float().reshape(1, 37 * 37, -1)
@@ -354,3 +587,4 @@ def test_real_dinov2_features_give_the_oracles_boxes(shared_data) -> None:
         expected = reference_lost(features[0].numpy(), (37, 37), bias, normalize=normalize)
         assert tuple(result.xyxy[0].tolist()) == expected.box
         assert tuple(result.seeds[0].tolist()) == expected.seed
+        assert float(result.scores[0]) == pytest.approx(expected.score, abs=1e-5)

@@ -208,7 +208,7 @@ def test_kept_memory_is_not_cleared_by_the_system_again() -> None:
 PEAK = """
 import torch
 from lostreg import similarity
-from lostreg.lost import object_maps
+from lostreg.lost import object_maps, prepare
 
 def peak():  # of this process alone: what getrusage says may be that of the process which started it
     with open("/proc/self/status") as file:
@@ -216,10 +216,13 @@ def peak():  # of this process alone: what getrusage says may be that of the pro
 
 similarity._KEPT_ELEMENTS = {{"cpu": 0}}
 features = torch.randn(1, {rows} * 100, 384)
-object_maps(features[:, :30], (5, 6), {bias!r}, 100, normalize=True)
+object_maps(prepare(features[:, :30], normalize=True), (5, 6), {bias!r}, 100).objects(features[:, :30], (5, 6))
 before = peak()
-maps = object_maps(features, ({rows}, 100), {bias!r}, 100, normalize=True)
+features = prepare(features, normalize=True)
+maps = object_maps(features, ({rows}, 100), {bias!r}, 100)
 assert 0.1 < maps.degrees.float().mean() / ({rows} * 100) < 0.9
+objects = maps.objects(features, ({rows}, 100))
+assert (objects.scores > 0).any()
 print(peak() - before)
 """
 

@@ -1,6 +1,6 @@
-"""Counts and quantiles tile by tile against the whole Gram matrix in NumPy, to the last tie."""
+"""Counts, means and deviations tile by tile against the whole Gram matrix in NumPy; counts to the last tie."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,23 +14,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lostreg import similarity
-from lostreg.lost import object_maps
+from lostreg.lost import object_maps, prepare
 from lostreg.similarity import Similarities
-
-FRACTIONS = [0.0, 0.25, 0.5, 0.9375, 1.0]
 
 
 @contextmanager
-def tiled(*, keeps: bool, rows: int, sampled: int = similarity._SAMPLED_PAIRS) -> Iterator[None]:
-    """Tiles of so many rows, which are kept or computed again, and quantiles that look at so many pairs first."""
-    similarity._sampled_places.cache_clear()
+def tiled(*, keeps: bool, rows: int) -> Iterator[None]:
+    """Tiles of so many rows, which are kept or computed again."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(similarity, "_KEPT_ELEMENTS", {"cpu": 1 << 20 if keeps else 0})
         patched.setattr(similarity, "_BLOCK_ELEMENTS", {"cpu": 0})
         patched.setattr(similarity, "_LEAST_ROWS", rows)
-        patched.setattr(similarity, "_SAMPLED_PAIRS", sampled)
         yield
-    similarity._sampled_places.cache_clear()
 
 
 @st.composite
@@ -38,10 +33,6 @@ def batches(draw: st.DrawFn, elements: st.SearchStrategy[int], most: int = 14) -
     """Features (B, N, D) of integers: products and their sums are exact."""
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, most)), draw(st.integers(1, 4)))
     return torch.from_numpy(draw(arrays(np.float32, shape, elements=elements.map(float))))
-
-
-# Vectors of one length, as after normalisation: no similarity is larger than that of a patch to itself.
-signs = st.sampled_from([-1, 1])
 
 
 def products(features: Tensor) -> np.ndarray:
@@ -52,12 +43,6 @@ def products(features: Tensor) -> np.ndarray:
 def pairs(features: Tensor) -> np.ndarray:
     """Similarities of all pairs of different patches, (B, N * (N - 1))."""
     return products(features)[:, ~np.eye(features.shape[1], dtype=bool)]
-
-
-def assert_quantiles(features: Tensor, fraction: float) -> None:
-    found = Similarities(features).quantile(fraction)
-    expected = np.quantile(pairs(features), fraction, axis=1, method="lower")
-    np.testing.assert_array_equal(found.numpy(), expected)
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -79,131 +64,97 @@ def test_every_pair_of_patches_is_in_the_tiles_as_often_as_in_the_matrix(
 
 
 @pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("count", [similarity._count_on_cpu, similarity._count])  # of the latter, other devices' way
 @given(features=batches(st.integers(-3, 3)), rows=st.integers(1, 16), data=st.data())
-@settings(deadline=None)
-def test_counts_are_those_of_the_whole_matrix(features: Tensor, rows: int, keeps: bool, data: st.DataObject) -> None:
-    thresholds = st.lists(st.integers(-20, 20), min_size=len(features), max_size=len(features))
-    threshold = torch.tensor(data.draw(thresholds)) / 2
-    above = products(features) > threshold.numpy()[:, None, None]
-    above[:, np.eye(features.shape[1], dtype=bool)] = False
-    with tiled(keeps=keeps, rows=rows):
-        counts = Similarities(features).counts_above(threshold)
+@settings(deadline=None, max_examples=60)
+def test_counts_are_those_of_the_whole_matrix_at_each_threshold(
+    features: Tensor, rows: int, count: Callable[..., None], keeps: bool, data: st.DataObject
+) -> None:
+    shape = (len(features), data.draw(st.integers(1, 4)))
+    halves = st.integers(-20, 20).map(float)
+    thresholds = torch.from_numpy(data.draw(arrays(np.float32, shape, elements=halves))) / 2
+    above = products(features)[:, None] > thresholds.numpy()[:, :, None, None]
+    above[..., np.eye(features.shape[1], dtype=bool)] = False
+    with tiled(keeps=keeps, rows=rows), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(similarity, "_count_on_cpu", count)
+        counts = Similarities(features).counts_above(thresholds)
     assert counts.dtype == torch.int64
-    np.testing.assert_array_equal(counts.numpy(), above.sum(axis=2))
+    np.testing.assert_array_equal(counts.numpy(), above.sum(axis=3))
+
+
+@pytest.mark.parametrize("length", [255, 256, 65_535, 65_536, 70_000])
+def test_flags_are_counted_in_integers_that_hold_their_number(length: int) -> None:
+    flags = np.ones((length, 2), dtype=np.bool_)
+    flags[0, 1] = False
+    assert similarity._sums(flags, axis=0).tolist() == [length, length - 1]
+    assert similarity._sums(flags.T, axis=1).tolist() == [length, length - 1]
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-@pytest.mark.parametrize("sampled", [4, similarity._SAMPLED_PAIRS])
-@given(features=batches(signs).filter(lambda features: features.shape[1] > 1), rows=st.integers(1, 16), data=st.data())
-@settings(deadline=None)
-def test_quantiles_are_those_of_pairs_of_different_patches(
-    features: Tensor, rows: int, sampled: int, keeps: bool, data: st.DataObject
-) -> None:
-    with tiled(keeps=keeps, rows=rows, sampled=sampled):
-        assert_quantiles(features * data.draw(st.integers(1, 3)), data.draw(st.sampled_from(FRACTIONS)))
-
-
-def looks(similarities: Similarities, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """The brackets in which a quantile is looked for, as it goes."""
-    seen = []
-    select = similarities._select
-
-    def record(rank: int, low: Tensor, high: Tensor) -> Tensor:
-        seen.append((low, high))
-        return select(rank, low, high)
-
-    monkeypatch.setattr(similarities, "_select", record)
-    return seen
+@given(features=batches(st.integers(-3, 3)).filter(lambda features: features.shape[1] > 1), rows=st.integers(1, 16))
+@settings(deadline=None, max_examples=60)
+def test_mean_and_deviation_are_those_of_pairs_of_different_patches(features: Tensor, rows: int, keeps: bool) -> None:
+    with tiled(keeps=keeps, rows=rows):
+        mean, deviation = Similarities(features).mean_and_deviation()
+    expected = pairs(features)
+    np.testing.assert_allclose(mean.numpy(), expected.mean(axis=1), rtol=1e-6, atol=1e-6)
+    # Squares are known to a share of 1e-7 of the largest, which may be a patch's own, and their root to that's root.
+    rounding = 1e-3 * np.abs(products(features)).max(axis=(1, 2))
+    assert (np.abs(deviation.numpy() - expected.std(axis=1)) <= 1e-6 + rounding).all()
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-@pytest.mark.parametrize("depth", [1, 2, 9, 64])
-def test_a_sample_of_pairs_brackets_the_quantile(keeps: bool, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From two values, which are the bracket's own limits, to values that are almost all different."""
-    features = (torch.randint(2, (3, 90, depth)) * 2 - 1).float()
-    with tiled(keeps=keeps, rows=40, sampled=1200):
-        similarities = Similarities(features)
-        brackets = looks(similarities, monkeypatch)
-        found = similarities.quantile(0.25)
-    expected = np.quantile(pairs(features), 0.25, axis=1, method="lower")
-    np.testing.assert_array_equal(found.numpy(), expected)
-    ((low, high),) = brackets
-    for image, matrix in enumerate(products(features)):
-        assert low[image].isfinite()
-        assert ((matrix > float(low[image])) & (matrix < float(high[image]))).sum() < 0.35 * matrix.size
+@pytest.mark.parametrize("offset", [0.0, 1.0, 10.0, 100.0])
+def test_the_deviation_is_right_where_all_cosines_are_close_to_one(offset: float, keeps: bool) -> None:
+    features = prepare(torch.randn(3, 200, 48) + offset, normalize=True)
+    with tiled(keeps=keeps, rows=64):
+        mean, deviation = Similarities(features).mean_and_deviation()
+    expected = pairs(features)
+    assert offset < 100 or (expected.mean() > 0.9998 and expected.std(axis=1).max() < 5e-5)
+    np.testing.assert_allclose(mean.numpy(), expected.mean(axis=1), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(deviation.numpy(), expected.std(axis=1), rtol=0.01)
 
 
-@pytest.mark.parametrize("keeps", [True, False])
-def test_the_sample_holds_similarities_of_the_matrix_about_as_often_as_that(keeps: bool) -> None:
-    features = (torch.randint(2, (2, 100, 6)) * 2 - 1).float()
-    with tiled(keeps=keeps, rows=30, sampled=4000):
-        sample = Similarities(features)._sample().numpy()
-    assert sample.shape == (2, 4000)
-    for values, matrix in zip(sample, products(features), strict=True):
-        for value in np.unique(matrix):
-            assert np.mean(values == value) == pytest.approx(np.mean(matrix == value), abs=0.05)
-
-
-@pytest.mark.parametrize("keeps", [True, False])
-@pytest.mark.parametrize("size", [600, 20_000])  # a second, wider bracket holds everything, or misses again
-@pytest.mark.parametrize("value", [-1000.0, 1000.0, 1.0])
-def test_a_bracket_that_misses_costs_time_alone(
-    value: float, size: int, keeps: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    features = (torch.randint(2, (2, 60, 9)) * 2 - 1).float()
-    expected = np.quantile(pairs(features), 0.25, axis=1, method="lower")
-    with tiled(keeps=keeps, rows=25, sampled=600):
-        similarities = Similarities(features)
-        useless = similarities._sample()[:, :1].repeat(1, size)
-        useless[1] = value  # the other image's is no better, but for its value
-        monkeypatch.setattr(similarities, "_sample", lambda: useless)
-        brackets = looks(similarities, monkeypatch)
-        np.testing.assert_array_equal(similarities.quantile(0.25).numpy(), expected)
-    assert len(brackets) == (3 if size == 20_000 else 2)
-
-
-@pytest.mark.parametrize("keeps", [True, False])
-@pytest.mark.parametrize("sampled", [4, similarity._SAMPLED_PAIRS])
-@pytest.mark.parametrize("count", [2, 3, 40])
-def test_equal_patches_have_one_quantile(count: int, sampled: int, keeps: bool) -> None:
-    with tiled(keeps=keeps, rows=7, sampled=sampled):
-        for fraction in FRACTIONS:
-            assert Similarities(torch.full((2, count, 3), 2.0)).quantile(fraction).tolist() == [12.0, 12.0]
-
-
-def test_two_patches_are_one_pair() -> None:
-    features = torch.tensor([[[3.0, 4.0], [-5.0, 0.0]]])
-    for fraction in FRACTIONS:
-        assert Similarities(features).quantile(fraction).tolist() == [-15.0]
+def test_equal_patches_deviate_by_nothing() -> None:
+    mean, deviation = Similarities(torch.full((2, 40, 3), 2.0)).mean_and_deviation()
+    assert mean.tolist() == pytest.approx([12, 12], rel=1e-6)
+    assert deviation.tolist() == pytest.approx([0, 0], abs=1e-5)
 
 
 def test_a_single_patch_and_an_empty_batch_have_no_pairs() -> None:
-    assert Similarities(torch.ones(3, 1, 4)).quantile(0.25).isnan().tolist() == [True] * 3
-    assert Similarities(torch.ones(0, 6, 4)).quantile(0.25).shape == (0,)
-    assert Similarities(torch.ones(3, 1, 4)).counts_above(torch.zeros(3)).tolist() == [[0]] * 3
-    assert Similarities(torch.ones(0, 6, 4)).counts_above(torch.zeros(0)).shape == (0, 6)
+    for features in (torch.ones(3, 1, 4), torch.ones(0, 6, 4), torch.ones(0, 1, 4)):
+        for value in Similarities(features).mean_and_deviation():
+            assert value.tolist() == [0.0] * len(features)
+            assert value.dtype == torch.float32
+    assert Similarities(torch.ones(3, 1, 4)).counts_above(torch.zeros(3, 2)).tolist() == [[[0], [0]]] * 3
+    assert Similarities(torch.ones(0, 6, 4)).counts_above(torch.zeros(0, 2)).shape == (0, 2, 6)
 
 
-@pytest.mark.parametrize("sampled", [4, similarity._SAMPLED_PAIRS])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("keeps", [True, False])
-def test_features_that_are_no_numbers_leave_other_images_alone(keeps: bool, sampled: int) -> None:
-    features = (torch.randint(2, (3, 20, 9)) * 2 - 1).float()
-    expected = np.quantile(pairs(features), 0.25, axis=1, method="lower")
-    features[1] = torch.nan
-    with tiled(keeps=keeps, rows=7, sampled=sampled):
-        found = Similarities(features).quantile(0.25).numpy()
-    np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
-    assert not np.isfinite(found[1])
+def test_features_that_are_no_numbers_leave_other_images_alone(keeps: bool, value: float) -> None:
+    features = torch.randn(3, 20, 9)
+    features[1, 4, 2] = value
+    others = features[[0, 2]]
+    with tiled(keeps=keeps, rows=7):
+        mean, deviation = Similarities(features).mean_and_deviation()
+        counts = Similarities(features).counts_above(torch.zeros(3, 2))
+    np.testing.assert_allclose(mean[[0, 2]].numpy(), pairs(others).mean(axis=1), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(deviation[[0, 2]].numpy(), pairs(others).std(axis=1), rtol=1e-5)
+    assert not deviation[1].isfinite()
+    assert torch.equal(counts[[0, 2]], Similarities(others).counts_above(torch.zeros(2, 2)))
 
 
 def test_how_tiles_are_cut_and_whether_they_are_kept_change_no_box() -> None:
     features = (torch.randint(2, (3, 120, 64)) * 2 - 1) / 8  # of length 1, and their products are exact
-    for bias in (-0.125, "auto"):
-        expected = object_maps(features, (10, 12), bias, 20, normalize=True)
+    biases = torch.tensor([[-0.125, 0.0625], [0.0, -0.0625], [-0.25, 0.125]])
+    for bias in (-0.125, biases, "auto"):
+        expected = object_maps(features, (10, 12), bias, 20)
         for keeps in (True, False):
-            with tiled(keeps=keeps, rows=32, sampled=3000):
-                found = object_maps(features, (10, 12), bias, 20, normalize=True)
-            for name in ("masks", "degrees", "seeds", "bias"):
+            with tiled(keeps=keeps, rows=32):
+                found = object_maps(features, (10, 12), bias, 20)
+            torch.testing.assert_close(found.bias, expected.bias, rtol=0, atol=1e-6)  # sums in another order
+            for name in ("masks", "degrees", "seeds"):
                 assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
@@ -221,8 +172,8 @@ def test_kept_similarities_are_computed_once(monkeypatch: pytest.MonkeyPatch) ->
         products.clear()
         with tiled(keeps=keeps, rows=10):
             similarities = Similarities(features)
-            for _ in range(2):
-                similarities.counts_above(torch.zeros(2))
+            similarities.mean_and_deviation()
+            similarities.counts_above(torch.zeros(2, 6))  # one look for all thresholds
         assert len(products) == 7 * times  # four tiles on the diagonal, three beside it
 
 
@@ -244,6 +195,7 @@ def test_no_tensor_grows_with_the_square_of_the_number_of_patches(bias: Any, mon
     monkeypatch.setattr(similarity, "_KEPT_ELEMENTS", {"cpu": 0})
     count = 4000
     with Largest() as largest:
-        maps = object_maps(torch.randn(1, count, 16), (50, 80), bias, 100, normalize=True)
-    assert 0 < maps.degrees.sum() < count**2
+        maps = object_maps(prepare(torch.randn(1, count, 16), normalize=True), (50, 80), bias, 100)
+    assert (maps.degrees.sum(dim=2) > 0).all()
+    assert (maps.degrees.sum(dim=2) < count**2).all()
     assert similarity._LEAST_ROWS * count <= largest.elements < count**2 / 16

@@ -1,0 +1,70 @@
+"""The Gram bias: which values are allowed, and which ones ``auto`` tries.
+
+``auto`` tries a few biases on each image and keeps the box with the highest score (`lostreg.score`). No label, no other
+image and no number that belongs to a backbone takes part: docs/bias.md has the reasons and the measurements.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from lostreg.errors import OptionError
+from lostreg.similarity import Similarities
+
+TRIALS: Final = (0.0, -0.25, -0.5, -0.75, -1.0, -1.25)
+"""Where ``auto`` draws the line between similar and not: standard deviations from an image's mean similarity."""
+
+_EQUAL: Final = 1e-6  # cosines as close to 1 as this are those of equal features, rounded
+
+
+def check_bias(bias: object) -> None:
+    """Raise `OptionError` unless a bias is a finite number or ``auto``."""
+    numeric = isinstance(bias, int | float) and not isinstance(bias, bool) and math.isfinite(bias)
+    if not (numeric or (isinstance(bias, str) and bias == "auto")):
+        raise OptionError(f"bias must be a finite number or 'auto', not {bias!r}")
+
+
+def resolve_normalize(bias: object, normalize: bool | None, *, default: bool) -> bool:
+    """Whether features are normalised: as asked for, else what ``auto`` needs, else ``default``.
+
+    Raises:
+        OptionError: if ``auto`` is asked for without normalisation.
+    """
+    automatic = isinstance(bias, str) and bias == "auto"
+    if automatic and normalize is False:
+        raise OptionError("bias 'auto' is defined on normalised features: give a number, or normalise")
+    return (automatic or default) if normalize is None else normalize
+
+
+def trial_biases(similarities: Similarities) -> Tensor:
+    """The biases that ``auto`` tries on each image, the strictest first.
+
+    With the first, patches are connected that are more similar than patches of the image are on average; with the last,
+    patches that are less than 1.25 standard deviations below that. No image's seed is left unconnected:
+    a patch is more similar to itself than any of these limits.
+
+    Args:
+        similarities: of normalised features.
+
+    Returns:
+        Shape (B, K), float32, in [-1, 1].
+    """
+    return -limits(similarities, TRIALS)
+
+
+def limits(similarities: Similarities, steps: Sequence[float]) -> Tensor:
+    """Cosines so many standard deviations away from each image's mean similarity, within (-1, 1).
+
+    Args:
+        similarities: of normalised features.
+        steps: in standard deviations.
+
+    Returns:
+        Shape (B, K), float32.
+    """
+    mean, deviation = similarities.mean_and_deviation()
+    distances = deviation[:, None] * torch.tensor(steps, dtype=deviation.dtype, device=deviation.device)
+    return (mean[:, None] + distances).clamp(-1 + _EQUAL, 1 - _EQUAL)
