@@ -12,6 +12,7 @@ from lostreg.errors import LostregError
 
 if TYPE_CHECKING:
     from lostreg.backbones import Backbone, load_backbone
+    from lostreg.calibration import Calibration, calibrate
     from lostreg.datasets import load_benchmark
     from lostreg.discoverer import Discoverer
     from lostreg.features import patch_features
@@ -24,10 +25,12 @@ __all__ = [
     "BACKBONES",
     "Backbone",
     "BackboneSpec",
+    "Calibration",
     "Discoverer",
     "Discovery",
     "LostResult",
     "LostregError",
+    "calibrate",
     "load_backbone",
     "load_benchmark",
     "lost_boxes",
@@ -38,6 +41,8 @@ __all__ = [
 _HOMES = {
     "Backbone": "backbones",
     "load_backbone": "backbones",
+    "Calibration": "calibration",
+    "calibrate": "calibration",
     "load_benchmark": "datasets",
     "Discoverer": "discoverer",
     "patch_features": "features",

@@ -41,6 +41,23 @@ class Corloc:
         return f"corloc {self.percent:.2f} ({self.hits}/{self.images})"
 
 
+def score_auc(scores: ArrayLike, hits: ArrayLike) -> float | None:
+    """Area under the ROC curve: how often a hit has a higher score than a miss, ties counting half.
+
+    Args:
+        scores: one an image, shape (n,).
+        hits: whether each image was hit, shape (n,).
+
+    Returns:
+        In [0, 1]; 0.5 is no better than chance. None where there are no hits or no misses.
+    """
+    values, hit = np.asarray(scores, dtype=np.float64), np.asarray(hits, dtype=bool)
+    if not len(hit) or hit.all() or not hit.any():
+        return None
+    statistic = stats.mannwhitneyu(values[hit], values[~hit]).statistic
+    return float(statistic) / (int(hit.sum()) * int((~hit).sum()))
+
+
 def pairwise_iou(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
     """Intersection over union of every box with every other.
 

@@ -32,5 +32,9 @@ class PredictionsError(LostregError):
     """A predictions file or output folder cannot be used."""
 
 
+class CalibrationError(LostregError):
+    """A bias file cannot be written or read, or nothing could be calibrated."""
+
+
 class LostregWarning(UserWarning):
     """Something that a user should know of, though the work goes on."""

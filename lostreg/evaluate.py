@@ -4,30 +4,31 @@
 is there from the start with the settings, so that a run with other settings is noticed.
 """
 
-import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-import filelock
-import torch
-
-from lostreg.corloc import Corloc, corloc, is_hit
+from lostreg.corloc import Corloc, corloc, is_hit, score_auc
 from lostreg.datasets import Benchmark, Example
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.predictions import Prediction, from_discovery, from_error, recover_predictions
 from lostreg.regions import Discovery
+from lostreg.runs import (
+    benchmark_settings,
+    check_same_run,
+    describe_device,
+    is_complete,
+    locked,
+    package_versions,
+    write_json,
+)
 
 PREDICTIONS_FILE: Final = "predictions.jsonl"
 RESULTS_FILE: Final = "results.json"
-_PACKAGES: Final = ("lostreg", "torch", "timm", "numpy", "scipy", "opencv-python-headless", "pillow")
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class Evaluation:
         unreadable: images that could not be read, counted as misses.
         computed: images predicted by this run, not by an earlier one that it continued.
         seconds: what predicting them took.
+        auc: how well the boxes' scores tell hits from misses, see `score_auc`; None where it cannot be said.
     """
 
     score: Corloc
     unreadable: int
     computed: int
     seconds: float
+    auc: float | None
 
 
 Callback = Callable[[Progress], None]
@@ -99,8 +102,8 @@ def evaluate(
         ImageError: with ``strict``, at the first image that cannot be read; what came before it is kept.
     """
     out = Path(out)
-    settings = _settings(benchmark, discoverer, extra)
-    with _locked(out):
+    settings = benchmark_settings(benchmark, discoverer.options, extra)
+    with locked(out):
         known = _prepare(out, settings, benchmark, overwrite=overwrite)
         tally = _Tally(benchmark.examples, len(known), strict=strict, on_progress=on_progress)
         for prediction in known:
@@ -113,8 +116,10 @@ def evaluate(
                 file.flush()
                 tally.add(prediction)
         seconds = time.perf_counter() - start
-        evaluation = Evaluation(tally.score, tally.unreadable, tally.done - len(known), seconds)
-        if evaluation.computed or not _is_complete(out / RESULTS_FILE):
+        evaluation = Evaluation(
+            tally.score, tally.unreadable, tally.done - len(known), seconds, score_auc(tally.scores, tally.judged)
+        )
+        if evaluation.computed or not is_complete(out / RESULTS_FILE):
             device = describe_device(discoverer.backbone.device)
             write_json(out / RESULTS_FILE, _results(settings, evaluation, device))
     return evaluation
@@ -128,7 +133,10 @@ class _Tally:
         self.known = known
         self.strict = strict
         self.on_progress = on_progress
-        self.done = self.hits = self.unreadable = 0
+        self.done = self.unreadable = 0
+        self.scores: list[float] = []  # of the images that have a box with a score, and whether each was hit
+        self.judged: list[bool] = []
+        self.hits = 0
 
     @property
     def score(self) -> Corloc:
@@ -140,7 +148,11 @@ class _Tally:
 
     def add(self, prediction: Prediction) -> None:
         self.check(prediction)
-        self.hits += is_hit(prediction.boxes, self.examples[self.done].boxes)
+        hit = is_hit(prediction.boxes, self.examples[self.done].boxes)
+        self.hits += hit
+        if prediction.scores:
+            self.scores.append(prediction.scores[0])
+            self.judged.append(hit)
         self.unreadable += prediction.error is not None
         self.done += 1
         if self.on_progress:
@@ -196,46 +208,6 @@ def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -
     return corloc(boxes, [example.boxes for example in benchmark.examples]), found.count(None)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader, or a kill, meets the old content or the new and nothing between."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
-def _settings(benchmark: Benchmark, discoverer: Discoverer, extra: dict[str, Any] | None) -> dict[str, Any]:
-    return {
-        "benchmark": {
-            "name": benchmark.name,
-            "split": benchmark.split,
-            "images": len(benchmark),
-            "fingerprint": benchmark.fingerprint(),
-            **(extra or {}),
-        },
-        "options": discoverer.options,
-    }
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the folder: the lock goes with the process, however it ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(out / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise PredictionsError(f"{out} is in use: another lostreg eval is writing there") from error
-    except OSError as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
-        raise PredictionsError(f"cannot write to {out}, expected a folder: {reason}") from error
-    try:
-        if not os.access(out, os.W_OK):
-            raise PredictionsError(f"cannot write to {out}: permission denied")
-        yield
-    finally:
-        lock.release()
-
-
 def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overwrite: bool) -> list[Prediction]:
     """Make sure that the folder belongs to this run, and return what it holds already."""
     predictions, results = out / PREDICTIONS_FILE, out / RESULTS_FILE
@@ -243,7 +215,7 @@ def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overw
         predictions.unlink(missing_ok=True)
         results.unlink(missing_ok=True)
     elif results.exists() or predictions.exists():
-        _check_same_run(results, settings)
+        check_same_run(results, settings)
     known = recover_predictions(predictions)
     wanted = [example.image_id for example in benchmark.examples[: len(known)]]
     if [prediction.image_id for prediction in known] != wanted:
@@ -256,49 +228,6 @@ def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overw
     return known
 
 
-def _is_complete(results: Path) -> bool:
-    """Whether a run ended here already: its speed and versions are then what was measured, and stay."""
-    return bool(_read_results(results).get("complete"))
-
-
-def _read_results(results: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(results.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError(f"it holds a {type(found).__name__}")
-    except (OSError, ValueError, TypeError) as error:
-        raise PredictionsError(
-            f"{results.parent} holds predictions but no readable {results.name}: not a run to go on with; "
-            "use --overwrite or another --out"
-        ) from error
-    return found
-
-
-def _check_same_run(results: Path, settings: dict[str, Any]) -> None:
-    earlier = _read_results(results)
-    changes = [
-        f"{key} was {_show(before)} and is now {_show(now)}"
-        for section, values in settings.items()
-        for key, before, now in _differences(earlier.get(section), values)
-    ]
-    if changes:
-        raise PredictionsError(
-            f"{results.parent} holds a run with other settings: {'; '.join(changes)}; use --overwrite or another --out"
-        )
-
-
-def _differences(earlier: Any, now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    before = earlier if isinstance(earlier, dict) else {}
-    for key in [*now, *(key for key in before if key not in now)]:
-        if before.get(key) != now.get(key):
-            yield key, before.get(key), now.get(key)
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _results(settings: dict[str, Any], evaluation: Evaluation, device: str) -> dict[str, Any]:
     score = evaluation.score
     return {
@@ -307,6 +236,7 @@ def _results(settings: dict[str, Any], evaluation: Evaluation, device: str) -> d
         "hits": score.hits,
         "images": score.images,
         "wilson_95": [round(bound, 4) for bound in score.wilson_interval()],
+        "score_auc": None if evaluation.auc is None else round(evaluation.auc, 4),
         "unreadable": evaluation.unreadable,
         **settings,
         "run": {
@@ -318,21 +248,3 @@ def _results(settings: dict[str, Any], evaluation: Evaluation, device: str) -> d
         "versions": {"python": platform.python_version(), **package_versions()},
         "device": device,
     }
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of lostreg and of what its figures depend on, where they are installed."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # OpenCV goes by several names
-            continue
-    return found
-
-
-def describe_device(device: torch.device) -> str:
-    """A line on the machine: the GPU's name, or the processor's and how many threads PyTorch uses."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"{device.type}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -10,6 +10,7 @@ from typing import Any
 from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
 from lostreg.regions import Discovery
+from lostreg.runs import as_line, whole_lines
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,17 @@ class Prediction:
         }
         if self.error is not None:
             fields["error"] = self.error
-        line = json.dumps(fields, ensure_ascii=False)
-        # A file name that is not UTF-8 has lone surrogates: as JSON escapes they can be written and come back.
-        return line.encode("utf-8", "backslashreplace").decode("utf-8")
+        return as_line(fields)
 
 
 def from_discovery(image_id: ImageId, found: Discovery) -> Prediction:
-    """The line for one image's discovery."""
+    """The line for one image's discovery, its numbers rounded as the file holds them."""
     return Prediction(
         image_id,
-        found.xyxy.tolist(),
+        [[_short(value) for value in box] for box in found.xyxy.tolist()],
         found.width,
         found.height,
-        found.scores.tolist(),
+        [_short(value) for value in found.scores.tolist()],
         found.seeds.tolist(),
     )
 
@@ -96,15 +95,7 @@ def recover_predictions(path: Path) -> list[Prediction]:
     Raises:
         PredictionsError: if a whole line is malformed: lostreg did not write it.
     """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    found = list(_parse_lines(whole, path))
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return found
+    return list(_parse_lines(whole_lines(path), path))
 
 
 def _parse_lines(content: bytes, path: Path) -> Iterator[Prediction]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from lostreg.corloc import Corloc, corloc, is_hit, pairwise_iou
+from lostreg.corloc import Corloc, corloc, is_hit, pairwise_iou, score_auc
 from lostreg.errors import OptionError
 
 corner = st.integers(0, 50)
@@ -84,3 +84,33 @@ def test_bad_shapes_say_what_was_expected() -> None:
         pairwise_iou([[1, 2, 3]], [[1, 2, 3, 4]])
     with pytest.raises(OptionError, match="got 1 for 2 images"):
         corloc([[]], [[], []])
+
+
+judged = st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=25)  # few values: many are equal
+
+
+@given(judged)
+@settings(deadline=None)
+def test_the_auc_is_the_share_of_pairs_in_which_the_hit_scores_higher(images) -> None:
+    hits = [score / 8 for score, hit in images if hit]
+    misses = [score / 8 for score, hit in images if not hit]
+    found = score_auc([score / 8 for score, _ in images], [hit for _, hit in images])
+    if not hits or not misses:
+        assert found is None
+        return
+    pairs = [1.0 if hit > miss else 0.5 if hit == miss else 0.0 for hit in hits for miss in misses]
+    assert found == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_the_auc_is_one_where_scores_tell_hits_from_misses_and_a_half_where_they_say_nothing() -> None:
+    hits = np.array([True, False, True, False])
+    assert score_auc([0.9, 0.2, 0.8, 0.7], hits) == 1.0
+    assert score_auc([0.1, 0.2, 0.1, 0.7], hits) == 0.0
+    assert score_auc([0.5] * 4, hits) == 0.5
+    assert score_auc(np.float32([0.9, 0.2, 0.8, 0.85]), hits.astype(int).tolist()) == 0.75
+
+
+def test_the_auc_of_hits_alone_of_misses_alone_and_of_nothing_cannot_be_said() -> None:
+    assert score_auc([0.1, 0.2], [True, True]) is None
+    assert score_auc([0.1, 0.2], [False, False]) is None
+    assert score_auc([], []) is None

@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -5,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,15 @@ from fabricate import set_box, write_voc
 
 from lostreg.backbones import Backbone
 from lostreg.cli.main import main
-from lostreg.corloc import Corloc
+from lostreg.corloc import Corloc, score_auc
 from lostreg.datasets import Benchmark, Example, load_benchmark
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, PredictionsError
-from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, Progress, evaluate, score_predictions, write_json
+from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, Progress, evaluate, score_predictions
+from lostreg.images import ImageSource
 from lostreg.predictions import Prediction
+from lostreg.regions import Discovery
+from lostreg.stream import ImageStream
 
 COUNT = 9  # more than a window of 4 batches of 2
 KILLED_COUNT = 16  # of the run that is killed
@@ -84,6 +89,10 @@ def test_results_say_what_was_measured(
     assert found["complete"] is True
     assert (found["corloc"], found["hits"], found["images"], found["unreadable"]) == (55.5556, 5, 9, 0)
     assert found["wilson_95"] == pytest.approx([26.665, 81.122], abs=0.01)
+    scores = [line["scores"][0] for line in lines(tmp_path / "out")]
+    pairs = list(itertools.product(scores[::2], scores[1::2]))
+    assert evaluation.auc == pytest.approx(sum((hit > miss) + (hit == miss) / 2 for hit, miss in pairs) / 20)
+    assert found["score_auc"] == pytest.approx(evaluation.auc, abs=1e-4)
     assert found["benchmark"] == {
         "name": "voc",
         "split": "trainval",
@@ -96,6 +105,77 @@ def test_results_say_what_was_measured(
     assert found["run"]["images_per_s"] > 0
     assert {"python", "lostreg", "torch", "timm", "numpy"} <= found["versions"].keys()
     assert found["device"].startswith("cpu: ")
+
+
+@pytest.fixture
+def close_scores(discoverer: Discoverer, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Scores that the discoveries are given, so close that the file's three decimals tell few of them apart."""
+    scores = [0.5 + 0.0001 * (number * 7 % COUNT) for number in range(COUNT)]
+    outcomes = discoverer.outcomes
+
+    def scored(images: Iterable[ImageSource], skip: int = 0) -> Iterator[Discovery | ImageError]:
+        for score, outcome in zip(scores[skip:], outcomes(images, skip), strict=True):
+            assert isinstance(outcome, Discovery)
+            yield dataclasses.replace(outcome, scores=np.array([score], dtype=np.float32))
+
+    monkeypatch.setattr(discoverer, "outcomes", scored)
+    return scores
+
+
+@pytest.mark.parametrize("known", [1, 5, COUNT])
+def test_the_auc_does_not_depend_on_where_a_run_goes_on(
+    root: Path, discoverer: Discoverer, finished: Path, tmp_path: Path, close_scores: list[float], known: int
+) -> None:
+    for line in lines(finished)[::2]:
+        x1, y1, x2, y2 = line["boxes"][0]
+        set_box(root, line["image_id"], (x1 + 1, y1 + 1, x2, y2))
+    benchmark, out = load_benchmark("voc", root=root), tmp_path / "out"
+    whole = evaluate(benchmark, discoverer, out)
+    assert 0 < whole.score.hits < COUNT
+    expected = results(out)["score_auc"]
+    path = out / PREDICTIONS_FILE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:known]))
+    (out / RESULTS_FILE).write_text(json.dumps({**results(out), "complete": False}))
+    assert evaluate(benchmark, discoverer, out).auc == whole.auc
+    assert results(out)["score_auc"] == expected
+
+
+def test_the_auc_of_misses_alone_cannot_be_said(
+    root: Path, benchmark: Benchmark, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    for example in benchmark.examples:
+        set_box(root, str(example.image_id), (200, 200, 210, 210))
+    evaluation = evaluate(load_benchmark("voc", root=root), discoverer, tmp_path / "out")
+    assert (evaluation.score.hits, evaluation.auc) == (0, None)
+    assert results(tmp_path / "out")["score_auc"] is None
+
+
+def test_images_that_cannot_be_read_have_no_score_to_judge(
+    root: Path, benchmark: Benchmark, discoverer: Discoverer, finished: Path, tmp_path: Path
+) -> None:
+    for line in lines(finished)[::2]:
+        x1, y1, x2, y2 = line["boxes"][0]
+        set_box(root, line["image_id"], (x1 + 1, y1 + 1, x2, y2))
+    unreadable(root, "im02")
+    unreadable(root, "im03")
+    evaluation = evaluate(load_benchmark("voc", root=root), discoverer, tmp_path / "out")
+    judged = [line for line in lines(finished) if line["image_id"] not in ("im02", "im03")]
+    hits = [int(line["image_id"][2:]) % 2 == 0 for line in judged]
+    assert evaluation.auc == score_auc([line["scores"][0] for line in judged], hits)
+    assert evaluation.auc is not None
+
+
+def test_a_run_with_the_trials_of_another_day_is_not_gone_on_with(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lostreg.discoverer.TRIALS", (0.0, -1.0))
+    with pytest.raises(PredictionsError, match=r"auto_trials was \[0\.0, -0\.25, .*\] and is now \[0\.0, -1\.0\]"):
+        evaluate(benchmark, discoverer, finished)
+    before = json.loads((finished / RESULTS_FILE).read_text())
+    del before["options"]["auto_trials"]  # as runs before there were trials
+    (finished / RESULTS_FILE).write_text(json.dumps(before))
+    with pytest.raises(PredictionsError, match=r"auto_trials was null and is now \[0\.0, -1\.0\]"):
+        evaluate(benchmark, discoverer, finished)
 
 
 def test_progress_is_told_after_each_image(
@@ -152,7 +232,7 @@ def test_a_finished_run_computes_nothing(
     def never(*_: object) -> None:
         raise AssertionError("an image was computed again")
 
-    monkeypatch.setattr(Discoverer, "_start", never)
+    monkeypatch.setattr(ImageStream, "_start", never)
     measured = (finished / RESULTS_FILE).read_bytes()
     evaluation = evaluate(benchmark, discoverer, finished)
     assert (evaluation.computed, evaluation.score.hits) == (0, score)
@@ -197,7 +277,7 @@ def test_a_killed_run_goes_on_and_holds_its_folder_until_then(
         wait_for_lines(killed / PREDICTIONS_FILE, 3, process)
         os.kill(process.pid, signal.SIGSTOP)
         assert main(command(killed)) == 2
-        assert "killed is in use: another lostreg eval is writing there" in capsys.readouterr().err
+        assert "killed is in use: another run is writing there" in capsys.readouterr().err
     finally:
         process.kill()
         process.wait()
@@ -290,7 +370,7 @@ def test_a_second_run_into_a_folder_in_use_is_refused(
 
     def intrude(progress: Progress) -> None:
         for overwrite in (False, True):
-            with pytest.raises(PredictionsError, match="is in use: another lostreg eval is writing there"):
+            with pytest.raises(PredictionsError, match="is in use: another run is writing there"):
                 evaluate(benchmark, discoverer, out, overwrite=overwrite)
             refused.append(progress.done)
 
@@ -397,12 +477,3 @@ def test_predictions_for_other_images_are_refused(image_id: str | int) -> None:
     with pytest.raises(PredictionsError, match=r"1 of 2 predictions .* voc val does not have") as caught:
         score_predictions([prediction("a"), prediction(image_id)], three())
     assert f"such as {image_id!r}: expected ids like 'a'" in str(caught.value)
-
-
-def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, {"naïve": [1.5, None]})
-    with pytest.raises(TypeError):
-        write_json(path, {"no JSON": object()})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"naïve": [1.5, None]}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]

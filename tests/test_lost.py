@@ -129,6 +129,8 @@ def test_several_biases_are_each_what_it_gives_alone(case, data) -> None:
         np.testing.assert_array_equal(objects.masks[place], alone.masks[0].numpy())
         assert boxes[place].tolist() == alone.xyxy[0].tolist()
         assert objects.scores[place] == pytest.approx(float(alone.scores[0]), abs=1e-4)
+        assert objects.connected[place] == maps.masks[place][maps.seeds[place]]
+        assert objects.connected[place] or objects.scores[place] == 0
     best = objects.best()
     for image, index in enumerate(objects.scores.argmax(axis=1)):
         expected = reference_lost(features[image].numpy(), grid, biases[image, index].item(), k)

@@ -81,7 +81,15 @@ def _load_voc_of_any_length(*args: object, expected: int | None = None, **option
 
 def test_the_readme_shows_commands(commands: list[str]) -> None:
     assert len(of_lostreg(commands)) >= 10
-    assert {line.split()[1] for line in of_lostreg(commands)} >= {"predict", "eval", "score", "backbones", "datasets"}
+    assert {line.split()[1] for line in of_lostreg(commands)} >= {
+        "predict",
+        "eval",
+        "score",
+        "sweep",
+        "calibrate",
+        "backbones",
+        "datasets",
+    }
 
 
 def test_the_make_targets_are_those_that_ci_runs(repository: Path, commands: list[str]) -> None:
@@ -99,7 +107,14 @@ def test_every_lostreg_command_runs_in_the_order_shown(commands: list[str], capf
         last = capfd.readouterr().out.splitlines()[-1]
         if words[1] in ("eval", "score") and line.count("dino") != 2:
             assert CORLOC.fullmatch(last), line
-    for made in ("found.png", "boxes.jsonl", "out/voc/results.json", "out/coco/results.json"):
+    for made in (
+        "found.png",
+        "boxes.jsonl",
+        "out/voc/results.json",
+        "out/coco/results.json",
+        "out/sweep/sweep.png",
+        "out/bias.json",
+    ):
         assert Path(made).exists()
     assert len(list(Path("pictures").glob("*.png"))) == 2
 

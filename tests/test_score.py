@@ -10,7 +10,7 @@ from reference_lost import object_score, outline_on_border
 from torch import Tensor
 
 from lostreg.lost import prepare
-from lostreg.score import border_share, object_scores
+from lostreg.score import border_share, near_one, object_scores, score_factors
 
 Case = tuple[Tensor, np.ndarray]
 
@@ -67,6 +67,32 @@ def test_object_and_rest_weigh_the_same_however_many_patches_they_have() -> None
     # Means 1 and -1, variance 1 between them; 1 within the object, 0 within the rest, half of that together.
     size, sides = (4 * (1 / 3) * (2 / 3)) ** 0.25, (1 - 4 / 6) ** 4
     assert score(features, mask) == pytest.approx(size * sides * (1 / 1.5) ** 0.5)
+
+
+@given(cases())
+@settings(deadline=None, max_examples=30)
+def test_the_score_is_the_product_of_three_factors(case: Case) -> None:
+    distinct, size, inside = score_factors(*case)
+    share = case[1].mean(axis=(2, 3))
+    np.testing.assert_allclose(size, (4 * share * (1 - share)) ** 0.25)
+    np.testing.assert_allclose(inside, (1 - border_share(case[1])) ** 4)
+    np.testing.assert_allclose(object_scores(*case), distinct * size * inside, rtol=1e-6, atol=1e-7)
+    for factor in (distinct, size, inside):
+        assert ((factor >= 0) & (factor <= 1)).all()
+
+
+@pytest.mark.parametrize("scale", [2.0**-140, 2.0**-60, 1.0, 2.0**60, 2.0**125])
+def test_features_are_brought_near_one_by_a_power_of_two(scale: float) -> None:
+    features = torch.tensor([[[1.0, -1.5], [0.25, 0.0]], [[-0.5, 0.125], [0.0, 0.375]]])
+    # The largest of the first image is 1.5 and becomes 0.75, that of the second is 0.5 already.
+    expected = features * torch.tensor([0.5, 1.0]).view(2, 1, 1)
+    if scale > 2.0**-126:
+        assert torch.equal(near_one(features * scale), expected)
+        assert torch.equal(near_one(features[0] * scale), expected[0])
+    else:  # as near as one finite factor can bring it
+        assert near_one(features * scale).abs().amax() > 2.0**-20
+    assert near_one(torch.zeros(2, 3, 4)).tolist() == torch.zeros(2, 3, 4).tolist()
+    assert near_one(torch.zeros(2, 0, 4)).shape == (2, 0, 4)
 
 
 @pytest.mark.parametrize(

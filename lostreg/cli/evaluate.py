@@ -95,6 +95,8 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
         )
     low, high = evaluation.score.wilson_interval()
     print(f"{backbone} on {benchmark.title}: 95 % interval {low:.2f} to {high:.2f}")
+    if evaluation.auc is not None:
+        print(f"a hit has the higher score than a miss in {100 * evaluation.auc:.0f} % of pairs (AUC)")
     if evaluation.unreadable:
         print(f"{evaluation.unreadable} images could not be read and count as misses (--overwrite tries them again)")
     written = [PREDICTIONS_FILE, RESULTS_FILE] + ([f"plots of {evaluation.computed} images"] if args.plots else [])

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lostreg import __version__
-from lostreg.cli import backbones, datasets, evaluate, predict, score
+from lostreg.cli import backbones, calibrate, datasets, evaluate, predict, score, sweep
 from lostreg.cli.parser import Parser, tell
 from lostreg.errors import LostregError, LostregWarning
 
-_COMMANDS = (predict, evaluate, score, backbones, datasets)
+_COMMANDS = (predict, evaluate, score, calibrate, sweep, backbones, datasets)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,8 +89,8 @@ def _join_bias(arguments: Sequence[str]) -> list[str]:
     """``--bias -1e-3`` as one word: argparse before Python 3.13 takes such a number for an option."""
     joined: list[str] = []
     for word in arguments:
-        if joined and joined[-1] == "--bias" and word.startswith("-"):
-            joined[-1] = f"--bias={word}"
+        if joined and joined[-1] in ("--bias", "--biases") and word.startswith("-"):
+            joined[-1] += f"={word}"
         else:
             joined.append(word)
     return joined

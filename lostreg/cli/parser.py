@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from lostreg.datasets import Benchmark
     from lostreg.discoverer import Discoverer
 
-Subparsers = Any  # argparse keeps the class of subparsers to itself
+Subparsers = Any  # argparse keeps these classes to itself
+Group = Any
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,54 +39,91 @@ def positive_int(text: str) -> int:
     return value
 
 
-def bias_value(text: str) -> float | Literal["auto"]:
-    """``auto`` or a finite number, for argparse."""
+def bias_value(text: str) -> float | Literal["auto"] | Path:
+    """``auto``, a finite number, or a file that is there, for argparse."""
     if text == "auto":
         return "auto"
+    value = as_finite(text)
+    if value is not None:
+        return value
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(
+            f"expected 'auto', a finite number, or a file of `lostreg calibrate`, not '{text}'"
+        )
+    return Path(text)
+
+
+def as_finite(text: str) -> float | None:
+    """The finite number that a text is, or None."""
     try:
         value = float(text)
     except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected 'auto' or a finite number, not '{text}'")
+        return None
+    return value if math.isfinite(value) else None
+
+
+def unit_interval(text: str) -> float:
+    """A number in [0, 1], for argparse."""
+    value = as_finite(text)
+    if value is None or not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], not '{text}'")
     return value
 
 
 def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bool = False) -> None:
     """The options of the method, shared by ``predict`` and ``eval``."""
     group = parser.add_argument_group("method")
-    backbone_help = f"a row of `lostreg backbones`, or timm:NAME (default: {defaults.BACKBONE})"
-    if several_backbones:
-        group.add_argument(
-            "--backbone",
-            nargs="+",
-            action="extend",
-            metavar="NAME",
-            help=backbone_help + "; several run one after the other and end with one table",
-        )
+    _add_backbone(group, several=several_backbones)
+    _add_feature(group)
+    group.add_argument(
+        "--bias",
+        type=bias_value,
+        metavar="{auto|FLOAT|FILE}",
+        help="added to every similarity: auto chooses for each image, a FILE comes from `lostreg calibrate` "
+        "(default: the backbone's)",
+    )
+    group.add_argument(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        help="L2-normalise the features (default: the backbone's; always for auto and a FILE)",
+    )
+    _add_running(group)
+
+
+def add_backbone_options(parser: argparse.ArgumentParser, *, feature: bool) -> None:
+    """The options of commands that choose the bias themselves, and maybe the feature too."""
+    group = parser.add_argument_group("method")
+    _add_backbone(group)
+    if feature:
+        _add_feature(group)
+    _add_running(group)
+
+
+def _add_backbone(group: Group, *, several: bool = False) -> None:
+    help_text = f"a row of `lostreg backbones`, or timm:NAME (default: {defaults.BACKBONE})"
+    if several:
+        help_text += "; several run one after the other and end with one table"
+        group.add_argument("--backbone", nargs="+", action="extend", metavar="NAME", help=help_text)
     else:
-        group.add_argument("--backbone", default=defaults.BACKBONE, metavar="NAME", help=backbone_help)
+        group.add_argument("--backbone", default=defaults.BACKBONE, metavar="NAME", help=help_text)
     group.add_argument(
         "--weights",
         type=Path,
         metavar="FILE",
         help="checkpoint in timm's, DINO's, DINOv2's or DeiT-III's naming (default: from the hub)",
     )
+
+
+def _add_feature(group: Group) -> None:
+    """The options that name one feature of one layer."""
     group.add_argument("--feature", choices=FEATURES, help="patch feature (default: the backbone's)")
     group.add_argument(
         "--layer", type=int, default=-1, help="block, from 0, or from the end when negative (default: -1)"
     )
-    group.add_argument(
-        "--bias",
-        type=bias_value,
-        metavar="{auto|FLOAT}",
-        help="added to every similarity (default: the backbone's)",
-    )
-    group.add_argument(
-        "--normalize",
-        action=argparse.BooleanOptionalAction,
-        help="L2-normalise the features (default: the backbone's; always for auto)",
-    )
+
+
+def _add_running(group: Group) -> None:
+    """The options that no command of the method lacks."""
     group.add_argument(
         "--k-patches",
         type=positive_int,
@@ -140,10 +178,6 @@ def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> 
     return Discoverer(
         backbone,
         weights=args.weights,
-        feature=args.feature,
-        layer=args.layer,
-        bias=args.bias,
-        normalize=args.normalize,
         k_patches=args.k_patches,
         device=args.device,
         precision=args.precision,
@@ -151,8 +185,19 @@ def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> 
         compile=args.compile,
         max_side=args.max_side,
         max_pixels=args.max_pixels,
+        **_chosen(args),
         **options,
     )
+
+
+def _chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """Feature, layer, bias and normalisation, as far as the command lets the user choose them."""
+    from lostreg.calibration import Calibration
+
+    chosen = {name: getattr(args, name) for name in ("feature", "layer", "bias", "normalize") if hasattr(args, name)}
+    if isinstance(chosen.get("bias"), Path):
+        chosen["bias"] = Calibration.load(chosen["bias"])
+    return chosen
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:

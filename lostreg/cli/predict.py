@@ -1,16 +1,16 @@
 """``lostreg predict``: boxes for images, as a table, as JSON Lines, as pictures."""
 
 import argparse
-import glob
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lostreg import defaults
-from lostreg.cli.parser import Subparsers, add_max_side, add_method_options, make_discoverer, tell
+from lostreg.cli.files import find_images
+from lostreg.cli.parser import Subparsers, add_max_side, add_method_options, make_discoverer, tell, unit_interval
 from lostreg.errors import ImageError, OptionError
 
 _OTHER_PICTURES = (".bmp", ".eps", ".gif", ".pdf", ".svg", ".tif", ".tiff")  # no folder is meant
@@ -41,6 +41,14 @@ def add_parser(commands: Subparsers) -> None:
         help="picture with box, seed and degree map: a file for one image, else a folder",
     )
     add_max_side(parser, defaults.MAX_SIDE)
+    parser.add_argument(
+        "--min-score",
+        type=unit_interval,
+        default=defaults.CLEAR_SCORE,
+        metavar="SCORE",
+        help="boxes with a lower score are marked `no clear object` in the table, and kept in every file "
+        f"(default: {defaults.CLEAR_SCORE})",
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     add_method_options(parser)
     parser.set_defaults(run=run)
@@ -63,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
                 if args.strict:
                     raise outcome
                 failed += 1
-            _report(path, outcome, output)  # before the picture, so that a full disk costs no box
+            _report(path, outcome, output, args.min_score)  # before the picture, so that a full disk costs no box
             if plots and not isinstance(outcome, ImageError):
                 _plot(plots[index], path, outcome, args)
     if failed and len(paths) > 1:
@@ -71,49 +79,7 @@ def run(args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def find_images(arguments: Iterable[str]) -> list[Path]:
-    """The image files that files, folders and globs stand for, folders and globs sorted.
-
-    Raises:
-        OptionError: if a folder holds no images or a glob matches none.
-    """
-    from lostreg.images import SUFFIXES
-
-    found: list[Path] = []
-    for argument in arguments:
-        if not argument:
-            raise OptionError("expected a file, folder or glob, found an empty argument")
-        path = Path(argument)
-        if path.is_dir():
-            inside = sorted(item for item in _walk(path) if item.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise OptionError(f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}")
-            found += inside
-        elif glob.has_magic(argument) and not path.exists():
-            # pathlib's glob takes no absolute patterns
-            matches = sorted(Path(match) for match in glob.glob(argument, recursive=True))  # noqa: PTH207
-            files = [match for match in matches if match.is_file()]
-            if not files:
-                raise OptionError(f"no file matches '{argument}'")
-            found += files
-        else:
-            found.append(path)
-    return found
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of its subfolders, also those that are links, each folder once."""
-    seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(place) / name for name in files)
-
-
-def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None) -> None:
+def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None, min_score: float) -> None:
     from lostreg.predictions import from_discovery, from_error
 
     if isinstance(outcome, ImageError):
@@ -123,7 +89,8 @@ def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None
         prediction = from_discovery(path.as_posix(), outcome)
         if output is not sys.stdout:
             box = [f"{value:.0f}" for value in outcome.xyxy[0]]
-            print(_row(path.as_posix().replace("\n", "\\n"), *box, f"{outcome.scores[0]:.2f}"), flush=True)
+            note = "" if outcome.scores[0] >= min_score else "  no clear object"
+            print(_row(path.as_posix().replace("\n", "\\n"), *box, f"{outcome.scores[0]:.2f}") + note, flush=True)
     if output:
         output.write(prediction.to_line() + "\n")
         output.flush()

@@ -1,5 +1,6 @@
 """Whatever comes in: exit code 2, one line that says what was expected and what came, never a traceback."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ from PIL import Image
 
 from lostreg import backbones
 from lostreg.backbones import Backbone, build_backbone, find_spec
+from lostreg.calibration import FORMAT, Calibration
 from lostreg.cli.main import main
 
 FAST = "--backbone imgfocus_vits14 --device cpu"
@@ -92,6 +94,7 @@ def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"head.weight": torch.zeros(1), "other": torch.zeros(1)}, place / "other.pth")
     write_voc(place / "voc", 4)
     write_benchmarks(place)
+    write_biases(place)
     return place
 
 
@@ -103,9 +106,45 @@ def write_benchmarks(place: Path) -> None:
     (place / "coco.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "good.jpg"}], "annotations": []}))
     good = '{"image_id": "im00", "boxes": [[0, 0, 9, 9]]}\n'
     (place / "cut.jsonl").write_text(good + good[:25])
+    (place / "swept").mkdir()
+    (place / "swept" / "sweep.jsonl").write_text(good)
     (place / "twice.jsonl").write_text(good + good)
     (place / "other.jsonl").write_text(good + good.replace("im00", "000005"))
     (place / "ids.jsonl").write_text(good.replace('"im00"', "17"))
+
+
+def write_biases(place: Path) -> None:
+    """Files of `lostreg calibrate`: one that fits the offline backbone, and others."""
+    fitting = Calibration(
+        bias=-0.25,
+        interval=(-0.5, 0.0),
+        connectivity=0.5,
+        agreement=0.5,
+        mean=0.25,
+        deviation=0.5,
+        images=4,
+        unreadable=0,
+        seed=0,
+        backbone="imgfocus_vits14",
+        weights="random",
+        feature="k",
+        layer=1,
+        k_patches=100,
+    )
+    changes = {
+        "fitting": {},
+        "values": {"feature": "v"},
+        "first": {"layer": 0},
+        "dino": {"backbone": "dino_vits16"},
+        "trained": {"weights": "file a.pth sha256:0"},
+    }
+    for name, change in changes.items():
+        dataclasses.replace(fitting, **change).save(place / f"{name}.json")
+    fields = {"format": FORMAT, **dataclasses.asdict(fitting)}
+    for name, change in (("nan", {"bias": float("nan")}), ("later", {"format": "lostreg bias 2"}), ("more", {"x": 1})):
+        (place / f"{name}.json").write_text(json.dumps({**fields, **change}))
+    del fields["bias"]
+    (place / "less.json").write_text(json.dumps(fields))
 
 
 def run(command: str, place: Path) -> int | str | None:
@@ -195,9 +234,9 @@ BAD = {
     "no side": (f"predict {{}}/good.jpg --max-side 0 {FAST}", "expected an integer of at least 1, not '0'"),
     "no such layer": (f"predict {{}}/good.jpg --layer 99 {FAST}", r"layer must be in \[-2, 1\] .*, not 99"),
     "layer of letters": (f"predict {{}}/good.jpg --layer last {FAST}", "--layer: invalid int value: 'last'"),
-    "bias of letters": (f"predict {{}}/good.jpg --bias abc {FAST}", "expected 'auto' or a finite number, not 'abc'"),
-    "bias NaN": (f"predict {{}}/good.jpg --bias nan {FAST}", "expected 'auto' or a finite number, not 'nan'"),
-    "bias infinite": (f"predict {{}}/good.jpg --bias=-inf {FAST}", "expected 'auto' or a finite number, not '-inf'"),
+    "bias of letters": (f"predict {{}}/good.jpg --bias abc {FAST}", "or a file of `lostreg calibrate`, not 'abc'"),
+    "bias NaN": (f"predict {{}}/good.jpg --bias nan {FAST}", "expected 'auto', a finite number, or a file"),
+    "bias infinite": (f"predict {{}}/good.jpg --bias=-inf {FAST}", "expected 'auto', a finite number, or a file"),
     "auto unnormalised": (
         f"predict {{}}/good.jpg --bias auto --no-normalize {FAST}",
         "'auto' is defined on normalised",
@@ -209,6 +248,129 @@ BAD = {
     ),
     "no device": ("predict {}/good.jpg --device toaster", "must be auto, cpu, cuda, cuda:N or mps, not 'toaster'"),
     "unknown option": (f"predict {{}}/good.jpg --colour red {FAST}", "unrecognized arguments: --colour red"),
+    "score above 1": (f"predict {{}}/good.jpg --min-score 2 {FAST}", r"expected a number in \[0, 1\], not '2'"),
+    "score below 0": (f"predict {{}}/good.jpg --min-score=-0.1 {FAST}", r"a number in \[0, 1\], not '-0\.1'"),
+    "score of letters": (f"predict {{}}/good.jpg --min-score nan {FAST}", r"a number in \[0, 1\], not 'nan'"),
+    # bias files
+    "no bias file": (
+        f"predict {{}}/good.jpg --bias {{}}/none.json {FAST}",
+        r"expected 'auto', a finite number, or a file of `lostreg calibrate`, not '.*none\.json'",
+    ),
+    "folder for a bias": (f"predict {{}}/good.jpg --bias {{}}/folder {FAST}", "or a file of .*, not '.*/folder'"),
+    "image for a bias": (
+        f"predict {{}}/good.jpg --bias {{}}/good.jpg {FAST}",
+        r"good\.jpg is no file of `lostreg calibrate`: ",
+    ),
+    "text for a bias": (f"predict {{}}/good.jpg --bias {{}}/file {FAST}", "file is no file of `lostreg calibrate`: "),
+    "empty bias file": (f"predict {{}}/good.jpg --bias {{}}/empty.jpg {FAST}", "is no file of `lostreg calibrate`: "),
+    "list for a bias": (
+        f"predict {{}}/good.jpg --bias {{}}/listed/results.json {FAST}",
+        'results.json is no file of .*: expected a JSON object with "format": "lostreg bias 1"',
+    ),
+    "bias file of a later format": (
+        f"predict {{}}/good.jpg --bias {{}}/later.json {FAST}",
+        'later.json is no file of .*: expected a JSON object with "format": "lostreg bias 1"',
+    ),
+    "bias file with NaN": (f"predict {{}}/good.jpg --bias {{}}/nan.json {FAST}", r"nan\.json is no .*: bias is nan"),
+    "bias file with more": (f"predict {{}}/good.jpg --bias {{}}/more.json {FAST}", r"more\.json is no file .*'x'"),
+    "bias file with less": (f"predict {{}}/good.jpg --bias {{}}/less.json {FAST}", r"less\.json is no file .*'bias'"),
+    "bias of another feature": (
+        f"predict {{}}/good.jpg --bias {{}}/values.json {FAST}",
+        "calibrated for v of layer 1 of imgfocus_vits14, not for k of layer 1 of imgfocus_vits14",
+    ),
+    "bias for another feature": (
+        f"predict {{}}/good.jpg --feature q --bias {{}}/fitting.json {FAST}",
+        "calibrated for k of layer 1 of imgfocus_vits14, not for q of layer 1 of imgfocus_vits14",
+    ),
+    "bias of another layer": (
+        f"eval voc --root {{}}/voc --out {{}}/out --bias {{}}/first.json {FAST}",
+        "calibrated for k of layer 0 of imgfocus_vits14, not for k of layer 1 of imgfocus_vits14",
+    ),
+    "bias of another backbone": (
+        f"predict {{}}/good.jpg --bias {{}}/dino.json {FAST}",
+        "calibrated for k of layer 1 of dino_vits16, not for k of layer 1 of imgfocus_vits14",
+    ),
+    "bias of other weights": (
+        f"predict {{}}/good.jpg --bias {{}}/trained.json {FAST}",
+        r"calibrated on the weights file a\.pth sha256:0, not on random",
+    ),
+    "bias file unnormalised": (
+        f"predict {{}}/good.jpg --bias {{}}/fitting.json --no-normalize {FAST}",
+        "normalised features",
+    ),
+    # calibrate
+    "calibrate nothing": (f"calibrate {FAST}", "arguments are required: IMAGE"),
+    "calibrate an empty folder": (f"calibrate {{}}/folder {FAST}", r"no images in .*folder: expected files ending in"),
+    "calibrate no match": (f"calibrate {{}}/*.gif {FAST}", r"no file matches '.*\*\.gif'"),
+    "calibrate into an image": (
+        f"calibrate {{}}/dot.png --out {{}}/good.jpg {FAST}",
+        r"--out .*good\.jpg: expected a file for a bias, not an image or a folder",
+    ),
+    "calibrate into a new image": (
+        f"calibrate {{}}/good.jpg --out {{}}/new.PNG {FAST}",
+        r"--out .*new\.PNG: expected a file for a bias, not an image or a folder",
+    ),
+    "calibrate into a folder": (
+        f"calibrate {{}}/good.jpg --out {{}}/folder {FAST}",
+        "--out .*folder: expected a file for a bias, not an image or a folder",
+    ),
+    "calibrate below a file": (
+        f"calibrate {{}}/good.jpg --out {{}}/file/a.json {FAST}",
+        r"cannot write .*/file/a\.json",
+    ),
+    "calibrate no sample": (f"calibrate {{}}/good.jpg --sample 0 {FAST}", "expected an integer of at least 1, not '0'"),
+    "calibrate half a seed": (f"calibrate {{}}/good.jpg --seed 0.5 {FAST}", "--seed: invalid int value: '0.5'"),
+    "calibrate below a seed": (f"calibrate {{}}/good.jpg --out {{}}/a.json --seed=-1 {FAST}", "(?i)seed"),
+    "calibrate a bias": (f"calibrate {{}}/good.jpg --bias auto {FAST}", "unrecognized arguments: --bias auto"),
+    "calibrate no layer": (f"calibrate {{}}/good.jpg --layer 99 {FAST}", r"layer must be in \[-2, 1\] .*, not 99"),
+    "calibrate no feature": (f"calibrate {{}}/good.jpg --feature z {FAST}", "invalid choice: 'z'.*q.*k.*v.*out"),
+    # sweep
+    "sweep without out": (f"sweep voc --root {{}}/voc {FAST}", "arguments are required: --out"),
+    "sweep into a file": (
+        f"sweep voc --root {{}}/voc --out {{}}/file {FAST}",
+        "/file, expected a folder: it is a file",
+    ),
+    "sweep into other results": (
+        f"sweep voc --root {{}}/voc --out {{}}/swept {FAST}",
+        r"no readable sweep\.json: not a run to go on with; use --overwrite or another --out",
+    ),
+    "sweep no layer": (
+        f"sweep voc --root {{}}/voc --out {{}}/out --layers 0 99 {FAST}",
+        r"layer must be in \[-2, 1\] .*, not 99",
+    ),
+    "sweep layers of letters": (f"sweep voc --root {{}}/voc --out {{}}/out --layers last {FAST}", "int value: 'last'"),
+    "sweep no feature": (
+        f"sweep voc --root {{}}/voc --out {{}}/out --features k z {FAST}",
+        "invalid choice: 'z'.*q.*k",
+    ),
+    "sweep one feature": (f"sweep voc --root {{}}/voc --out {{}}/out --feature k {FAST}", "unrecognized .*--feature k"),
+    **{
+        f"sweep biases {biases!r}": (
+            f"sweep voc --root {{}}/voc --out {{}}/out --biases {shlex.quote(biases)} {FAST}",
+            f"expected LOW:HIGH:COUNT .*, or numbers with commas, not '{re.escape(biases)}'",
+        )
+        for biases in (
+            "",
+            "abc",
+            "auto",
+            "-0.5,,0",
+            "-0.5,nan",
+            "-inf",
+            "0:1",
+            "0:1:1",
+            "1:0:5",
+            "0:0:5",
+            "0:1:5.5",
+            "0:1:-5",
+            "0:1:1001",
+            "nan:1:5",
+            "0:1:5:7",
+            "0;1",
+        )
+    },
+    "sweep an unknown benchmark": (f"sweep voc77 --root {{}}/voc --out {{}}/out {FAST}", "unknown benchmark 'voc77'"),
+    "sweep missing images": (f"sweep voc --root {{}}/gap --out {{}}/out {FAST}", r"1 of 4 images are missing: .*im02"),
+    "sweep coco without images": (f"sweep coco --root {{}} --out {{}}/out {FAST}", "sweep coco needs --images"),
     # weights
     "no weights file": (f"predict {{}}/good.jpg --weights {{}}/none.pth {FAST}", r"no weights file at .*none\.pth"),
     "weights of text": (f"predict {{}}/good.jpg --weights {{}}/text.pth {FAST}", r"text\.pth .*no checkpoint"),
@@ -283,7 +445,7 @@ BAD = {
     "integer ids": ("score {}/ids.jsonl voc --root {}/voc", "such as 17: expected ids like 'im00'"),
     # commands
     "no command": ("", "arguments are required: COMMAND"),
-    "unknown command": ("train", "invalid choice: 'train'.*predict.*eval.*score"),
+    "unknown command": ("train", "invalid choice: 'train'.*predict.*eval.*score.*calibrate.*sweep"),
     "fetch nothing": ("datasets fetch", "fetch needs a name: voc07, voc12, coco20k"),
     "fetch the unknown": ("datasets fetch voc77", "invalid choice: 'voc77'.*voc07"),
     "list with a name": ("datasets list voc07", "'list' takes no name, found 'voc07'"),
@@ -359,6 +521,82 @@ def test_eval_does_not_go_on_with_other_settings(place: Path, capsys: pytest.Cap
     assert run(f"{command} --k-patches 7 --limit 3 --overwrite", place) == 0
 
 
+def test_calibrate_writes_its_file_though_an_image_is_broken_and_says_so(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = "{}/good.jpg {}/text.jpg {}/good.png {}/none.jpg"
+    assert run(f"calibrate {files} --out {{}}/bias.json {FAST}", place) == 2
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0] == "imgfocus_vits14, k of layer 1, 2 of 4 images"
+    assert captured.out.splitlines()[-1].startswith("written to ")
+    errors = [line.rpartition("\r")[2] for line in captured.err.split("\n") if "error: " in line]
+    assert [line.partition(" (")[0] for line in errors] == [
+        f"lostreg: error: {place}/text.jpg: not a readable image",
+        f"lostreg: error: {place}/none.jpg: no such file",
+    ]
+    assert "Traceback" not in captured.err
+    content = json.loads((place / "bias.json").read_text())
+    assert (content["images"], content["unreadable"]) == (2, 2)
+    assert run(f"predict {{}}/good.jpg --bias {{}}/bias.json {FAST}", place) == 0
+
+
+def test_calibrate_without_one_readable_image_writes_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"calibrate {{}}/text.jpg {{}}/none.jpg --out {{}}/bias.json {FAST}", place) == 2
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("lostreg calibrate: error: no image could be read, out of 2; the first: ")
+    assert f"{place}/text.jpg: not a readable image" in last
+    assert captured.out == ""
+    assert not (place / "bias.json").exists()
+
+
+def test_calibrate_keeps_an_earlier_file_when_it_fails(place: Path) -> None:
+    before = (place / "fitting.json").read_bytes()
+    assert run(f"calibrate {{}}/text.jpg --out {{}}/fitting.json {FAST}", place) == 2
+    assert run(f"calibrate {{}}/good.jpg --layer 99 --out {{}}/fitting.json {FAST}", place) == 2
+    assert (place / "fitting.json").read_bytes() == before
+    assert run(f"calibrate {{}}/good.jpg --out {{}}/fitting.json {FAST}", place) == 0
+    assert (place / "fitting.json").read_bytes() != before
+
+
+def test_a_file_of_a_bias_may_have_any_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    (place / "fitting.json").rename(place / "auto")
+    assert run(f"predict good.jpg --bias auto {FAST}", place) == 0  # which needs no file
+    assert run(f"predict good.jpg --bias ./auto {FAST}", place) == 0
+    (place / "values.json").rename(place / "ünï code")
+    assert run(f"predict good.jpg --feature v --bias 'ünï code' {FAST}", place) == 0
+
+
+def test_a_sweep_counts_an_unreadable_image_as_a_miss(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(f"sweep voc --root {{}}/broken --out {{}}/out --features k --biases 0 {FAST}", place) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("auto - best fixed: mean ")
+    results = json.loads((place / "out/sweep.json").read_text())
+    assert (results["images"], results["unreadable"]) == (4, 1)
+
+
+def test_a_sweep_does_not_go_on_with_other_settings(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = f"sweep voc --root {{}}/voc --out {{}}/out --features k --biases 0 {FAST}"
+    assert run(command, place) == 0
+    capsys.readouterr()
+    assert run(f"{command} --k-patches 7 --limit 3", place) == 2
+    (line,) = told(capsys)
+    for change in ("images was 4 and is now 3", "limit was null and is now 3", "k_patches was 100 and is now 7"):
+        assert change in line
+    assert "use --overwrite or another --out" in line
+    assert run(f"{command} --k-patches 7 --limit 3 --overwrite", place) == 0
+
+
+def test_a_sweep_that_fails_before_its_first_image_draws_no_bar(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As eval: the one line on standard error is the error."""
+    for out in ("file", "swept"):
+        assert run(f"sweep voc --root {{}}/voc --out {{}}/{out} {FAST}", place) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1, error
+
+
 def test_two_evals_do_not_write_to_one_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = f"eval voc --root {{}}/voc --out {{}}/out {FAST}"
     assert run(command, place) == 0
@@ -366,7 +604,7 @@ def test_two_evals_do_not_write_to_one_folder(place: Path, capsys: pytest.Captur
     with filelock.FileLock(place / "out/.lock"):
         assert run(command, place) == 2
         (line,) = told(capsys)
-        assert "out is in use: another lostreg eval is writing there" in line
+        assert "out is in use: another run is writing there" in line
     assert run(command, place) == 0
 
 

@@ -16,10 +16,11 @@ import lostreg
 from lostreg.backbone_table import BACKBONES
 from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.cli.main import main
+from lostreg.cli.sweep import bias_list
 from lostreg.datasets import BENCHMARKS
 from lostreg.engine import Engine
 
-COMMANDS = ("predict", "eval", "score", "backbones", "datasets")
+COMMANDS = ("predict", "eval", "score", "calibrate", "sweep", "backbones", "datasets")
 FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]
 _small: dict[str, Backbone] = {}
 
@@ -88,8 +89,41 @@ def test_predict_prints_a_table(images: Path, capsys: pytest.CaptureFixture[str]
     x1, y1, x2, y2 = map(int, first[1:5])
     assert 0 <= x1 < x2 <= 78
     assert 0 <= y1 < y2 <= 70
-    assert first[5] == "1.00"
     assert captured.err == ""
+    assert predict(images / "im01.jpg", images / "im00.jpg", "--json", "-") == 0
+    scores = [line["scores"][0] for line in json_lines(capsys.readouterr().out)]
+    assert [float(first[5]), float(second[5])] == pytest.approx(scores, abs=0.006)  # two decimals, and three
+    assert 0 < min(scores) < max(scores) < 1
+
+
+def test_boxes_below_a_score_are_marked_in_the_table_and_kept_in_the_file(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(images, "--json", tmp_path / "all.jsonl") == 0
+    scores = [line["scores"][0] for line in json_lines((tmp_path / "all.jsonl").read_text())]
+    assert min(scores) < 0.25 < max(scores)
+    table_of_default = capsys.readouterr().out
+    middle = sorted(scores)[2]  # of a box itself: it is not below
+    for options, limit in (
+        ([], 0.25),
+        (["--min-score", "0.25"], 0.25),
+        (["--min-score", str(middle - 0.001)], middle - 0.001),
+        (["--min-score", "1"], 1.0),
+        (["--min-score", "0"], 0.0),
+    ):
+        assert predict(images, "--json", tmp_path / "found.jsonl", *options) == 0
+        found = capsys.readouterr().out
+        rows = found.splitlines()[1:]
+        assert [row.endswith("  no clear object") for row in rows] == [score < limit for score in scores]
+        assert found.replace("  no clear object", "") == table_of_default.replace("  no clear object", "")
+        assert (tmp_path / "found.jsonl").read_bytes() == (tmp_path / "all.jsonl").read_bytes()
+    assert predict(images, "--json", "-", "--min-score", "1") == 0
+    assert "no clear object" not in capsys.readouterr().out
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")  # of one patch, whose score is 0: not below 0
+    assert predict(tmp_path / "dot.png", "--min-score", "0") == 0
+    assert capsys.readouterr().out.endswith("  0.00\n")
+    assert predict(tmp_path / "dot.png") == 0
+    assert capsys.readouterr().out.endswith("  0.00  no clear object\n")
 
 
 def test_predict_to_standard_output_is_json_lines_and_nothing_else(
@@ -136,39 +170,6 @@ def test_a_picture_of_one_pixel_can_be_drawn(tmp_path: Path) -> None:
     assert cv2.imread(str(tmp_path / "plot.png")).shape[0] > 600
 
 
-def test_folders_are_searched_to_the_bottom_and_sorted(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    deep = tmp_path / "top" / "deep"
-    deep.mkdir(parents=True)
-    (tmp_path / "top" / "folder.jpg").mkdir()  # named like an image
-    (deep / "notes.txt").write_text("no image")
-    for target in (tmp_path / "top" / "z.JPG", deep / "a.jpeg"):
-        target.write_bytes((images / "im00.jpg").read_bytes())
-    assert predict(tmp_path / "top") == 0
-    assert [Path(row[0]).name for row in table(capsys.readouterr().out)[1:]] == ["a.jpeg", "z.JPG"]
-
-
-def test_globs_are_expanded_and_sorted(
-    images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert predict(images / "im0[2-4].jpg", images / "im00.jpg") == 0
-    names = [Path(row[0]).name for row in table(capsys.readouterr().out)[1:]]
-    assert names == ["im02.jpg", "im03.jpg", "im04.jpg", "im00.jpg"]
-    monkeypatch.chdir(images.parent)
-    assert predict("**/*1.jpg") == 0
-    assert table(capsys.readouterr().out)[1][0] == "JPEGImages/im01.jpg"
-
-
-def test_a_file_whose_name_looks_like_a_glob_is_itself(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    odd = tmp_path / "a[1].jpg"
-    odd.write_bytes((images / "im00.jpg").read_bytes())
-    assert predict(odd) == 0
-    assert table(capsys.readouterr().out)[1][0] == odd.as_posix()
-
-
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are Unicode there")
 def test_a_file_name_that_is_no_utf8_is_printed_and_written(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -207,6 +208,7 @@ def test_method_options_reach_the_results(root: Path, tmp_path: Path) -> None:
         "feature": "v",
         "layer": 0,
         "bias": -0.5,
+        "auto_trials": None,
         "normalize": False,
         "k_patches": 9,
         "device": "cpu",
@@ -231,6 +233,196 @@ def test_eval_ends_with_the_score_and_score_agrees(
     captured = capsys.readouterr()
     assert captured.out.splitlines()[-1] == last
     assert captured.err == ""
+
+
+def test_eval_tells_how_well_scores_tell_hits_from_misses(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", "voc", "--root", str(root), *FAST]
+    assert main([*command, "--out", str(tmp_path / "all")]) == 0
+    auc = json.loads((tmp_path / "all" / "results.json").read_text())["score_auc"]
+    assert auc is not None
+    told = f"a hit has the higher score than a miss in {100 * auc:.0f} % of pairs (AUC)"
+    assert told in capsys.readouterr().out.splitlines()
+    assert main([*command, "--out", str(tmp_path / "one"), "--limit", "1"]) == 0
+    assert "AUC" not in capsys.readouterr().out  # of one image there are no pairs
+    assert json.loads((tmp_path / "one" / "results.json").read_text())["score_auc"] is None
+
+
+def calibrate(*arguments: object) -> int:
+    return main(["calibrate", *map(str, arguments), *FAST])
+
+
+def test_calibrate_writes_a_bias_that_predict_and_eval_take(
+    images: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "deep" / "found.json"
+    assert calibrate(images, "--out", path) == 0
+    captured = capsys.readouterr()
+    content = json.loads(path.read_text())
+    low, high = content["interval"]
+    assert captured.out.splitlines() == [
+        "imgfocus_vits14, k of layer 1, 5 of 5 images",
+        f"bias          {content['bias']:.4f}  (90 % of resamples of the images: {low:.4f} to {high:.4f})",
+        f"connectivity  {100 * content['connectivity']:.1f} % of pairs of patches",
+        f"agreement     {100 * content['agreement']:.1f} % of images have the box of --bias auto",
+        f"written to {path}: use it as --bias {path}",
+    ]
+    assert captured.err.splitlines()[-1].startswith("lostreg: 5 images say little about a bias")
+    assert (content["images"], content["unreadable"], content["seed"]) == (5, 0, 0)
+    assert predict(images, "--bias", path) == 0
+    by_file = capsys.readouterr()
+    assert by_file.err == ""
+    assert predict(images, f"--bias={content['bias']}") == 0
+    assert capsys.readouterr().out == by_file.out
+    assert predict(images, "--bias", "auto") == 0
+    assert capsys.readouterr().out != by_file.out
+    assert main(["eval", "voc", "--root", str(root), "--out", str(tmp_path / "out"), "--bias", str(path), *FAST]) == 0
+    options = json.loads((tmp_path / "out" / "results.json").read_text())["options"]
+    assert (options["bias"], options["normalize"], options["auto_trials"]) == (content["bias"], True, None)
+
+
+def test_calibrate_writes_beside_the_caller_unless_told_where(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert calibrate(images / "im0[01].jpg", images / "im04.jpg") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "written to bias.json: use it as --bias bias.json"
+    assert json.loads((tmp_path / "bias.json").read_text())["images"] == 3
+
+
+def test_calibrate_takes_the_options_of_the_method(images: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bias.json"
+    method = "--feature v --layer 0 --k-patches 9 --batch-size 2 --max-side 60 --sample 3 --seed 4"
+    assert calibrate(images, "--out", path, *method.split()) == 0
+    content = json.loads(path.read_text())
+    assert (content["feature"], content["layer"], content["k_patches"]) == ("v", 0, 9)
+    assert (content["images"], content["seed"], content["backbone"]) == (3, 4, "imgfocus_vits14")
+    assert predict(images, "--bias", path, "--feature", "v", "--layer", "-2", "--normalize") == 0
+
+
+def test_a_sample_of_images_is_drawn_with_its_seed(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = []
+    for seed in (0, 0, 1):
+        assert calibrate(images, "--sample", 2, "--seed", seed, "--out", tmp_path / "bias.json") == 0
+        assert "2 of 5 images" in capsys.readouterr().out
+        written.append(json.loads((tmp_path / "bias.json").read_text()))
+    assert written[0] == written[1]
+    assert written[0]["mean"] != written[2]["mean"]
+    assert calibrate(images, "--sample", 100, "--out", tmp_path / "bias.json") == 0
+    assert "5 of 5 images" in capsys.readouterr().out
+
+
+def test_one_image_is_enough_to_calibrate_though_it_says_little(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert calibrate(images / "im00.jpg", "--out", tmp_path / "bias.json") == 0
+    captured = capsys.readouterr()
+    assert "1 of 1 images" in captured.out
+    assert "agreement     100.0 %" in captured.out
+    assert "lostreg: 1 images say little about a bias: calibrate on more, or use --bias auto" in captured.err
+
+
+def test_many_images_are_no_reason_for_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(30):
+        Image.new("RGB", (28, 28), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    assert calibrate(tmp_path, "--out", tmp_path / "bias.json") == 0
+    assert "lostreg:" not in capsys.readouterr().err
+
+
+def sweep(root: Path, out: Path, *arguments: object) -> int:
+    return main(["sweep", "voc", "--root", str(root), "--out", str(out), *map(str, arguments), *FAST])
+
+
+def test_sweep_ends_with_a_table_and_how_far_auto_is_from_the_best(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert sweep(root, out, "--layers", "-1", "0", "1", "--features", "k", "q", "--biases", "-0.5,0.25,-0.1") == 0
+    heading, *rows, written, last = capsys.readouterr().out.splitlines()
+    results = json.loads((out / "sweep.json").read_text())
+    assert heading.split()[:3] == ["feature", "layer", "auto"]
+    assert [row.split()[:2] for row in rows] == [["k", "1"], ["q", "1"], ["k", "0"], ["q", "0"]]
+    for row, entry in zip(rows, results["rows"], strict=True):
+        low, high = entry["auto_wilson_95"]
+        feature, layer, *numbers = row.replace(" - ", " ").split()
+        assert (feature, int(layer)) == (entry["feature"], entry["layer"])
+        auc = entry["auto_score_auc"]
+        assert numbers == [
+            f"{entry['auto_corloc']:.2f}",
+            f"{low:.2f}",
+            f"{high:.2f}",
+            f"{entry['auto_median_bias']:.3f}",
+            *([] if auc is None else [f"{auc:.2f}"]),
+            f"{entry['best_corloc']:.2f}",
+            f"{entry['best_bias']:.3f}",
+            f"{entry['auto_corloc'] - entry['best_corloc']:+.2f}",
+        ]
+    assert written == f"written to {out}: sweep.jsonl, sweep.json, sweep.png"
+    ends = results["auto_minus_best_fixed"]
+    assert last == f"auto - best fixed: mean {ends['mean']:+.2f}, worst {ends['worst']:+.2f} (4 features)"
+    assert results["options"]["biases"] == [-0.5, 0.25, -0.1]
+    with Image.open(out / "sweep.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+
+
+def test_sweep_takes_all_features_of_the_last_layer_unless_told_otherwise(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert sweep(root, out, "--limit", 2) == 0
+    results = json.loads((out / "sweep.json").read_text())
+    assert results["options"]["features"] == ["q 1", "k 1", "v 1", "out 1"]
+    biases = results["options"]["biases"]
+    assert (len(biases), biases[0], biases[1], biases[-1]) == (25, -0.95, -0.9, 0.25)
+    assert results["options"]["exif"] is False  # boxes refer to pixels as they are stored
+    assert results["options"]["max_side"] is None
+    assert (results["images"], results["benchmark"]["limit"], results["benchmark"]["no_hard"]) == (2, 2, False)
+
+
+def test_sweep_and_eval_agree_on_auto(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["eval", "voc", "--root", str(root), "--out", str(tmp_path / "eval"), "--bias", "auto", *FAST]
+    assert main(command) == 0
+    found = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert sweep(root, tmp_path / "sweep", "--features", "k", "--biases", "0") == 0
+    (row,) = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]
+    assert (row["auto_corloc"], row["auto_score_auc"]) == (found["corloc"], found["score_auc"])
+
+
+def test_a_sweep_goes_on_where_it_was_and_starts_anew_when_told(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, options = tmp_path / "out", ["--features", "k", "--biases", "-0.5,0"]
+    assert sweep(root, out, *options) == 0
+    first = capsys.readouterr().out
+    lines = (out / "sweep.jsonl").read_bytes()
+    (out / "sweep.jsonl").write_bytes(lines[: len(lines) // 2])
+    (out / "sweep.png").unlink()
+    assert sweep(root, out, *options) == 0
+    assert capsys.readouterr().out == first
+    assert (out / "sweep.jsonl").read_bytes() == lines
+    assert (out / "sweep.png").exists()
+    assert sweep(root, out, "--features", "v", "--biases", "-0.5,0", "--overwrite") == 0
+    assert json.loads((out / "sweep.json").read_text())["options"]["features"] == ["v 1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("-0.5", (-0.5,)),
+        ("-1e-3", (-0.001,)),
+        ("0.25, -.5,1", (0.25, -0.5, 1.0)),
+        ("-0.3:0:4", (-0.3, -0.2, -0.1, 0.0)),
+        ("-1:1:2", (-1.0, 1.0)),
+    ],
+)
+def test_biases_are_a_range_or_a_list(text: str, expected: tuple[float, ...], root: Path, tmp_path: Path) -> None:
+    assert bias_list(text) == expected
+    for number, words in enumerate((["--biases", text], [f"--biases={text}"])):
+        assert sweep(root, tmp_path / str(number), "--features", "k", "--limit", 1, *words) == 0
+        options = json.loads((tmp_path / str(number) / "sweep.json").read_text())["options"]
+        assert tuple(options["biases"]) == expected
 
 
 def test_eval_of_the_sample_that_comes_with_the_source(
@@ -338,6 +530,7 @@ def test_help_and_tables_import_no_model_library() -> None:
     program = f"""
 import sys
 from lostreg.cli.main import main
+from lostreg.cli.sweep import bias_list
 for command in {commands!r}:
     try:
         main(command)
@@ -419,15 +612,6 @@ def test_images_of_a_benchmark_can_be_bounded(root: Path, tmp_path: Path) -> Non
     boxes = [json_lines((tmp_path / side / "predictions.jsonl").read_text()) for side in ("none", "60")]
     assert [line["width"] for line in boxes[0]] == [line["width"] for line in boxes[1]] == [98, 78]
     assert json.loads((tmp_path / "60" / "results.json").read_text())["options"]["max_side"] == 60
-
-
-def test_linked_folders_are_searched_and_circles_end(images: Path, tmp_path: Path, capsys) -> None:
-    place = tmp_path / "linked"
-    place.mkdir()
-    (place / "more").symlink_to(images, target_is_directory=True)
-    (place / "circle").symlink_to(place, target_is_directory=True)
-    assert predict(place) == 0
-    assert len(table(capsys.readouterr().out)) == 6
 
 
 def test_predictions_go_into_a_pipe(images: Path) -> None:

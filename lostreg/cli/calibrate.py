@@ -1,0 +1,88 @@
+"""``lostreg calibrate``: one bias for a collection of unlabelled images."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lostreg import defaults
+from lostreg.cli.files import find_images
+from lostreg.cli.parser import (
+    Subparsers,
+    add_backbone_options,
+    add_max_side,
+    make_discoverer,
+    positive_int,
+    tell,
+)
+from lostreg.cli.progress import ProgressBar
+from lostreg.errors import OptionError
+
+if TYPE_CHECKING:
+    from lostreg.calibration import Calibration
+    from lostreg.errors import ImageError
+    from lostreg.images import ImageSource
+
+_FILE = Path("bias.json")
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="choose one bias for a collection of unlabelled images",
+        description="Choose one Gram bias for a backbone and a collection of images, without labels: the one that "
+        "gives the box of `--bias auto` in as many images as any. The file that is written can be given as "
+        "`--bias FILE` to predict and eval.",
+    )
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="files, folders (with all their subfolders) or globs; before the options",
+    )
+    parser.add_argument("--out", type=Path, default=_FILE, metavar="FILE", help=f"where to write (default: {_FILE})")
+    parser.add_argument(
+        "--sample",
+        type=positive_int,
+        default=defaults.CALIBRATION_IMAGES,
+        metavar="N",
+        help=f"look at N of the images at most, drawn at random (default: {defaults.CALIBRATION_IMAGES})",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, at least 0 (default: 0)")
+    add_max_side(parser, defaults.MAX_SIDE)
+    add_backbone_options(parser, feature=True)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate; the exit code is 2 if any image could not be read, though the others count."""
+    from lostreg.calibration import calibrate
+    from lostreg.images import SUFFIXES
+
+    if args.out.suffix.lower() in SUFFIXES or args.out.is_dir():
+        raise OptionError(f"--out {args.out}: expected a file for a bias, not an image or a folder")
+    paths = find_images(args.images)
+    discoverer = make_discoverer(args, args.backbone)
+    with ProgressBar(args.backbone, min(args.sample, len(paths))) as bar:
+
+        def advance(source: "ImageSource", error: "ImageError | None") -> None:
+            del source
+            bar.advance()
+            if error:
+                bar.tell(f"error: {error}")
+
+        found = calibrate(paths, discoverer, sample=args.sample, seed=args.seed, on_outcome=advance)
+    found.save(args.out)
+    _show(found, len(paths))
+    print(f"written to {args.out}: use it as --bias {args.out}")
+    return 2 if found.unreadable else 0
+
+
+def _show(found: "Calibration", offered: int) -> None:
+    low, high = found.interval
+    print(f"{found.backbone}, {found.feature} of layer {found.layer}, {found.images} of {offered} images")
+    print(f"bias          {found.bias:.4f}  (90 % of resamples of the images: {low:.4f} to {high:.4f})")
+    print(f"connectivity  {100 * found.connectivity:.1f} % of pairs of patches")
+    print(f"agreement     {100 * found.agreement:.1f} % of images have the box of --bias auto")
+    if found.images < 30:
+        tell(f"{found.images} images say little about a bias: calibrate on more, or use --bias auto")

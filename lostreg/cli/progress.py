@@ -1,0 +1,48 @@
+"""A progress bar for long passes over images."""
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from lostreg.cli.parser import tell
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+class ProgressBar:
+    """A bar on standard error from the first image on: an error before that is one line, without an empty bar.
+
+    Args:
+        description: in front of the bar.
+        total: images in all.
+    """
+
+    def __init__(self, description: str, total: int) -> None:
+        self._description = description
+        self._total = total
+        self._bar: tqdm[None] | None = None
+
+    def __enter__(self) -> "ProgressBar":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self, done: int | None = None) -> None:
+        """One more image is done, or so many in all: what an earlier run did does not count as fast."""
+        from tqdm import tqdm
+
+        if self._bar is None:
+            known = 0 if done is None else done - 1
+            self._bar = tqdm(total=self._total, initial=known, desc=self._description, unit="img", file=sys.stderr)
+        self._bar.update()
+
+    def tell(self, message: str) -> None:
+        """A line for the person at the terminal, on a line of its own."""
+        if self._bar is not None:
+            self._bar.clear()
+        tell(message)

@@ -1,0 +1,152 @@
+"""The folder of a run: held by one process, tied to its settings, written so that a kill leaves it readable."""
+
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import filelock
+import torch
+
+from lostreg.datasets import Benchmark
+from lostreg.errors import PredictionsError
+
+_PACKAGES: Final = ("lostreg", "torch", "timm", "numpy", "scipy", "opencv-python-headless", "pillow")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that a reader, or a kill, meets the old content or the new and nothing between."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the folder: the lock goes with the process, however it ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(out / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise PredictionsError(f"{out} is in use: another run is writing there") from error
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise PredictionsError(f"cannot write to {out}, expected a folder: {reason}") from error
+    try:
+        if not os.access(out, os.W_OK):
+            raise PredictionsError(f"cannot write to {out}: permission denied")
+        yield
+    finally:
+        lock.release()
+
+
+def benchmark_settings(benchmark: Benchmark, options: dict[str, Any], extra: dict[str, Any] | None) -> dict[str, Any]:
+    """What makes two runs the same: the data and every option.
+
+    Args:
+        benchmark: what is scored.
+        options: of the method.
+        extra: further settings of the benchmark to record and compare, such as a limit.
+    """
+    return {
+        "benchmark": {
+            "name": benchmark.name,
+            "split": benchmark.split,
+            "images": len(benchmark),
+            "fingerprint": benchmark.fingerprint(),
+            **(extra or {}),
+        },
+        "options": options,
+    }
+
+
+def as_line(fields: dict[str, Any]) -> str:
+    """A JSON object without line breaks.
+
+    A file name that is not UTF-8 has lone surrogates: as JSON escapes they can be written and come back.
+    """
+    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def whole_lines(path: Path) -> bytes:
+    """The whole lines of a file whose writer may have been killed; what it left of a line is cut off the file."""
+    if not path.exists():
+        return b""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return whole
+
+
+def is_complete(results: Path) -> bool:
+    """Whether a run ended here already: its speed and versions are then what was measured, and stay."""
+    return bool(read_results(results).get("complete"))
+
+
+def read_results(results: Path) -> dict[str, Any]:
+    """The settings and figures of an earlier run.
+
+    Raises:
+        PredictionsError: if the file is missing or is no JSON object.
+    """
+    try:
+        found = json.loads(results.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}")
+    except (OSError, ValueError, TypeError) as error:
+        raise PredictionsError(
+            f"{results.parent} holds predictions but no readable {results.name}: not a run to go on with; "
+            "use --overwrite or another --out"
+        ) from error
+    return found
+
+
+def check_same_run(results: Path, settings: dict[str, Any]) -> None:
+    """Raise `PredictionsError`, which names the differences, unless an earlier run had the same settings."""
+    earlier = read_results(results)
+    changes = [
+        f"{key} was {_show(before)} and is now {_show(now)}"
+        for section, values in settings.items()
+        for key, before, now in _differences(earlier.get(section), values)
+    ]
+    if changes:
+        raise PredictionsError(
+            f"{results.parent} holds a run with other settings: {'; '.join(changes)}; use --overwrite or another --out"
+        )
+
+
+def _differences(earlier: Any, now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    before = earlier if isinstance(earlier, dict) else {}
+    for key in [*now, *(key for key in before if key not in now)]:
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of lostreg and of what its figures depend on, where they are installed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # OpenCV goes by several names
+            continue
+    return found
+
+
+def describe_device(device: torch.device) -> str:
+    """A line on the machine: the GPU's name, or the processor's and how many threads PyTorch uses."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
