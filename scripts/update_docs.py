@@ -1,4 +1,4 @@
-"""Write the generated parts of the documentation: the tables of README.md and eval/README.md, and docs/cli.md.
+"""Write the generated parts of the documentation: figures in README.md, eval/README.md and docs/bias.md; docs/cli.md.
 
 python scripts/update_docs.py           writes them
 python scripts/update_docs.py --check   exits with 1 if they are out of date
@@ -104,6 +104,83 @@ def benchmark_details(results: Path) -> str:
     return "\n".join(parts)
 
 
+def bias_parts(results: Path) -> dict[str, str]:
+    """The measured parts of docs/bias.md, by marker, as Markdown."""
+    found = json.loads((results / "bias-rules-imgfocus_vits14.json").read_text(encoding="utf-8"))
+    judged = {name: halves["reporting"] for name, halves in found["rules"].items()}
+    (automatic, *_) = judged.values()
+    features = [
+        (*reversed(name.split()), f"{best:.1f}", f"{bias:.2f}", f"{corloc:.1f}", f"{corloc - best:+.1f}", f"{area:.2f}")
+        for name, best, bias, corloc, area in zip(
+            found["features"],
+            automatic["best_fixed"],
+            automatic["best_bias"],
+            automatic["corloc"],
+            automatic["auc"],
+            strict=True,
+        )
+    ]
+    rules = [
+        (name, *(f"{halves[half][end]:+.1f}" for half in ("reporting", "tuning") for end in ("mean", "worst")))
+        for name, halves in found["rules"].items()
+    ]
+    targets = [
+        ("corloc of auto - best fixed, mean over the features", "at least 0", f"{automatic['mean']:+.2f}"),
+        ("the same, worst feature", "at least -3", f"{automatic['worst']:+.2f}"),
+        ("images with an unconnected seed, over all features", "0", str(automatic["unconnected"])),
+        (
+            "AUC of the score, mean over the features (lowest; highest)",
+            "at least 0.65",
+            f"{automatic['auc_mean']:.3f} ({min(automatic['auc']):.2f}; {max(automatic['auc']):.2f})",
+        ),
+    ]
+    clear = automatic["clear"]
+    return {
+        "bias target": _table(("", "aim", f"measured, {found['images']['reporting']} images"), targets),
+        "bias features": _table(
+            ("layer", "feature", "best fixed", "its bias", "auto", "auto - best fixed", "AUC"), features
+        ),
+        "bias rules": _table(("rule", "mean", "worst", "mean, other half", "worst, other half"), rules),
+        "clear": f"{clear['share']:.0f} % of boxes are marked so; {clear['hits_below']:.0f} % of them are hits, and "
+        f"{clear['hits_above']:.0f} % of the others.\n",
+        "bias sweeps": _table(
+            ("images", "auto - best fixed, mean", "worst", "AUC, mean", "lowest", "unconnected seeds"),
+            [sweep_row(results / f"sweep-coco-sample{part}-imgfocus_vits14.json") for part in ("", "-320")],
+        ),
+        "bias cost": bias_costs(results),
+    }
+
+
+def sweep_row(path: Path) -> tuple[str, ...]:
+    """What a sweep came to, as cells."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    ends, side = found["auto_minus_best_fixed"], found["options"]["max_side"]
+    areas = [row["auto_score_auc"] for row in found["rows"]]
+    return (
+        f"[{found['images']}, {f'at most {side} pixels' if side else 'full size'}](../eval/results/{path.name})",
+        f"{ends['mean']:+.2f}",
+        f"{ends['worst']:+.2f}",
+        f"{sum(areas) / len(areas):.3f}",
+        f"{min(areas):.2f}",
+        str(sum(row["auto_unconnected"] for row in found["rows"])),
+    )
+
+
+def bias_costs(results: Path) -> str:
+    """What biases cost, a sentence a precision and device, as Markdown."""
+    parts = []
+    for path in sorted(results.glob("bias-cost-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts += [
+            f"- {found['cpu']}, {found['threads']} threads, `dinov2_vits14_reg` in {run['precision']}, one image of "
+            f"{run['patches']} patches: `auto` instead of one bias adds {100 * run['auto_share_of_run']:.1f} % to the "
+            f"run (forward and LOST); `auto` and 25 fixed biases take {run['swept_over_one_bias']:.2f} times as long "
+            "as one bias.\n"
+            for run in found["runs"]
+        ]
+    return "".join(parts)
+
+
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -144,6 +221,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: the current folder)")
     args = parser.parse_args()
     readme, reference = args.root / "README.md", args.root / "docs" / "cli.md"
+    bias = args.root / "docs" / "bias.md"
     figures, results = args.root / "eval" / "README.md", args.root / "eval" / "results"
     wanted = {
         readme: in_markers(
@@ -153,7 +231,10 @@ def main() -> int:
         ),
         figures: in_markers(figures.read_text(encoding="utf-8"), "benchmark", benchmark_details(results)),
         reference: cli_reference(),
+        bias: bias.read_text(encoding="utf-8"),
     }
+    for name, content in bias_parts(results).items():
+        wanted[bias] = in_markers(wanted[bias], name, content)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if args.check:
