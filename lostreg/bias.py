@@ -43,8 +43,8 @@ def trial_biases(similarities: Similarities) -> Tensor:
     """The biases that ``auto`` tries on each image, the strictest first.
 
     With the first, patches are connected that are more similar than patches of the image are on average; with the last,
-    patches that are less than 1.25 standard deviations below that. No image's seed is left unconnected:
-    a patch is more similar to itself than any of these limits.
+    patches that are less than 1.25 standard deviations below that. No seed is left unconnected: a patch is more
+    similar to itself than any of these limits, unless its feature is zero.
 
     Args:
         similarities: of normalised features.

@@ -46,7 +46,8 @@ class Calibration:
         bias: to be added to every cosine similarity.
         interval: where 90 % of resamples of the images put it (bootstrap), lowest and highest.
         connectivity: share of pairs of different patches that it connects, mean over the images.
-        agreement: share of images in which it gives the box of ``auto``, at an intersection over union of 0.5.
+        agreement: about the share of images in which it gives the box of ``auto``, at an intersection over union of
+            0.5: read from a ladder of biases, on the images that it was chosen by, so a little high.
         mean: of the cosine similarities, mean over the images.
         deviation: their standard deviation within an image, mean over the images.
         images: how many it was found on.
@@ -159,7 +160,7 @@ def calibrate(
         if on_outcome:
             on_outcome(source, outcome if isinstance(outcome, ImageError) else None)
     if not found:
-        raise CalibrationError(f"no image could be read, out of {len(sources)}; the first: {errors[0]}")
+        raise CalibrationError(f"none of {len(sources)} images could be read, so nothing was calibrated")
     return Calibration(
         **_choose(found, seed),
         images=len(found),

@@ -100,7 +100,9 @@ class Discoverer:
         self.layer = resolve_layer(backbone, layer)
         if isinstance(bias, Calibration):
             bias.require(spec.name, backbone.weights, self.feature, self.layer)
-            normalize = resolve_normalize("auto", normalize, default=True)  # like auto, it is one of cosines
+            if normalize is False:
+                raise OptionError("a calibrated bias is defined on normalised features: give a number, or normalise")
+            normalize = True
             bias = bias.bias
         self.bias: float | Literal["auto"] = spec.bias if bias is None else bias
         self.normalize = resolve_normalize(self.bias, normalize, default=spec.normalize)

@@ -4,6 +4,7 @@
 is there from the start with the settings, so that a run with other settings is noticed.
 """
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -150,7 +151,7 @@ class _Tally:
         self.check(prediction)
         hit = is_hit(prediction.boxes, self.examples[self.done].boxes)
         self.hits += hit
-        if prediction.scores:
+        if _has_score(prediction):
             self.scores.append(prediction.scores[0])
             self.judged.append(hit)
         self.unreadable += prediction.error is not None
@@ -158,6 +159,12 @@ class _Tally:
         if self.on_progress:
             known = min(self.done, self.known)
             self.on_progress(Progress(self.done, len(self.examples), self.hits, self.unreadable, known))
+
+
+def _has_score(prediction: Prediction) -> bool:
+    """Whether its box has a score that can be compared: a line that a person has edited may hold anything."""
+    scores = prediction.scores
+    return isinstance(scores, list) and bool(scores) and type(scores[0]) in (int, float) and math.isfinite(scores[0])
 
 
 def _predict(

@@ -325,6 +325,8 @@ def _check_input(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches:
         )
     if isinstance(bias, Tensor) and (bias.ndim not in (1, 2) or len(bias) != len(features) or 0 in bias.shape[1:]):
         raise OptionError(f"bias must have shape ({len(features)},) or ({len(features)}, K), not {tuple(bias.shape)}")
+    if isinstance(bias, Tensor) and not bias.isfinite().all():
+        raise OptionError("every bias must be a finite number")
     if k_patches < 1:
         raise OptionError(f"k_patches must be at least 1, not {k_patches}")
 
@@ -338,6 +340,8 @@ def _maps_of_part(features: Tensor, bias: Bias, k_patches: int) -> ObjectMaps:
         biases = biases[:, None] if biases.ndim == 1 else biases
     elif callable(bias):
         biases = bias(similarities)
+        if biases.ndim != 2 or len(biases) != batch or not biases.shape[1]:
+            raise OptionError(f"a bias function must give shape ({batch}, K), not {tuple(biases.shape)}")
     elif bias == "auto":
         biases = trial_biases(similarities)
     else:

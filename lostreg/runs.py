@@ -102,7 +102,7 @@ def read_results(results: Path) -> dict[str, Any]:
             raise TypeError(f"it holds a {type(found).__name__}")
     except (OSError, ValueError, TypeError) as error:
         raise PredictionsError(
-            f"{results.parent} holds predictions but no readable {results.name}: not a run to go on with; "
+            f"{results.parent} holds a run but no readable {results.name}: not a run to go on with; "
             "use --overwrite or another --out"
         ) from error
     return found

@@ -26,8 +26,8 @@ _RESOLUTION: Final = 1e-6  # of float32: variance below this share of the featur
 def object_scores(features: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Score K masks of each image.
 
-    Scores do not change when all features are scaled, when the image is mirrored, or when patches are renumbered. They
-    are 0 for a mask that covers everything or nothing, and for features that are all the same.
+    Scores do not change when all features are scaled or the map is mirrored. They are 0 for a mask that covers
+    everything or nothing, and close to 0 for features that are all the same.
 
     Args:
         features: shape (B, N, D), float32.
@@ -70,7 +70,7 @@ def border_share(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
 def near_one(features: Tensor) -> Tensor:
     """Each image's features times a power of two that brings the largest near 1; (..., N, D), float32.
 
-    Nothing is rounded, and no square is lost, whatever the features' scale.
+    Scaling so rounds nothing, and keeps the squares of all that matters from overflow and underflow.
     """
     if not features.numel():
         return features

@@ -253,7 +253,7 @@ def test_an_unreadable_image_is_told_counted_and_otherwise_left_out(discoverer: 
 
 def test_images_of_which_none_can_be_read_are_no_calibration(discoverer: Discoverer, tmp_path: Path) -> None:
     missing = [tmp_path / f"{number}.jpg" for number in range(5)]
-    with pytest.raises(CalibrationError, match=r"no image could be read, out of 5; the first: .*0\.jpg: no such file"):
+    with pytest.raises(CalibrationError, match="none of 5 images could be read"):
         calibrate(missing, discoverer)
 
 

@@ -590,3 +590,15 @@ def test_real_dinov2_features_give_the_oracles_boxes(shared_data) -> None:
         assert tuple(result.xyxy[0].tolist()) == expected.box
         assert tuple(result.seeds[0].tolist()) == expected.seed
         assert float(result.scores[0]) == pytest.approx(expected.score, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 2), (2, 0), (2, 3, 1)])
+def test_a_bias_function_must_give_biases_for_each_image(shape: tuple[int, ...]) -> None:
+    with pytest.raises(OptionError, match=r"a bias function must give shape \(2, K\), not"):
+        lost_boxes(torch.randn(2, 12, 3), (3, 4), lambda similarities: torch.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bias_tensor_must_be_finite(value: float) -> None:
+    with pytest.raises(OptionError, match="every bias must be a finite number"):
+        lost_boxes(torch.randn(2, 12, 3), (3, 4), torch.tensor([0.0, value]))

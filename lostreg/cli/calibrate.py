@@ -1,6 +1,7 @@
 """``lostreg calibrate``: one bias for a collection of unlabelled images."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out.suffix.lower() in SUFFIXES or args.out.is_dir():
         raise OptionError(f"--out {args.out}: expected a file for a bias, not an image or a folder")
+    _check_writable(args.out)
     paths = find_images(args.images)
     discoverer = make_discoverer(args, args.backbone)
     with ProgressBar(args.backbone, min(args.sample, len(paths))) as bar:
@@ -78,11 +80,20 @@ def run(args: argparse.Namespace) -> int:
     return 2 if found.unreadable else 0
 
 
+def _check_writable(target: Path) -> None:
+    """Raise `OptionError` if the file could not be written in the end: better now than after the pass."""
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise OptionError(f"--out {target}: {folder} is a file, expected a folder")
+    if not os.access(target if target.exists() else folder, os.W_OK):
+        raise OptionError(f"--out {target} cannot be written: permission denied")
+
+
 def _show(found: "Calibration", offered: int) -> None:
     low, high = found.interval
     print(f"{found.backbone}, {found.feature} of layer {found.layer}, {found.images} of {offered} images")
     print(f"bias          {found.bias:.4f}  (90 % of resamples of the images: {low:.4f} to {high:.4f})")
     print(f"connectivity  {100 * found.connectivity:.1f} % of pairs of patches")
-    print(f"agreement     {100 * found.agreement:.1f} % of images have the box of --bias auto")
+    print(f"agreement     about {100 * found.agreement:.0f} % of images have the box of --bias auto")
     if found.images < 30:
         tell(f"{found.images} images say little about a bias: calibrate on more, or use --bias auto")

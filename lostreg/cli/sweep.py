@@ -105,6 +105,9 @@ def run(args: argparse.Namespace) -> int:
         )
     plot_sweep(args.out / _PLOT, rows, f"{args.backbone} on {benchmark.title}, {len(benchmark)} images")
     print(_table(rows))
+    unreadable = rows[0].auto.images - len(rows[0].auto_biases)
+    if unreadable:
+        print(f"{unreadable} images could not be read and count as misses (--overwrite tries them again)")
     print(f"written to {args.out}: {LINES_FILE}, {RESULTS_FILE}, {_PLOT}")
     print(_last_line(rows), flush=True)
     return 0
