@@ -16,7 +16,9 @@ from torch import nn
 
 from lostreg import weights as weight_files
 from lostreg.backbone_table import BACKBONES, BackboneSpec
-from lostreg.errors import BackboneError
+from lostreg.errors import BackboneError, OptionError
+from lostreg.registers import RegisterNeurons
+from lostreg.transformer import check_mlp
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Backbone:
         mean: RGB mean of the input, in [0, 1].
         std: RGB standard deviation of the input, in [0, 1].
         weights: where the weights came from; a file is named with its SHA-256.
+        registers: test-time registers, or None: then nothing is added to any image. See `with_registers`.
     """
 
     spec: BackboneSpec
@@ -36,6 +39,7 @@ class Backbone:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     weights: str
+    registers: RegisterNeurons | None = None
 
     @property
     def depth(self) -> int:
@@ -43,9 +47,54 @@ class Backbone:
         return len(self.model.blocks)  # type: ignore[arg-type]
 
     @property
-    def prefix_tokens(self) -> int:
+    def own_prefix_tokens(self) -> int:
         """Tokens in front of the patches, as the model itself counts them."""
         return int(self.model.num_prefix_tokens)  # type: ignore[arg-type]
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens in front of the patches: the model's own, then test-time registers."""
+        return self.own_prefix_tokens + (self.registers.count if self.registers else 0)
+
+    @property
+    def prefix_names(self) -> list[str]:
+        """What the tokens in front of the patches are: ``CLS``, ``register 1``, ``test-time register 1``."""
+        trained = self.own_prefix_tokens - int(self.spec.class_token)
+        return [
+            *["CLS"] * self.spec.class_token,
+            *[f"register {number}" for number in range(1, trained + 1)],
+            *[f"test-time register {number}" for number in range(1, self.prefix_tokens - self.own_prefix_tokens + 1)],
+        ]
+
+    @property
+    def title(self) -> str:
+        """Its name and its test-time registers, for people."""
+        count = self.registers.count if self.registers else 0
+        return self.spec.name + (f" + {count} test-time register{'s' * (count > 1)}" if count else "")
+
+    def with_registers(self, registers: RegisterNeurons | None) -> "Backbone":
+        """The same model with test-time registers (Jiang et al. 2025), or without: the weights are shared, unchanged.
+
+        Raises:
+            OptionError: if the neurons are of another backbone, or the model has no such layer or unit.
+            BackboneError: if its MLPs are of a kind whose hidden units cannot be read.
+        """
+        if registers:
+            registers.require(self.spec.name, self.weights)
+            for layer, unit in registers.neurons:
+                if layer >= self.depth or unit >= self.hidden_units(layer):
+                    raise OptionError(f"{self.spec.name} has no hidden unit {unit} in layer {layer}")
+        return replace(self, registers=registers)
+
+    def hidden_units(self, layer: int) -> int:
+        """How many hidden units the MLP of a block has, after gates.
+
+        Raises:
+            BackboneError: if it is of a kind whose hidden units cannot be read.
+        """
+        mlp: Any = self.model.blocks[layer].mlp  # type: ignore[index, union-attr]
+        check_mlp(mlp)
+        return int(mlp.fc2.in_features)
 
     @property
     def device(self) -> torch.device:

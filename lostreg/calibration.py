@@ -6,8 +6,6 @@ labels. Of each image nothing is kept but what a ladder of biases made of it.
 """
 
 import dataclasses
-import json
-import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,11 +19,11 @@ from torch import Tensor
 from lostreg import defaults
 from lostreg.bias import TRIALS, limits
 from lostreg.corloc import IOU_THRESHOLD, pairwise_iou
-from lostreg.engine import Engine
+from lostreg.documents import load_document, save_document
+from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import CalibrationError, ImageError, OptionError
-from lostreg.images import ImageSource, PatchedPicture
+from lostreg.images import ImageSource, PatchedPicture, draw_sample
 from lostreg.lost import Objects
-from lostreg.runs import write_json
 from lostreg.similarity import Similarities
 
 if TYPE_CHECKING:
@@ -81,11 +79,7 @@ class Calibration:
         Raises:
             CalibrationError: if it cannot be written.
         """
-        try:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_json(Path(path), {"format": FORMAT, **dataclasses.asdict(self)})
-        except OSError as error:
-            raise CalibrationError(f"cannot write {path}: {error.strerror}") from error
+        save_document(path, FORMAT, dataclasses.asdict(self), CalibrationError)
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
@@ -94,15 +88,7 @@ class Calibration:
         Raises:
             CalibrationError: if it cannot be read, or is of something else.
         """
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-                raise ValueError(f'expected a JSON object with "format": "{FORMAT}"')
-            return _parse(fields)
-        except OSError as error:
-            raise CalibrationError(f"cannot read the bias file {path}: {error.strerror}") from error
-        except (ValueError, TypeError, RecursionError) as error:
-            raise CalibrationError(f"{path} is no file of `lostreg calibrate`: {error}") from error
+        return load_document(path, FORMAT, _parse, CalibrationError, name="bias file", command="lostreg calibrate")
 
     def require(self, backbone: str, weights: str, feature: str, layer: int) -> None:
         """Raise `OptionError` unless it was found on this feature."""
@@ -136,12 +122,7 @@ def calibrate(
         OptionError: if there are no images, or ``sample`` is below 1.
         CalibrationError: if no image can be read.
     """
-    if not images or sample < 1:
-        raise OptionError(f"expected at least one image and a sample of at least 1, not {len(images)} and {sample}")
-    if seed < 0:
-        raise OptionError(f"seed must be an integer of at least 0, not {seed}")
-    chosen = sorted(random.Random(seed).sample(range(len(images)), min(sample, len(images))))  # noqa: S311 - no secret
-    sources = [images[index] for index in chosen]
+    sources = draw_sample(images, sample, seed)
     engine = Engine(
         discoverer.backbone,
         [(discoverer.feature, discoverer.layer)],
@@ -152,7 +133,9 @@ def calibrate(
     )
     found: list[_Rungs] = []
     errors: list[ImageError] = []
-    for source, outcome in zip(sources, discoverer.stream_of(engine, _convert).outcomes(sources), strict=True):
+    for source, outcome in zip(
+        sources, discoverer.stream_of(ObjectsJob(engine, _convert)).outcomes(sources), strict=True
+    ):
         if isinstance(outcome, ImageError):
             errors.append(outcome)
         else:

@@ -11,5 +11,6 @@ BATCH_SIZE: Final = 8
 CUDA_BATCH_SIZE: Final = 32
 MAX_SIDE: Final = 1024
 CALIBRATION_IMAGES: Final = 512
+REGISTER_IMAGES: Final = 128
 CLEAR_SCORE: Final = 0.25  # docs/bias.md: boxes with a lower score hit half as often
 MAX_PIXELS: Final = 200_000_000

@@ -14,14 +14,15 @@ from lostreg.backbones import Backbone, load_backbone, place_model
 from lostreg.bias import TRIALS, check_bias, resolve_normalize
 from lostreg.calibration import Calibration
 from lostreg.defaults import BACKBONE, BATCH_SIZE, CUDA_BATCH_SIZE, K_PATCHES, MAX_PIXELS, MAX_SIDE, Precision
-from lostreg.engine import Engine, to_discovery
+from lostreg.engine import Engine, ObjectsJob, to_discovery
 from lostreg.errors import ImageError, LostregWarning, OptionError
 from lostreg.features import resolve_layer
 from lostreg.images import ImageSource, PatchedPicture
 from lostreg.lost import Objects
 from lostreg.memory import keep_freed_memory
 from lostreg.regions import Discovery
-from lostreg.stream import Convert, ImageStream, Outcome
+from lostreg.registers import RegisterNeurons
+from lostreg.stream import ImageStream, Job, Outcome
 from lostreg.transformer import check_compiler
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,6 +50,7 @@ class Discoverer:
             None keeps every size, as benchmarks do; time grows with the square of the number of patches.
         exif: whether EXIF orientation is applied.
         max_pixels: images with more are refused before they are decoded.
+        registers: test-time registers, see `find_registers`; None adds nothing to any image.
 
     Raises:
         OptionError: if an option is out of its range, or nothing can be compiled here.
@@ -75,6 +77,7 @@ class Discoverer:
         max_side: int | None = MAX_SIDE,
         exif: bool = True,
         max_pixels: int = MAX_PIXELS,
+        registers: RegisterNeurons | None = None,
     ) -> None:
         _check_options(feature, bias, precision)
         where = resolve_device(device)
@@ -94,6 +97,8 @@ class Discoverer:
         elif weights is not None:
             raise OptionError("weights are for a backbone that is named: this one is loaded already")
         backbone = _place(backbone, where, _DTYPES[precision])
+        if registers is not None:
+            backbone = backbone.with_registers(registers)
         spec = backbone.spec
         self.backbone = backbone
         self.feature: Feature = feature or spec.feature
@@ -113,21 +118,36 @@ class Discoverer:
         self.max_side = max_side
         self.exif = exif
         self.max_pixels = max_pixels
-        self.engine = Engine(
-            backbone, [(self.feature, self.layer)], self.bias, k_patches, normalize=self.normalize, compiled=compile
-        )
-        self.stream = self.stream_of(self.engine, self._discoveries)
+        self._start()
 
-    def stream_of(self, engine: Engine, convert: Convert[Outcome]) -> ImageStream[Outcome]:
-        """Another engine on the same backbone, fed as this one is: see `ImageStream`."""
+    def stream_of(self, job: Job[Outcome]) -> ImageStream[Outcome]:
+        """Another job on the same backbone, fed as this one's own is: see `ImageStream`."""
         return ImageStream(
-            engine,
-            convert,
+            job,
             batch_size=self.batch_size,
             max_side=self.max_side,
             exif=self.exif,
             max_pixels=self.max_pixels,
         )
+
+    def with_registers(self, registers: RegisterNeurons | None) -> "Discoverer":
+        """The same options with test-time registers on the backbone, or without: see `Backbone.with_registers`."""
+        other = copy.copy(self)
+        other.backbone = self.backbone.with_registers(registers)
+        other._start()
+        return other
+
+    def _start(self) -> None:
+        """Make what works: an engine on the backbone, and the stream that feeds it."""
+        self.engine = Engine(
+            self.backbone,
+            [(self.feature, self.layer)],
+            self.bias,
+            self.k_patches,
+            normalize=self.normalize,
+            compiled=self.compile,
+        )
+        self.stream = self.stream_of(ObjectsJob(self.engine, self._discoveries))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -148,6 +168,7 @@ class Discoverer:
             "exif": self.exif,
             "max_pixels": self.max_pixels,
             "auto_trials": list(TRIALS) if self.bias == "auto" else None,
+            "test_time_registers": self.backbone.registers.describe() if self.backbone.registers else None,
         }
 
     def discover(self, image: ImageSource) -> Discovery:

@@ -4,9 +4,10 @@
 that finishes a pack after starting the next keeps the device busy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from lostreg.backbones import Backbone
 from lostreg.features import FeatureExtractor, Wanted
-from lostreg.images import PatchedPicture, normalise_patches
+from lostreg.forward import normalised, transfer
+from lostreg.images import PatchedPicture
 from lostreg.lost import Bias, LostResult, ObjectMaps, Objects, object_maps, prepare
 from lostreg.regions import Discovery
 
 Grid = tuple[int, int]
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,7 @@ class Engine:
 
     def transfer(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
         """Each image's patches on the device, (rows, columns, patch, patch, 3), uint8, in one transfer."""
-        patches = [torch.from_numpy(picture.patches) for picture in pictures]
-        device = self.backbone.device
-        if device.type != "cuda":
-            return [image.to(device) for image in patches]
-        sizes = [image.numel() for image in patches]
-        pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-        torch.cat([image.flatten() for image in patches], out=pinned)
-        parts = torch.split(pinned.to(device, non_blocking=True), sizes)
-        return [part.view(image.shape) for part, image in zip(parts, patches, strict=True)]
+        return transfer(pictures, self.backbone.device)
 
     def forward(self, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Features of all patches of the pack.
@@ -89,8 +84,7 @@ class Engine:
         Returns:
             For each of the engine's features, shape (sum of all N, D), float32.
         """
-        mean, std = self.backbone.mean, self.backbone.std
-        pixels = (normalise_patches(image, size, mean, std) for image, size in zip(patches, sizes, strict=True))
+        pixels = normalised(self.backbone, patches, sizes)
         return self._extract(pixels, [(image.shape[0], image.shape[1]) for image in patches])
 
     def search(self, features: Sequence[Tensor], grids: Sequence[Grid]) -> Search:
@@ -133,6 +127,35 @@ class Engine:
             [ObjectMaps.unpack(packed).objects(batch, grid) for packed, batch in zip(maps, features, strict=True)]
             for grid, features, maps in zip(search.grids, search.features, search.maps, strict=True)
         ]
+
+
+class ObjectsJob(Generic[Outcome]):
+    """The work of an `ImageStream` that looks for objects.
+
+    Args:
+        engine: what is done with a pack.
+        convert: makes outcomes of a run of pictures of equal grid and their objects, one `Objects` for each feature
+            of the engine.
+    """
+
+    def __init__(self, engine: Engine, convert: Callable[[list[Objects], list[PatchedPicture]], list[Outcome]]) -> None:
+        self.engine = engine
+        self.backbone = engine.backbone
+        self._convert = convert
+
+    def start(self, pictures: Sequence[PatchedPicture]) -> Search:
+        """Queue a pack's work."""
+        patches = self.engine.transfer(pictures)
+        features = self.engine.forward(patches, [picture.size for picture in pictures])
+        return self.engine.search(features, [picture.grid for picture in pictures])
+
+    def finish(self, started: Search, pictures: Sequence[PatchedPicture]) -> list[Outcome]:
+        """One outcome a picture, in their order."""
+        outcomes: list[Outcome] = []
+        for objects in self.engine.finish(started):
+            run = pictures[len(outcomes) : len(outcomes) + len(objects[0].masks)]
+            outcomes += self._convert(objects, list(run))
+        return outcomes
 
 
 def to_discovery(result: LostResult, index: int, picture: PatchedPicture, patch_size: int) -> Discovery:

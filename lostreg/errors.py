@@ -36,5 +36,9 @@ class CalibrationError(LostregError):
     """A bias file cannot be written or read, or nothing could be calibrated."""
 
 
+class RegistersError(LostregError):
+    """A registers file cannot be written or read, or there is nothing that test-time registers could take up."""
+
+
 class LostregWarning(UserWarning):
     """Something that a user should know of, though the work goes on."""

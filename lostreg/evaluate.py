@@ -15,6 +15,7 @@ from typing import Any, Final
 from lostreg.corloc import Corloc, corloc, is_hit, score_auc
 from lostreg.datasets import Benchmark, Example
 from lostreg.discoverer import Discoverer
+from lostreg.documents import write_json
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.predictions import Prediction, from_discovery, from_error, recover_predictions
 from lostreg.regions import Discovery
@@ -25,7 +26,6 @@ from lostreg.runs import (
     is_complete,
     locked,
     package_versions,
-    write_json,
 )
 
 PREDICTIONS_FILE: Final = "predictions.jsonl"

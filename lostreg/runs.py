@@ -18,13 +18,6 @@ from lostreg.errors import PredictionsError
 _PACKAGES: Final = ("lostreg", "torch", "timm", "numpy", "scipy", "opencv-python-headless", "pillow")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader, or a kill, meets the old content or the new and nothing between."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """Hold the folder: the lock goes with the process, however it ends."""

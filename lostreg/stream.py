@@ -4,19 +4,18 @@ import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
 import torch
 
-from lostreg.engine import Engine, Search
+from lostreg.backbones import Backbone
 from lostreg.errors import ImageError, LostregWarning
 from lostreg.images import ImageSource, PatchedPicture, cut_patches, read_image
-from lostreg.lost import Objects
 from lostreg.memory import available_bytes, describe_bytes, required_bytes
 
 _PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a CPU gains nothing from more
@@ -27,16 +26,28 @@ _LONG: Final = 1 << 16  # patches
 _SLOW: Final = "time grows with their square, and this may take hours; --max-side bounds it"
 
 Outcome = TypeVar("Outcome")
-Convert = Callable[[list[Objects], list[PatchedPicture]], list[Outcome]]
+Made = TypeVar("Made", covariant=True)
+
+
+class Job(Protocol[Made]):
+    """What is done with the images of a stream, pack by pack."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model that they go through."""
+
+    def start(self, pictures: Sequence[PatchedPicture]) -> Any:
+        """Queue the work of a pack, ordered by grid; on a GPU, without waiting for it."""
+
+    def finish(self, started: Any, pictures: Sequence[PatchedPicture]) -> Sequence[Made]:
+        """Wait for it: one outcome a picture, in their order."""
 
 
 class ImageStream(Generic[Outcome]):
-    """An engine fed with images from files or memory.
+    """A job fed with images from files or memory.
 
     Args:
-        engine: what is done with them.
-        convert: makes outcomes of a run of pictures of equal grid and their objects, one `Objects` for each
-            feature of the engine.
+        job: what is done with them.
         batch_size: images that go through the backbone together at most.
         max_side: longer images are scaled down to this side.
         exif: whether EXIF orientation is applied.
@@ -45,21 +56,19 @@ class ImageStream(Generic[Outcome]):
 
     def __init__(
         self,
-        engine: Engine,
-        convert: Convert[Outcome],
+        job: Job[Outcome],
         *,
         batch_size: int,
         max_side: int | None,
         exif: bool,
         max_pixels: int,
     ) -> None:
-        self.engine = engine
-        self.backbone = engine.backbone
+        self.job = job
+        self.backbone = job.backbone
         self.batch_size = batch_size
         self.max_side = max_side
         self.exif = exif
         self.max_pixels = max_pixels
-        self._convert = convert
         # Patches of a pack of several images: fewer after memory ran out.
         self._pack_patches = _PACK_PATCHES.get(self.backbone.device.type, _OTHER_PACK_PATCHES)
         self._is_halved = False
@@ -169,9 +178,9 @@ class ImageStream(Generic[Outcome]):
         while waiting:
             indices = waiting.pop(0)
             pictures = [cast("PatchedPicture", pack[index].picture) for index in indices]
-            search = self._try(pictures)
-            if search is not None:
-                parts.append(_Part(indices, pictures, search))
+            part = self._try(indices, pictures)
+            if part is not None:
+                parts.append(part)
             elif len(indices) > 1:
                 self._halve(pictures)
                 half = -(-len(indices) // 2)
@@ -180,15 +189,13 @@ class ImageStream(Generic[Outcome]):
                 outcomes[indices[0]] = self._too_large(pack[indices[0]].name, pictures[0])
         return _Started(outcomes, parts)
 
-    def _try(self, pictures: list[PatchedPicture]) -> Search | None:
+    def _try(self, indices: list[int], pictures: list[PatchedPicture]) -> "_Part | None":
         """A pack's work, or None where memory ran out: what was taken for it is free again by then."""
         longest = max(picture.grid[0] * picture.grid[1] for picture in pictures)
         if longest > _LONG:
             _tell(f"an image of {longest:,} patches: {_SLOW}")
         try:
-            patches = self.engine.transfer(pictures)
-            features = self.engine.forward(patches, [picture.size for picture in pictures])
-            return self.engine.search(features, [picture.grid for picture in pictures])
+            return _Part(indices, pictures, self.job.start(pictures))
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -218,11 +225,8 @@ class ImageStream(Generic[Outcome]):
     def _finish(self, started: "_Started") -> list[Outcome | ImageError]:
         outcomes: dict[int, Outcome | ImageError] = dict(started.outcomes)
         for part in started.parts:
-            images = zip(part.indices, part.pictures, strict=True)
-            for objects in self.engine.finish(part.search):
-                run = list(islice(images, len(objects[0].masks)))
-                found = self._convert(objects, [picture for _, picture in run])
-                outcomes.update(zip([index for index, _ in run], found, strict=True))
+            found = self.job.finish(part.started, part.pictures)
+            outcomes.update(zip(part.indices, found, strict=True))
         return [outcomes[index] for index in sorted(outcomes)]
 
 
@@ -265,7 +269,7 @@ class _Part:
 
     indices: list[int]
     pictures: list[PatchedPicture]
-    search: Search
+    started: Any
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from lostreg.bias import TRIALS, trial_biases
 from lostreg.corloc import Corloc, is_hit, score_auc
 from lostreg.datasets import Benchmark, Example
 from lostreg.discoverer import Discoverer
-from lostreg.engine import Engine, in_pixels
+from lostreg.documents import write_json
+from lostreg.engine import Engine, ObjectsJob, in_pixels
 from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.features import resolve_layer
 from lostreg.images import PatchedPicture
@@ -35,7 +36,6 @@ from lostreg.runs import (
     locked,
     package_versions,
     whole_lines,
-    write_json,
 )
 from lostreg.similarity import Similarities
 
@@ -144,7 +144,7 @@ def sweep(
         compiled=discoverer.compile,
     )
     patch_size = discoverer.backbone.spec.patch_size
-    stream = discoverer.stream_of(engine, lambda objects, pictures: _convert(objects, pictures, patch_size))
+    stream = discoverer.stream_of(ObjectsJob(engine, lambda objects, pictures: _convert(objects, pictures, patch_size)))
     out = Path(out)
     with locked(out):
         lines = _prepare(out, settings, benchmark, pairs, overwrite=overwrite)

@@ -12,6 +12,7 @@ from itertools import accumulate, groupby
 from typing import Any, Final, NamedTuple, cast
 
 import torch
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lostreg.backbone_table import Feature
-from lostreg.errors import OptionError
+from lostreg.errors import BackboneError, OptionError
 
 varlen_attn: Callable[..., Any] | None
 try:
@@ -70,6 +71,23 @@ class Packing:
         return torch.tensor([0, *self.ends], dtype=torch.int32).to(self.device, non_blocking=True)
 
 
+@dataclass(frozen=True)
+class Move:
+    """Hidden units of one block's MLP whose activations go from an image's tokens to tokens added to it.
+
+    Attributes:
+        units: which inputs of the MLP's second projection, shape (K,), int64.
+        added: places of the added tokens in the pack, the same number N for each image, shape (images, N), int64.
+    """
+
+    units: Tensor
+    added: Tensor
+
+
+Watch = Callable[[slice, Tensor], None]
+"""Is shown some tokens of the pack and their hidden units, shape (tokens, hidden), before these are moved."""
+
+
 class _Projected(NamedTuple):
     """What attention needs, (T, heads, head_dim) each, and the gate, (T, heads * head_dim), of models that have one."""
 
@@ -97,7 +115,16 @@ class BlockRunner:
             self._before = torch.compile(_before_attention, dynamic=True)
             self._after = torch.compile(_after_attention, dynamic=True)
 
-    def __call__(self, block: nn.Module, tokens: Tensor, packing: Packing, rope: Tensor | None) -> None:
+    def __call__(
+        self,
+        block: nn.Module,
+        tokens: Tensor,
+        packing: Packing,
+        rope: Tensor | None,
+        *,
+        move: Move | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         """Run one block in place.
 
         Args:
@@ -105,15 +132,19 @@ class BlockRunner:
             tokens: shape (T, D), float32; overwritten with the block's output.
             packing: where each image's tokens lie.
             rope: rotary embeddings of all tokens, shape (T, R) or (heads, T, R), or None; see `pack_ropes`.
+            move: hidden units to be moved to added tokens.
+            watch: is shown the hidden units.
         """
         projected = self._before(block, tokens, rope, self._dtype)
         attended = attend(projected.q, projected.k, projected.v, packing)
-        chunk = _CPU_CHUNK if tokens.device.type == "cpu" else _DEVICE_CHUNK
-        for start in range(0, len(tokens), chunk):
-            part = slice(start, start + chunk)
+        looks_inside = move is not None or watch is not None
+        after = _add_attention if looks_inside else self._after
+        for part in _chunks(tokens):
             gate = None if projected.gate is None else projected.gate[part]
             # Detached, which changes nothing here: compiled code would be made anew for each kind of view.
-            self._after(block, tokens[part].detach(), attended[part].detach(), gate)
+            after(block, tokens[part].detach(), attended[part].detach(), gate)
+        if looks_inside:
+            _add_mlp(block, tokens, packing, self._dtype, move, watch)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -176,6 +207,65 @@ def pack_ropes(ropes: Sequence[Tensor], prefix: int) -> Tensor:
     still = torch.zeros_like(ropes[0][..., :1, :]).expand(*ropes[0].shape[:-2], prefix, -1).clone()
     still[..., still.shape[-1] // 2 :] = 1  # sine 0, cosine 1
     return torch.cat([part for rope in ropes for part in (still, rope)], dim=-2)
+
+
+def attention_rows(
+    block: nn.Module, tokens: Tensor, packing: Packing, rope: Tensor | None, rows: int, dtype: torch.dtype
+) -> list[Tensor]:
+    """What the first tokens of each image attend to: softmax(q k / sqrt(head_dim)), written out.
+
+    Args:
+        block: of a supported model.
+        tokens: that enter it, shape (T, D), float32.
+        packing: where each image's tokens lie.
+        rope: as for `BlockRunner`.
+        rows: of how many tokens at the start of each image.
+        dtype: what the model computes in.
+
+    Returns:
+        For each image, shape (rows, heads, tokens of the image), float32; each row sums to 1.
+    """
+    projected = _before_attention(block, tokens, rope, dtype)
+    q, k = projected.q, projected.k.repeat_interleave(projected.q.shape[1] // projected.k.shape[1], dim=1)
+    scale = q.shape[-1] ** -0.5
+    return [
+        (torch.einsum("phd,nhd->phn", q[span][:rows].float(), k[span].float()) * scale).softmax(dim=-1)
+        for span in packing.spans
+    ]
+
+
+def check_mlp(mlp: nn.Module) -> None:
+    """Make sure that an MLP is of a kind whose hidden units `hidden_units` can read.
+
+    Raises:
+        BackboneError: if it is not.
+    """
+    if not isinstance(mlp, Mlp | GluMlp | SwiGLU):
+        raise BackboneError(f"cannot read the hidden units of a {type(mlp).__name__}: expected Mlp, GluMlp or SwiGLU")
+
+
+def hidden_units(mlp: nn.Module, inputs: Tensor) -> Tensor:
+    """What an MLP's second projection reads: the hidden layer after its non-linearity, gate and norm.
+
+    Args:
+        mlp: timm's `Mlp`, `GluMlp` or `SwiGLU`.
+        inputs: shape (T, D).
+
+    Returns:
+        Shape (T, hidden), new memory.
+
+    Raises:
+        BackboneError: if it is of another kind.
+    """
+    check_mlp(mlp)
+    if isinstance(mlp, SwiGLU):
+        hidden = mlp.act(mlp.fc1_g(inputs)) * mlp.fc1_x(inputs)
+    elif isinstance(mlp, GluMlp):
+        first, second = mlp.fc1(inputs).chunk(2, dim=-1)
+        hidden = first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+    else:
+        hidden = cast("Mlp", mlp).act(cast("Mlp", mlp).fc1(inputs))
+    return cast("Tensor", cast("nn.Module", mlp.norm)(hidden))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
@@ -250,16 +340,71 @@ def _rotate(heads: Tensor, rope: Tensor, attention: Any) -> Tensor:
 
 
 def _after_attention(block: Any, tokens: Tensor, attended: Tensor, gate: Tensor | None) -> None:
+    _add_attention(block, tokens, attended, gate)
+    _add_update(block, tokens, block.mlp(_mlp_inputs(block, tokens, attended.dtype)))
+
+
+def _add_attention(block: Any, tokens: Tensor, attended: Tensor, gate: Tensor | None) -> None:
     attention = block.attn
     attended = attention.norm(attended)
     update = attention.proj(attended if gate is None else attended * gate)
     if _is_post_norm(block):
         tokens += normed(block.norm1, update, tokens.dtype)
-        tokens += normed(block.norm2, block.mlp(tokens.to(update.dtype)), tokens.dtype)
+    else:
+        tokens += _scale(block.gamma_1 if isinstance(block, EvaBlock) else block.ls1, update)
+
+
+def _mlp_inputs(block: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    return tokens.to(dtype) if _is_post_norm(block) else normed(block.norm2, tokens, dtype)
+
+
+def _add_update(block: Any, tokens: Tensor, update: Tensor) -> None:
+    """Add what the MLP says to the tokens."""
+    if _is_post_norm(block):
+        tokens += normed(block.norm2, update, tokens.dtype)
+    else:
+        tokens += _scale(block.gamma_2 if isinstance(block, EvaBlock) else block.ls2, update)
+
+
+def _add_mlp(
+    block: Any, tokens: Tensor, packing: Packing, dtype: torch.dtype, move: Move | None, watch: Watch | None
+) -> None:
+    """The block's MLP with its hidden layer laid open: shown to ``watch``, changed by ``move``."""
+    before = None if move is None else tokens[move.added.flatten()]
+    activations: list[Tensor] = []
+    for part in _chunks(tokens):
+        hidden = hidden_units(block.mlp, _mlp_inputs(block, tokens[part], dtype))
+        if watch is not None:
+            watch(part, hidden)
+        if move is not None:
+            activations.append(hidden[:, move.units])
+            hidden[:, move.units] = 0
+        _add_update(block, tokens[part], block.mlp.fc2(hidden))
+    if move is None or before is None:
         return
-    first, second = (block.gamma_1, block.gamma_2) if isinstance(block, EvaBlock) else (block.ls1, block.ls2)
-    tokens += _scale(first, update)
-    tokens += _scale(second, block.mlp(normed(block.norm2, tokens, update.dtype)))
+    # The added tokens once more, now that the largest activations of their images are known.
+    hidden = hidden_units(block.mlp, _mlp_inputs(block, before, dtype))
+    hidden[:, move.units] = _largest(torch.cat(activations), packing, move.added)
+    _add_update(block, before, block.mlp.fc2(hidden))
+    tokens[move.added.flatten()] = before
+
+
+def _largest(activations: Tensor, packing: Packing, added: Tensor) -> Tensor:
+    """Each image's activation of the largest magnitude of each unit, (T, K) to (images * N, K), a row an added token.
+
+    Added tokens do not count: what they hold is replaced.
+    """
+    activations[added.flatten()] = 0
+    largest = []
+    for span in packing.spans:
+        inside = activations[span]
+        largest.append(inside.gather(0, inside.abs().argmax(dim=0, keepdim=True)))
+    return torch.cat(largest).repeat_interleave(added.shape[1], dim=0)
+
+
+def _chunks(tokens: Tensor) -> Iterator[slice]:
+    chunk = _CPU_CHUNK if tokens.device.type == "cpu" else _DEVICE_CHUNK
+    return (slice(start, min(start + chunk, len(tokens))) for start in range(0, len(tokens), chunk))
 
 
 def _scale(layer_scale: Tensor | nn.Module | None, update: Tensor) -> Tensor:

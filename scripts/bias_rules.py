@@ -25,11 +25,12 @@ from lostreg.charts import plot_sweep
 from lostreg.corloc import Corloc, pairwise_iou, score_auc
 from lostreg.datasets import Example, load_benchmark
 from lostreg.defaults import CLEAR_SCORE
+from lostreg.documents import write_json
 from lostreg.engine import in_pixels
 from lostreg.features import FeatureExtractor
 from lostreg.images import cut_patches, normalise_patches, read_image
 from lostreg.lost import object_maps, prepare
-from lostreg.runs import package_versions, write_json
+from lostreg.runs import package_versions
 from lostreg.score import score_factors
 from lostreg.sweep import SweepRow, with_trials
 

@@ -179,6 +179,7 @@ def test_options_are_plain_values_that_say_what_was_chosen(backbone: Backbone) -
         "max_side": 99,
         "exif": False,
         "max_pixels": 200_000_000,
+        "test_time_registers": None,
     }
 
 

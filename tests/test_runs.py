@@ -14,6 +14,7 @@ import torch
 import lostreg
 from lostreg import runs
 from lostreg.datasets import Benchmark, Example
+from lostreg.documents import write_json
 from lostreg.errors import PredictionsError
 from lostreg.runs import (
     benchmark_settings,
@@ -23,7 +24,6 @@ from lostreg.runs import (
     locked,
     package_versions,
     whole_lines,
-    write_json,
 )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lostreg.backbones import Backbone
 from lostreg.discoverer import Discoverer
-from lostreg.engine import Engine
+from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import ImageError, LostregWarning
 from lostreg.images import PatchedPicture, Picture, read_image
 from lostreg.lost import Objects
@@ -50,7 +50,7 @@ def test_outcomes_are_what_is_made_of_runs_of_one_grid_in_every_feature(backbone
         ]
 
     images = [scene(0), scene(1, 60, 60), scene(2, 149, 111), scene(3, 59, 58), tmp_path / "none.jpg", scene(4)]
-    found = list(discoverer.stream_of(engine, convert).outcomes(images))
+    found = list(discoverer.stream_of(ObjectsJob(engine, convert)).outcomes(images))
     assert [set(run) for run in runs] == [{(5, 5)}, {(8, 11)}, {(8, 11)}]
     assert [len(run) for run in runs] == [2, 2, 1]
     alone = [Discoverer(backbone, device="cpu", feature=feature, layer=layer, bias=-0.5) for feature, layer in pairs]
@@ -72,7 +72,7 @@ def test_another_engine_is_fed_as_the_discoverers_own(backbone: Backbone, tmp_pa
     large = png_header(tmp_path / "large.png", 400, 300)
     options = {"max_side": 150, "exif": False, "max_pixels": 100_000, "batch_size": 3}
     discoverer = Discoverer(backbone, device="cpu", **options)
-    stream = discoverer.stream_of(discoverer.engine, lambda objects, pictures: pictures)
+    stream = discoverer.stream_of(ObjectsJob(discoverer.engine, lambda objects, pictures: pictures))
     first, second = stream.outcomes([path, large])
     assert (first.size, first.width, first.height) == ((110, 150), 300, 220)
     assert "more than the limit of 100,000" in str(second)

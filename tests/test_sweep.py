@@ -181,9 +181,9 @@ def test_all_cells_come_from_one_forward_an_image(
         packs.append(len(patches))
         return forward(engine, patches, sizes)
 
-    def count_blocks(runner: BlockRunner, block: Any, *arguments: Any) -> Any:
+    def count_blocks(runner: BlockRunner, block: Any, *arguments: Any, **options: Any) -> Any:
         blocks.append(block)
-        return run_block(runner, block, *arguments)
+        return run_block(runner, block, *arguments, **options)
 
     monkeypatch.setattr(Engine, "forward", count)
     monkeypatch.setattr(BlockRunner, "__call__", count_blocks)

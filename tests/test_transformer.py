@@ -10,14 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_features import DEPTH, LAYERS, NARROW, OTHERS, SOME, assert_close, built, images_for
+from timm.layers.mlp import GatedMlp
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from lostreg import transformer
-from lostreg.backbone_table import FEATURES
+from lostreg.backbone_table import BACKBONES, FEATURES
 from lostreg.backbones import Backbone
+from lostreg.errors import BackboneError
 from lostreg.features import FeatureExtractor, collect_features
-from lostreg.transformer import Packing, attend
+from lostreg.transformer import Packing, attend, hidden_units
 
 Grid = tuple[int, int]
 GRIDS: list[Grid] = [(3, 5), (2, 2), (2, 2), (5, 3), (1, 1), (2, 2), (1, 7)]
@@ -76,12 +78,12 @@ def test_the_order_of_a_pack_does_not_matter(backbone: Backbone) -> None:
 def test_a_run_leaves_nothing_behind_that_changes_the_next(backbone: Backbone) -> None:
     extractor = FeatureExtractor(backbone, [("k", DEPTH - 1), ("out", -1)])
     first = run(extractor, GRIDS)
-    frames = {grid: (frame.tokens.clone(), frame.ropes) for grid, frame in extractor._frames.items()}
+    frames = {grid: (frame.tokens.clone(), frame.ropes) for grid, frame in extractor._forward._frames.items()}
     assert set(frames) == set(GRIDS)
     ropes = [[None if rope is None else rope.clone() for rope in each] for _, each in frames.values()]
     run(extractor, [*GRIDS[::-1], (4, 4)])
     for (grid, (tokens, each)), before in zip(frames.items(), ropes, strict=True):
-        assert torch.equal(extractor._frames[grid].tokens, tokens)
+        assert torch.equal(extractor._forward._frames[grid].tokens, tokens)
         assert all(rope is None or torch.equal(rope, old) for rope, old in zip(each, before, strict=True))
     for before, after in zip(first, run(extractor, GRIDS), strict=True):
         assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
@@ -90,12 +92,12 @@ def test_a_run_leaves_nothing_behind_that_changes_the_next(backbone: Backbone) -
 def test_what_is_kept_of_grids_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     extractor = FeatureExtractor(built("dinov3_vits16", **NARROW), [("out", 0)])
     expected = run(extractor, GRIDS)
-    monkeypatch.setattr("lostreg.features._CACHED_TOKENS", 30)
+    monkeypatch.setattr("lostreg.forward._CACHED_TOKENS", 30)
     bounded = FeatureExtractor(extractor.backbone, [("out", 0)])
     assert all(torch.equal(one, other) for one, other in zip(run(bounded, GRIDS)[0], expected[0], strict=True))
-    assert list(bounded._frames) == [(1, 1), (2, 2), (1, 7)]  # 6 + 9 + 12 tokens, the last ones that were used
+    assert list(bounded._forward._frames) == [(1, 1), (2, 2), (1, 7)]  # 6 + 9 + 12 tokens, the last ones that were used
     run(bounded, [(2, 2), (5, 3)])
-    assert list(bounded._frames) == [(2, 2), (5, 3)]  # 9 + 20 tokens
+    assert list(bounded._forward._frames) == [(2, 2), (5, 3)]  # 9 + 20 tokens
 
 
 lengths_of_packs = st.lists(st.integers(1, 6), min_size=1, max_size=6)
@@ -218,6 +220,50 @@ def test_how_many_tokens_go_through_an_mlp_at_once_changes_nothing(
     whole = run(extractor, GRIDS)
     monkeypatch.setattr(transformer, "_CPU_CHUNK", chunk)
     assert_close(torch.cat(run(extractor, GRIDS)[0]), torch.cat(whole[0]))
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, *OTHERS])
+def test_hidden_units_are_what_the_second_projection_reads(name: str) -> None:
+    table_name, options = OTHERS.get(name, (name, NARROW))
+    backbone = built(table_name, **options)
+    mlp: Any = backbone.model.blocks[0].mlp  # type: ignore[index, union-attr]
+    seen: list[Tensor] = []
+    handle = mlp.fc2.register_forward_pre_hook(lambda module, given: seen.append(given[0].clone()))
+    inputs = torch.randn(9, backbone.model.embed_dim)
+    expected = mlp(inputs)
+    handle.remove()
+    hidden = hidden_units(mlp, inputs)
+    assert torch.equal(hidden, seen[0])
+    assert hidden.shape == (9, backbone.hidden_units(0))
+    assert_close(mlp.fc2(hidden), expected)
+    hidden[:] = 0  # new memory
+    assert torch.equal(mlp(inputs), expected)
+
+
+def test_other_mlps_are_refused() -> None:
+    with pytest.raises(BackboneError, match="cannot read the hidden units of a GatedMlp: expected Mlp, GluMlp or Sw"):
+        hidden_units(GatedMlp(8), torch.zeros(1, 8))
+
+
+@given(lengths_of_packs, st.integers(1, 3), st.integers(1, 3), st.integers(0, 1000))
+@settings(deadline=None, max_examples=60)
+def test_the_largest_activation_is_each_images_and_each_units_own(
+    lengths: list[int], count: int, width: int, seed: int
+) -> None:
+    """By hand, in Python: of the tokens that are not added ones, with the sign, for each added token."""
+    lengths = [length + count for length in lengths]
+    packing = Packing(tuple(lengths), CPU)
+    generator = torch.Generator().manual_seed(seed)
+    activations = torch.randn(sum(lengths), width, generator=generator)
+    first = [int(torch.randint(length - count + 1, (1,), generator=generator)) for length in lengths]
+    added = torch.tensor(
+        [[span.start + at + n for n in range(count)] for span, at in zip(packing.spans, first, strict=True)]
+    )
+    expected = []
+    for span, at in zip(packing.spans, first, strict=True):
+        rows = [row for place, row in enumerate(activations[span].tolist()) if not at <= place < at + count]
+        expected += [[max(column, key=abs) for column in zip(*rows, strict=True)]] * count
+    assert transformer._largest(activations, packing, added).tolist() == expected
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""JSON files of one object, each with its format's name: written whole or not at all, read with one clear error."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lostreg.errors import LostregError, OptionError
+
+Document = TypeVar("Document")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that a reader, or a kill, meets the old content or the new and nothing between."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def save_document(path: str | Path, kind: str, fields: dict[str, Any], error: type[LostregError]) -> None:
+    """Write an object with its format's name, in a folder that is made if need be.
+
+    Args:
+        path: the file.
+        kind: the format's name, such as ``lostreg bias 1``.
+        fields: of the object.
+        error: raised if the file cannot be written.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(path), {"format": kind, **fields})
+    except OSError as reason:
+        raise error(f"cannot write {path}: {reason.strerror}") from reason
+
+
+def load_document(
+    path: str | Path,
+    kind: str,
+    parse: Callable[[dict[str, Any]], Document],
+    error: type[LostregError],
+    *,
+    name: str,
+    command: str,
+) -> Document:
+    """Read such a file.
+
+    Args:
+        path: the file.
+        kind: the format's name that is expected.
+        parse: makes the document of its fields; a `ValueError` or `TypeError` says what is wrong with them.
+        error: raised if the file cannot be read, or is of something else.
+        name: what such files are called, for the message.
+        command: that writes them.
+    """
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(fields, dict) or fields.pop("format", None) != kind:
+            raise ValueError(f'expected a JSON object with "format": "{kind}"')
+        return parse(fields)
+    except OSError as reason:
+        raise error(f"cannot read the {name} {path}: {reason.strerror}") from reason
+    except (ValueError, TypeError, RecursionError, OptionError) as reason:
+        raise error(f"{path} is no file of `{command}`: {reason}") from reason

@@ -1,0 +1,263 @@
+"""A backbone's forward over packed images, block by block, for whoever wants to look at it on the way.
+
+`Forward.start` embeds the patches of several images of any shapes; each `Forward.advance` runs the next block. Between
+them the tokens are there to be read. Test-time registers, where the backbone has them, are tokens of the prefix.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, cast
+
+import torch
+from timm.models.eva import Eva
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lostreg.backbone_table import Feature, Interpolation
+from lostreg.backbones import Backbone
+from lostreg.images import PatchedPicture, normalise_patches
+from lostreg.transformer import BlockRunner, Move, Packing, Watch, attention_rows, normed, pack_ropes, project
+
+_CACHED_TOKENS: Final = 1 << 15  # of position embeddings that are kept for the next images of the same grid
+
+Grid = tuple[int, int]
+
+
+@dataclass
+class Walk:
+    """Images on their way through a backbone.
+
+    Attributes:
+        tokens: of all images, one after the other, prefix tokens first in each: shape (T, D), float32. Overwritten by
+            each block.
+        packing: where each image's tokens lie.
+        ropes: each block's rotary embedding, if any.
+        prefix: tokens in front of each image's patches.
+        layer: the block that comes next; `Backbone.depth` behind the last.
+    """
+
+    tokens: Tensor
+    packing: Packing
+    ropes: list[Tensor | None]
+    prefix: int
+    layer: int = 0
+
+    def patches(self, tokens: Tensor | None = None) -> Tensor:
+        """A copy of the patches' share of these or other tokens of the same images: (sum of all N, D), float32."""
+        chosen = self.tokens if tokens is None else tokens
+        if not self.prefix:
+            return chosen.to(torch.float32, copy=True)
+        return torch.cat([chosen[span][self.prefix :] for span in self.packing.spans]).float()
+
+    def prefixes(self, tokens: Tensor | None = None) -> Tensor:
+        """A copy of the prefixes' share: shape (images, prefix, D), float32."""
+        chosen = self.tokens if tokens is None else tokens
+        return torch.stack([chosen[span][: self.prefix] for span in self.packing.spans]).float()
+
+
+class Forward:
+    """The forward of a backbone.
+
+    Args:
+        backbone: a frozen model.
+        compiled: whether the blocks are compiled, see `BlockRunner`.
+    """
+
+    def __init__(self, backbone: Backbone, *, compiled: bool = False) -> None:
+        self.backbone = backbone
+        self._run_block = BlockRunner(backbone.dtype, compiled=compiled)
+        self._frames: OrderedDict[Grid, _Frame] = OrderedDict()
+
+    @torch.no_grad()
+    def start(self, pixels: Iterable[Tensor], grids: Sequence[Grid]) -> Walk:
+        """Tokens before the first block.
+
+        Args:
+            pixels: normalised pixels of each image's patches, row by row, shape (N, patch * patch * 3): in a patch
+                row by row too, and of a pixel red, green, blue. On the model's device. Taken one after the other.
+            grids: (h, w) of each image; N = h * w.
+        """
+        model: Any = self.backbone.model
+        prefix, own = self.backbone.prefix_tokens, self.backbone.own_prefix_tokens
+        packing = Packing(tuple(prefix + rows * columns for rows, columns in grids), self.backbone.device)
+        frames = [self._frame(grid) for grid in grids]
+        tokens = torch.empty(packing.ends[-1], frames[0].tokens.shape[1], device=self.backbone.device)
+        for span, frame, image in zip(packing.spans, frames, pixels, strict=True):
+            tokens[span][:own] = frame.tokens[:own]
+            tokens[span][prefix:] = frame.tokens[own:]
+            tokens[span][prefix:] += self.embed_patches(image)
+            tokens[span][own:prefix] = 0
+        tokens = normed(model.norm_pre, tokens, torch.float32)
+        if prefix > own:  # blank tokens are blank where the blocks begin, whatever a norm made of them
+            tokens[self._added(packing).flatten()] = 0
+        return Walk(tokens, packing, self._ropes(frames), prefix)
+
+    @torch.no_grad()
+    def embed_patches(self, pixels: Tensor) -> Tensor:
+        """One image's patches right after the patch embedding, without positions: shape (N, D)."""
+        embedding: Any = self.backbone.model.patch_embed
+        projected = functional.linear(pixels.to(self.backbone.dtype), self._patch_weight, embedding.proj.bias)
+        return cast("Tensor", embedding.norm(projected))
+
+    @torch.no_grad()
+    def advance(self, walk: Walk, watch: Watch | None = None) -> None:
+        """Run the next block.
+
+        Args:
+            walk: changed in place.
+            watch: is shown the hidden units of the block's MLP.
+        """
+        block = self._block(walk.layer)
+        self._run_block(block, walk.tokens, walk.packing, walk.ropes[walk.layer], move=self._move(walk), watch=watch)
+        walk.layer += 1
+
+    @torch.no_grad()
+    def project(self, walk: Walk, feature: Feature) -> Tensor:
+        """The next block's queries, keys or values of all tokens: shape (T, heads * head_dim)."""
+        return project(self._block(walk.layer), walk.tokens, feature, self.backbone.dtype)
+
+    @torch.no_grad()
+    def attention(self, walk: Walk, rows: int) -> list[Tensor]:
+        """What the first tokens of each image attend to in the next block: see `attention_rows`."""
+        rope = walk.ropes[walk.layer]
+        return attention_rows(self._block(walk.layer), walk.tokens, walk.packing, rope, rows, self.backbone.dtype)
+
+    @torch.no_grad()
+    def output(self, walk: Walk) -> Tensor:
+        """The tokens as they leave the block before: of the last block after the model's final norm, if it has one."""
+        if walk.layer < self.backbone.depth:
+            return walk.tokens
+        return normed(cast("nn.Module", self.backbone.model.norm), walk.tokens, torch.float32)
+
+    def _block(self, layer: int) -> nn.Module:
+        return cast("nn.Sequential", self.backbone.model.blocks)[layer]
+
+    @cached_property
+    def _units(self) -> dict[int, Tensor]:
+        """The register neurons of each layer that has any."""
+        registers = self.backbone.registers
+        by_layer = registers.by_layer() if registers else {}
+        return {layer: torch.tensor(units, device=self.backbone.device) for layer, units in by_layer.items()}
+
+    def _move(self, walk: Walk) -> Move | None:
+        units = self._units.get(walk.layer)
+        return None if units is None else Move(units, self._added(walk.packing))
+
+    def _added(self, packing: Packing) -> Tensor:
+        """Places of the test-time registers, shape (images, count)."""
+        own, prefix = self.backbone.own_prefix_tokens, self.backbone.prefix_tokens
+        starts = torch.tensor([span.start for span in packing.spans], device=packing.device)
+        return starts[:, None] + torch.arange(own, prefix, device=packing.device)
+
+    @property
+    def _patch_weight(self) -> Tensor:
+        """The patch embedding's convolution in the order of the pixels."""
+        weight: Tensor = self.backbone.model.patch_embed.proj.weight  # type: ignore[union-attr, assignment]
+        return weight.permute(0, 2, 3, 1).flatten(1)
+
+    def _ropes(self, frames: Sequence["_Frame"]) -> list[Tensor | None]:
+        depth, prefix = self.backbone.depth, self.backbone.prefix_tokens
+        if frames[0].ropes[0] is None:
+            return [None] * depth
+        if not self.backbone.model.rope_mixed:  # one for all blocks
+            packed = pack_ropes([cast("Tensor", frame.ropes[0]) for frame in frames], prefix)
+            return [packed] * depth
+        by_layer = zip(*(cast("list[Tensor]", frame.ropes) for frame in frames), strict=True)
+        return [pack_ropes(ropes, prefix) for ropes in by_layer]
+
+    def _frame(self, grid: Grid) -> "_Frame":
+        """What an image of this grid starts from, kept for the next one of the same grid."""
+        if grid in self._frames:
+            self._frames.move_to_end(grid)
+            return self._frames[grid]
+        frame = _make_frame(self.backbone, grid)
+        self._frames[grid] = frame
+        while sum(len(kept.tokens) for kept in self._frames.values()) > _CACHED_TOKENS:
+            self._frames.popitem(last=False)
+        return frame
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What is the same for all images of one grid.
+
+    Attributes:
+        tokens: the model's own prefix tokens and position embeddings, shape (prefix + N, D), float32: the patches are
+            added to it.
+        ropes: each block's rotary embedding of the patches, or None.
+    """
+
+    tokens: Tensor
+    ropes: list[Tensor | None]
+
+
+def _make_frame(backbone: Backbone, grid: Grid) -> _Frame:
+    model: Any = backbone.model
+    ropes: list[Tensor | None] = [None] * backbone.depth
+    if backbone.spec.interpolation != "antialias":
+        position = stretch_position_embedding(
+            model.pos_embed, model.patch_embed.grid_size, grid, backbone.spec.interpolation
+        )
+        tokens = position.clone()
+        tokens[:, :1] += model.cls_token
+        return _Frame(tokens[0].float(), ropes)
+    # The model's own way with an image whose patches are embedded as zeros.
+    tokens = model._pos_embed(torch.zeros(1, *grid, model.embed_dim, device=backbone.device, dtype=backbone.dtype))
+    if isinstance(model, Eva):
+        tokens, rope = tokens
+        if rope is not None:
+            ropes = list(rope) if model.rope_mixed else [rope] * backbone.depth
+    return _Frame(tokens[0].float(), ropes)
+
+
+def stretch_position_embedding(position: Tensor, source: Grid, target: Grid, interpolation: Interpolation) -> Tensor:
+    """Position embeddings for another patch grid, interpolated bicubically as the weights' release does it.
+
+    Args:
+        position: embeddings of prefix and patches, shape (1, P + h0*w0, D); the P prefix ones are kept.
+        source: (h0, w0), the grid that the weights were trained on.
+        target: (h, w), the grid that is wanted.
+        interpolation: see `Interpolation`.
+
+    Returns:
+        Shape (1, P + h*w, D), of the dtype of ``position``.
+    """
+    if source == target:
+        return position
+    count = source[0] * source[1]
+    prefix, patches = position[:, :-count], position[:, -count:]
+    image = patches.float().reshape(1, *source, -1).permute(0, 3, 1, 2)
+    if interpolation == "offset":
+        # The releases pass the factor, not the size: sample points lie where (target + 0.1) / source puts them.
+        factors = [(wanted + 0.1) / had for wanted, had in zip(target, source, strict=True)]
+        stretched = functional.interpolate(image, scale_factor=factors, mode="bicubic")
+    else:
+        stretched = functional.interpolate(image, size=target, mode="bicubic", antialias=interpolation == "antialias")
+    flat = stretched.permute(0, 2, 3, 1).reshape(1, target[0] * target[1], -1)
+    return torch.cat([prefix, flat.to(position.dtype)], dim=1)
+
+
+def transfer(pictures: Sequence[PatchedPicture], device: torch.device) -> list[Tensor]:
+    """Each image's patches on a device, (rows, columns, patch, patch, 3), uint8, in one transfer."""
+    patches = [torch.from_numpy(picture.patches) for picture in pictures]
+    if device.type != "cuda":
+        return [image.to(device) for image in patches]
+    sizes = [image.numel() for image in patches]
+    pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
+    torch.cat([image.flatten() for image in patches], out=pinned)
+    parts = torch.split(pinned.to(device, non_blocking=True), sizes)
+    return [part.view(image.shape) for part, image in zip(parts, patches, strict=True)]
+
+
+def normalised(backbone: Backbone, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Iterable[Tensor]:
+    """What `Forward.start` takes, one image at a time.
+
+    Args:
+        backbone: whose mean and deviation the pixels are normalised by.
+        patches: as `transfer` gives them.
+        sizes: (height, width) of each image in pixels.
+    """
+    mean, std = backbone.mean, backbone.std
+    return (normalise_patches(image, size, mean, std) for image, size in zip(patches, sizes, strict=True))

@@ -1,0 +1,117 @@
+"""Test-time registers: the neurons that write outliers, and the file that keeps them.
+
+Jiang et al. 2025 ("Vision Transformers Don't Need Trained Registers") found that a few hidden units of the MLPs write
+the high-norm tokens of models that were trained without registers, and that their activations can be moved to blank
+tokens that are added to the image. Here that is a property of a `Backbone`: its weights stay as they are.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from lostreg.documents import load_document, save_document
+from lostreg.errors import OptionError, RegistersError
+
+FORMAT: Final = "lostreg registers 1"
+
+
+@dataclass(frozen=True)
+class RegisterNeurons:
+    """Which hidden units a backbone writes its outliers with, and how many tokens are added to take them up.
+
+    Attributes:
+        neurons: pairs of layer and hidden unit, the strongest first; at least one.
+        count: blank tokens added to each image, at least 1. Each of them takes the moved activations.
+        backbone: the backbone's name.
+        weights: where its weights came from.
+        cutoff: norm from which a patch token at the output counts as an outlier; None where nobody asked.
+        layer: where outliers emerge: neurons were looked for up to here. None where nobody asked.
+        images: how many unlabelled images they were found on.
+        outliers: share of patches that were outliers there, in [0, 1].
+        outliers_left: the same with the activations moved, over a few of the images.
+        seed: of the sample of images.
+    """
+
+    neurons: tuple[tuple[int, int], ...]
+    count: int = 1
+    backbone: str = ""
+    weights: str = ""
+    cutoff: float | None = None
+    layer: int | None = None
+    images: int = 0
+    outliers: float = 0.0
+    outliers_left: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not self.neurons:
+            raise OptionError(
+                f"expected at least one added token and one neuron, not {self.count} and {len(self.neurons)}"
+            )
+        if len(set(self.neurons)) < len(self.neurons) or any(number < 0 for pair in self.neurons for number in pair):
+            raise OptionError(f"expected different pairs of layer and unit, from 0, not {list(self.neurons)}")
+
+    def by_layer(self) -> dict[int, list[int]]:
+        """The units of each layer that has any."""
+        found: dict[int, list[int]] = {}
+        for layer, unit in self.neurons:
+            found.setdefault(layer, []).append(unit)
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """What decides features, as plain values: recorded with results."""
+        return {"count": self.count, "neurons": [list(pair) for pair in self.neurons]}
+
+    def require(self, backbone: str, weights: str) -> None:
+        """Raise `OptionError` if they were found on another backbone, or on other weights of it."""
+        if self.backbone and self.backbone != backbone:
+            raise OptionError(f"the register neurons are those of {self.backbone}, not of {backbone}")
+        if self.weights and self.weights != weights:
+            raise OptionError(f"the register neurons are those of the weights {self.weights}, not of {weights}")
+
+    def save(self, path: str | Path) -> None:
+        """Write the file that ``--test-time-registers FILE`` takes: one JSON object.
+
+        Raises:
+            RegistersError: if it cannot be written.
+        """
+        save_document(path, FORMAT, dataclasses.asdict(self), RegistersError)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RegisterNeurons":
+        """Read such a file.
+
+        Raises:
+            RegistersError: if it cannot be read, or is of something else.
+        """
+        return load_document(
+            path, FORMAT, _parse, RegistersError, name="registers file", command="lostreg registers find"
+        )
+
+
+def _parse(fields: dict[str, Any]) -> RegisterNeurons:
+    """Raise `ValueError` or `TypeError` if a field is missing, unknown or of another type than it should."""
+    kinds = {
+        "count": (int,),
+        "backbone": (str,),
+        "weights": (str,),
+        "cutoff": (int, float, type(None)),
+        "layer": (int, type(None)),
+        "images": (int,),
+        "outliers": (int, float),
+        "outliers_left": (int, float),
+        "seed": (int,),
+    }
+    missing = [name for name in ("neurons", *kinds) if name not in fields]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing")
+    for name, allowed in kinds.items():
+        if isinstance(fields[name], bool) or not isinstance(fields[name], allowed):
+            raise ValueError(f"{name} is {fields[name]!r}")
+    pairs = fields["neurons"]
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair) for pair in pairs
+    ):
+        raise ValueError("neurons is no list of pairs of layer and unit")
+    return RegisterNeurons(**{**fields, "neurons": tuple((layer, unit) for layer, unit in pairs)})
