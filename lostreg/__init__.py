@@ -11,6 +11,8 @@ from lostreg.backbone_table import BACKBONES, BackboneSpec
 from lostreg.errors import LostregError
 
 if TYPE_CHECKING:
+    from lostreg import artifacts
+    from lostreg.attention import AttentionMaps, attention_maps
     from lostreg.backbones import Backbone, load_backbone
     from lostreg.calibration import Calibration, calibrate
     from lostreg.datasets import load_benchmark
@@ -18,11 +20,14 @@ if TYPE_CHECKING:
     from lostreg.features import patch_features
     from lostreg.lost import LostResult, lost_boxes
     from lostreg.regions import Discovery
+    from lostreg.register_search import find_registers
+    from lostreg.registers import RegisterNeurons
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BACKBONES",
+    "AttentionMaps",
     "Backbone",
     "BackboneSpec",
     "Calibration",
@@ -30,7 +35,11 @@ __all__ = [
     "Discovery",
     "LostResult",
     "LostregError",
+    "RegisterNeurons",
+    "artifacts",
+    "attention_maps",
     "calibrate",
+    "find_registers",
     "load_backbone",
     "load_benchmark",
     "lost_boxes",
@@ -39,6 +48,8 @@ __all__ = [
 
 # Loaded when first asked for: PyTorch takes seconds to import, and `lostreg --help` does not need it.
 _HOMES = {
+    "AttentionMaps": "attention",
+    "attention_maps": "attention",
     "Backbone": "backbones",
     "load_backbone": "backbones",
     "Calibration": "calibration",
@@ -49,10 +60,14 @@ _HOMES = {
     "LostResult": "lost",
     "lost_boxes": "lost",
     "Discovery": "regions",
+    "find_registers": "register_search",
+    "RegisterNeurons": "registers",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "artifacts":
+        return import_module("lostreg.artifacts")
     if name not in _HOMES:
         raise AttributeError(f"module 'lostreg' has no attribute '{name}'")
     return getattr(import_module(f"lostreg.{_HOMES[name]}"), name)

@@ -14,8 +14,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, JpegImagePlugin
 
-from lostreg.errors import ImageError
-from lostreg.images import MAX_PIXELS, Picture, cut_patches, normalise_patches, patch_grid, read_image
+from lostreg.errors import ImageError, OptionError
+from lostreg.images import (
+    MAX_PIXELS,
+    Picture,
+    cut_patches,
+    draw_sample,
+    normalise_patches,
+    patch_grid,
+    read_image,
+)
 
 WIDTH, HEIGHT = 40, 30
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -504,3 +512,37 @@ def test_orientation_is_applied_or_ignored_in_every_format(tmp_path: Path, suffi
     # Where row 0 and column 0 of the stored picture are seen, by the EXIF standard.
     assert white.index(1) == {1: 0, 2: 1, 3: 2, 4: 3, 5: 0, 6: 1, 7: 2, 8: 3}[orientation]
     assert sum(white) == 1
+
+
+# Samples
+
+
+@given(st.lists(st.text(), min_size=1, max_size=40), st.integers(1, 60), st.integers(0, 2**70))
+def test_a_sample_is_a_part_of_the_images_in_their_order(images: list[str], count: int, seed: int) -> None:
+    numbered = list(enumerate(images))
+    drawn = draw_sample(numbered, count, seed)
+    assert len(drawn) == min(count, len(images))
+    assert [number for number, _ in drawn] == sorted({number for number, _ in drawn})
+    assert all(numbered[number] == (number, image) for number, image in drawn)
+    assert draw_sample(tuple(numbered), count, seed) == drawn
+
+
+def test_samples_differ_by_seed_and_favour_no_image() -> None:
+    draws = [draw_sample(range(10), 3, seed) for seed in range(600)]
+    counts = np.bincount([number for drawn in draws for number in drawn], minlength=10)
+    assert len({tuple(drawn) for drawn in draws}) > 100  # of 120
+    assert 130 < counts.min() <= counts.max() < 230  # 180 each, with a deviation of 11
+
+
+@pytest.mark.parametrize(
+    ("images", "count", "seed", "message"),
+    [
+        ([], 1, 0, "at least one image and a sample of at least 1, not 0 and 1"),
+        ([1, 2], 0, 0, "a sample of at least 1, not 2 and 0"),
+        ([1, 2], -1, 0, "a sample of at least 1, not 2 and -1"),
+        ([1, 2], 1, -1, "seed must be an integer of at least 0, not -1"),
+    ],
+)
+def test_samples_of_nothing_are_refused(images: list[int], count: int, seed: int, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        draw_sample(images, count, seed)

@@ -75,7 +75,7 @@ def test_every_public_name_is_there() -> None:
 
 def test_public_names_are_those_that_are_loaded_when_asked_for_and_three_that_are_there() -> None:
     assert lostreg.__all__ == sorted(lostreg.__all__)
-    assert set(lostreg.__all__) == {*lostreg._HOMES, "BACKBONES", "BackboneSpec", "LostregError"}
+    assert set(lostreg.__all__) == {*lostreg._HOMES, "BACKBONES", "BackboneSpec", "LostregError", "artifacts"}
     assert {"Calibration", "calibrate", "Discoverer", "lost_boxes"} <= set(lostreg.__all__)
 
 

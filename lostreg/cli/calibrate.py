@@ -1,12 +1,11 @@
 """``lostreg calibrate``: one bias for a collection of unlabelled images."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.files import find_images
+from lostreg.cli.files import check_writable, find_images
 from lostreg.cli.parser import (
     Subparsers,
     add_backbone_options,
@@ -16,7 +15,6 @@ from lostreg.cli.parser import (
     tell,
 )
 from lostreg.cli.progress import ProgressBar
-from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
     from lostreg.calibration import Calibration
@@ -58,11 +56,8 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Calibrate; the exit code is 2 if any image could not be read, though the others count."""
     from lostreg.calibration import calibrate
-    from lostreg.images import SUFFIXES
 
-    if args.out.suffix.lower() in SUFFIXES or args.out.is_dir():
-        raise OptionError(f"--out {args.out}: expected a file for a bias, not an image or a folder")
-    _check_writable(args.out)
+    check_writable(args.out, "a bias")
     paths = find_images(args.images)
     discoverer = make_discoverer(args, args.backbone)
     with ProgressBar(args.backbone, min(args.sample, len(paths))) as bar:
@@ -78,15 +73,6 @@ def run(args: argparse.Namespace) -> int:
     _show(found, len(paths))
     print(f"written to {args.out}: use it as --bias {args.out}")
     return 2 if found.unreadable else 0
-
-
-def _check_writable(target: Path) -> None:
-    """Raise `OptionError` if the file could not be written in the end: better now than after the pass."""
-    folder = next(parent for parent in target.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise OptionError(f"--out {target}: {folder} is a file, expected a folder")
-    if not os.access(target if target.exists() else folder, os.W_OK):
-        raise OptionError(f"--out {target} cannot be written: permission denied")
 
 
 def _show(found: "Calibration", offered: int) -> None:

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lostreg import defaults
 from lostreg.cli.parser import (
     Subparsers,
     add_benchmark_options,
@@ -16,6 +15,7 @@ from lostreg.cli.parser import (
     make_discoverer,
     open_benchmark,
 )
+from lostreg.cli.registers import REGISTERS_FILE, chosen_backbones, with_registers
 from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
@@ -52,14 +52,9 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every backbone that was asked for."""
-    from lostreg.backbones import find_spec
     from lostreg.datasets import require_images
 
-    backbones: list[str] = list(dict.fromkeys(args.backbone or [defaults.BACKBONE]))
-    if args.weights and len(backbones) > 1:
-        raise OptionError(f"--weights is one file, but there are {len(backbones)} backbones")
-    for backbone in backbones:
-        find_spec(backbone)
+    backbones = chosen_backbones(args)
     if args.benchmark == "coco" and args.images is None:
         raise OptionError("eval coco needs --images, the folder that file names in the annotations are relative to")
     benchmark = open_benchmark(args)
@@ -82,6 +77,8 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
 
     # Boxes of benchmarks refer to pixels as they are stored.
     discoverer = make_discoverer(args, backbone, exif=False)
+    paths = [example.path for example in benchmark.examples]
+    discoverer = with_registers(args, discoverer, paths, kept=out / REGISTERS_FILE)
     with _progress_bar(backbone, len(benchmark)) as on_progress:
         evaluation = evaluate(
             benchmark,

@@ -48,3 +48,43 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         yield from (Path(place) / name for name in files)
+
+
+def check_writable(target: Path, purpose: str) -> None:
+    """Raise `OptionError` if the file could not or should not be written in the end: better now than after the pass.
+
+    Args:
+        target: the file.
+        purpose: what it is for, for the message.
+    """
+    from lostreg.images import SUFFIXES
+
+    if target.suffix.lower() in SUFFIXES or target.is_dir():
+        raise OptionError(f"--out {target}: expected a file for {purpose}, not an image or a folder")
+    folder = next(parent for parent in target.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise OptionError(f"--out {target}: {folder} is a file, expected a folder")
+    if not os.access(target if target.exists() else folder, os.W_OK):
+        raise OptionError(f"--out {target} cannot be written: permission denied")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, or raise `OptionError` if that or writing to it is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise OptionError(f"cannot write to {folder}: permission denied")
+
+
+def unique_names(paths: Iterable[Path]) -> Iterator[str]:
+    """A file name without suffix for each image: images of one name in different folders get different ones."""
+    used: set[str] = set()
+    for path in paths:
+        name, number = path.stem, 1
+        while name in used:
+            number += 1
+            name = f"{path.stem}-{number}"
+        used.add(name)
+        yield name

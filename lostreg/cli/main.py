@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lostreg import __version__
-from lostreg.cli import backbones, calibrate, datasets, evaluate, predict, score, sweep
+from lostreg.cli import artifacts, attention, backbones, calibrate, datasets, evaluate, predict, registers, score, sweep
 from lostreg.cli.parser import Parser, tell
 from lostreg.errors import LostregError, LostregWarning
 
-_COMMANDS = (predict, evaluate, score, calibrate, sweep, backbones, datasets)
+_COMMANDS = (predict, evaluate, score, calibrate, sweep, artifacts, attention, registers, backbones, datasets)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from lostreg import defaults
 from lostreg.backbone_table import FEATURES
+from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
     from lostreg.datasets import Benchmark
     from lostreg.discoverer import Discoverer
+    from lostreg.outliers import CutoffRule
 
 Subparsers = Any  # argparse keeps these classes to itself
 Group = Any
@@ -53,6 +55,27 @@ def bias_value(text: str) -> float | Literal["auto"] | Path:
     return Path(text)
 
 
+def registers_value(text: str) -> int | Path:
+    """A number of tokens, or a file that is there, for argparse."""
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(
+            f"expected a number of tokens of at least 1, or a file of `lostreg registers find`, not '{text}'"
+        )
+    return Path(text)
+
+
+def cutoff_rule(text: str) -> "CutoffRule":
+    """A rule for outliers, see `lostreg.outliers.parse_rule`, for argparse."""
+    from lostreg.outliers import parse_rule
+
+    try:
+        return parse_rule(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def as_finite(text: str) -> float | None:
     """The finite number that a text is, or None."""
     try:
@@ -87,16 +110,45 @@ def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bo
         action=argparse.BooleanOptionalAction,
         help="L2-normalise the features (default: the backbone's; always for auto and a FILE)",
     )
+    _add_k_patches(group)
     _add_running(group)
+    add_registers(group)
 
 
-def add_backbone_options(parser: argparse.ArgumentParser, *, feature: bool) -> None:
-    """The options of commands that choose the bias themselves, and maybe the feature too."""
+def add_backbone_options(
+    parser: argparse.ArgumentParser, *, feature: bool, lost: bool = True, registers: bool = False, several: bool = False
+) -> None:
+    """The options of commands that choose the bias themselves.
+
+    Args:
+        parser: of the command.
+        feature: whether the user chooses the feature.
+        lost: whether LOST runs on it.
+        registers: whether test-time registers can be added.
+        several: whether the command takes several backbones.
+    """
     group = parser.add_argument_group("method")
-    _add_backbone(group)
+    _add_backbone(group, several=several)
     if feature:
         _add_feature(group)
+    if lost:
+        _add_k_patches(group)
+    else:
+        parser.set_defaults(k_patches=defaults.K_PATCHES)
     _add_running(group)
+    if registers:
+        add_registers(group)
+
+
+def add_registers(group: Group) -> None:
+    """The option that adds test-time registers."""
+    group.add_argument(
+        "--test-time-registers",
+        type=registers_value,
+        metavar="N|FILE",
+        help="add N blank tokens to each image and move to them what the neurons write that make outliers (Jiang et "
+        "al. 2025); these neurons are found on the images at hand, or come from a FILE of `lostreg registers find`",
+    )
 
 
 def _add_backbone(group: Group, *, several: bool = False) -> None:
@@ -122,8 +174,7 @@ def _add_feature(group: Group) -> None:
     )
 
 
-def _add_running(group: Group) -> None:
-    """The options that no command of the method lacks."""
+def _add_k_patches(group: Group) -> None:
     group.add_argument(
         "--k-patches",
         type=positive_int,
@@ -131,6 +182,10 @@ def _add_running(group: Group) -> None:
         metavar="N",
         help=f"low-degree patches that may join the seed (default: {defaults.K_PATCHES})",
     )
+
+
+def _add_running(group: Group) -> None:
+    """The options that no command of the method lacks."""
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     group.add_argument(
         "--precision", choices=defaults.PRECISIONS, default="fp32", help="of the backbone (default: fp32)"

@@ -1,16 +1,15 @@
 """``lostreg predict``: boxes for images, as a table, as JSON Lines, as pictures."""
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lostreg import defaults
-from lostreg.cli.files import find_images
+from lostreg.cli.files import find_images, make_folder, unique_names
 from lostreg.cli.parser import Subparsers, add_max_side, add_method_options, make_discoverer, tell, unit_interval
+from lostreg.cli.registers import with_registers
 from lostreg.errors import ImageError, OptionError
 
 _OTHER_PICTURES = (".bmp", ".eps", ".gif", ".pdf", ".svg", ".tif", ".tiff")  # no folder is meant
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     failed = 0
     with ExitStack() as stack:
         output = _open_json(args.json, stack) if args.json else None
-        discoverer = make_discoverer(args, args.backbone)
+        discoverer = with_registers(args, make_discoverer(args, args.backbone), paths)
         if output and output is not sys.stdout and Path(args.json).is_file():
             output.truncate(0)  # only now: a mistake in the other options costs no earlier file
         if output is not sys.stdout:
@@ -108,15 +107,8 @@ def _open_json(target: str, stack: ExitStack) -> TextIO:
     path = Path(target)
     if path.suffix.lower() in SUFFIXES:  # most likely a list of images that follows --json without its FILE
         raise OptionError(f"--json {target} is named like an image: expected a file for JSON Lines, or -")
-    _make_folder(path.parent)
+    make_folder(path.parent)
     return stack.enter_context(path.open("a", encoding="utf-8", newline="\n"))
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 def _plot_paths(target: Path, arguments: list[str], paths: list[Path]) -> list[Path]:
@@ -148,23 +140,10 @@ def _place_plots(target: Path, paths: list[Path]) -> list[Path]:
     if suffix in PLOT_SUFFIXES and not target.is_dir():
         if len(paths) > 1:
             raise OptionError(f"--plot {target} is one file, but there are {len(paths)} images: give a folder")
-        _make_folder(target.parent)
+        make_folder(target.parent)
         return [target]
-    _make_folder(target)
-    if not os.access(target, os.W_OK):
-        raise OptionError(f"cannot write to {target}: permission denied")
-    return list(_unique_names(target, paths))
-
-
-def _unique_names(folder: Path, paths: list[Path]) -> Iterator[Path]:
-    used: set[str] = set()
-    for path in paths:
-        name, number = path.stem, 1
-        while name in used:
-            number += 1
-            name = f"{path.stem}-{number}"
-        used.add(name)
-        yield folder / f"{name}.png"
+    make_folder(target)
+    return [target / f"{name}.png" for name in unique_names(paths)]
 
 
 def _plot(target: Path, path: Path, found: "Discovery", args: argparse.Namespace) -> None:

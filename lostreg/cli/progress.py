@@ -29,6 +29,10 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 
@@ -46,3 +50,42 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.clear()
         tell(message)
+
+
+class StepBars:
+    """A bar for each step of some work, one after the other.
+
+    Args:
+        description: in front of the steps' names.
+    """
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._step = ""
+        self._bar: ProgressBar | None = None
+
+    def __enter__(self) -> "StepBars":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def advance(self, step: str, done: int, total: int) -> None:
+        """So many of so many are done in a step; the first one, or another step, begins a new bar."""
+        if self._bar is None or step != self._step or done == 1:
+            self._close()
+            self._step, self._bar = step, ProgressBar(f"{self._description}, {step}", total)
+        self._bar.advance()
+
+    def tell(self, message: str) -> None:
+        """A line for the person at the terminal, on a line of its own."""
+        if self._bar is None:
+            tell(message)
+        else:
+            self._bar.tell(message)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -17,6 +17,7 @@ from lostreg.cli.parser import (
     open_benchmark,
 )
 from lostreg.cli.progress import ProgressBar
+from lostreg.cli.registers import REGISTERS_FILE, with_registers
 from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def add_parser(commands: Subparsers) -> None:
     )
     add_benchmark_options(parser)
     add_max_side(parser, None)
-    add_backbone_options(parser, feature=False)
+    add_backbone_options(parser, feature=False, registers=True)
     parser.set_defaults(run=run)
 
 
@@ -92,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
     benchmark = open_benchmark(args)
     require_images(benchmark)
     discoverer = make_discoverer(args, args.backbone, exif=False)
+    paths = [example.path for example in benchmark.examples]
+    discoverer = with_registers(args, discoverer, paths, kept=args.out / REGISTERS_FILE)
     with ProgressBar(args.backbone, len(benchmark)) as bar:
         rows = sweep(
             benchmark,

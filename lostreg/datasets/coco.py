@@ -79,6 +79,30 @@ def read_coco(path: Path, *, keep: Sequence[int] | None = None) -> tuple[dict[in
     return names, {image_id: _round_boxes(index.imgToAnns[image_id]) for image_id in names}
 
 
+def main_categories(path: Path) -> dict[str, str]:
+    """The category of the largest object of each image of an annotations file, crowd left out.
+
+    Returns:
+        File names, as the file has them, to names of categories; images without objects are missing.
+
+    Raises:
+        DatasetError: as `load_coco`, and if a category is missing or has no name.
+    """
+    content = _read_json(path)
+    names = _image_names(content["images"], path)
+    try:
+        categories = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
+        by_place = [categories[entry["category_id"]] for entry in content["annotations"]]
+    except (KeyError, TypeError) as error:
+        raise DatasetError(f"{path}: every annotation must be of a category with an id and a name ({error})") from error
+    largest: dict[int, tuple[float, str]] = {}
+    for entry in _object_entries(content["annotations"], names, path):
+        size = entry["bbox"][2] * entry["bbox"][3]
+        if size > largest.get(entry["image_id"], (-1.0, ""))[0]:
+            largest[entry["image_id"]] = (size, by_place[entry["id"]])
+    return {names[image_id]: category for image_id, (_, category) in largest.items()}
+
+
 def make_coco(name: str, ids: Iterable[int], examples: Sequence[Example]) -> Benchmark:
     """A benchmark without a split, with a note on the ``ids`` that have no box, if there are any."""
     listed = frozenset(ids)

@@ -162,6 +162,29 @@ def read_voc_boxes(path: Path, *, no_hard: bool = False) -> NDArray[np.float64]:
     Raises:
         DatasetError: naming the file, if it is not XML, has no object, or has a malformed box.
     """
+    objects = _read_objects(path)
+    # Every box is checked, also of objects that no_hard drops.
+    boxes = [(_read_box(item, path), _is_hard(item)) for item in objects]
+    kept = [box for box, hard in boxes if not (no_hard and hard)]
+    return np.asarray(kept, dtype=np.float64).reshape(-1, 4)
+
+
+def main_class(path: Path) -> str:
+    """The class of the largest object of an annotation file.
+
+    Raises:
+        DatasetError: as `read_voc_boxes`, and if an object has no name.
+    """
+    objects = _read_objects(path)
+    corners = np.asarray([_read_box(item, path) for item in objects])
+    sizes = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+    name = objects[int(sizes.argmax())].findtext("name", "").strip()
+    if not name:
+        raise DatasetError(f"{path} has an <object> without a <name>")
+    return name
+
+
+def _read_objects(path: Path) -> list[ET.Element]:
     try:
         tree = ET.fromstring(path.read_bytes())  # noqa: S314 - local files; expat stops entity bombs
     except OSError as error:
@@ -171,10 +194,7 @@ def read_voc_boxes(path: Path, *, no_hard: bool = False) -> NDArray[np.float64]:
     objects = tree.findall("object")
     if not objects:
         raise DatasetError(f"{path} has no <object>: an image without a box cannot be scored")
-    # Every box is checked, also of objects that no_hard drops.
-    boxes = [(_read_box(item, path), _is_hard(item)) for item in objects]
-    kept = [box for box, hard in boxes if not (no_hard and hard)]
-    return np.asarray(kept, dtype=np.float64).reshape(-1, 4)
+    return objects
 
 
 def list_images(root: Path) -> dict[str, str]:

@@ -371,6 +371,117 @@ BAD = {
     "sweep an unknown benchmark": (f"sweep voc77 --root {{}}/voc --out {{}}/out {FAST}", "unknown benchmark 'voc77'"),
     "sweep missing images": (f"sweep voc --root {{}}/gap --out {{}}/out {FAST}", r"1 of 4 images are missing: .*im02"),
     "sweep coco without images": (f"sweep coco --root {{}} --out {{}}/out {FAST}", "sweep coco needs --images"),
+    # artifacts, attention, registers
+    "artifacts of nothing": (f"artifacts {FAST}", "arguments are required: IMAGE"),
+    "artifacts of an empty folder": (f"artifacts {{}}/folder {FAST}", r"no images in .*folder: expected files ending"),
+    "artifacts into a file": (
+        f"artifacts {{}}/good.jpg --out {{}}/file {FAST}",
+        "cannot make the folder .*/file: File exists",
+    ),
+    "artifacts below a file": (
+        f"artifacts {{}}/good.jpg --out {{}}/file/a {FAST}",
+        "cannot make the folder .*/file/a: Not a directory",
+    ),
+    **{
+        f"artifacts above {rule!r}": (
+            f"artifacts {{}}/good.jpg --out {{}}/out --threshold={shlex.quote(rule)} {FAST}",
+            f"a cut-off must be 'auto', a number above 0 .*, not {re.escape(repr(rule))}",
+        )
+        for rule in (
+            "",
+            "0",
+            "-150",
+            "nan",
+            "inf",
+            "1e999",
+            "abc",
+            "mean+0sigma",
+            "mean-3sigma",
+            "3sigma",
+            "0%",
+            "100%",
+        )
+    },
+    "registers above nothing": (f"registers find {{}}/good.jpg --threshold 0 {FAST}", "a cut-off must be 'auto'"),
+    "artifacts of no sample": (f"artifacts {{}}/good.jpg --sample 0 {FAST}", "an integer of at least 1, not '0'"),
+    "artifacts below a seed": (
+        f"artifacts {{}}/good.jpg --out {{}}/out --seed=-1 {FAST}",
+        "seed must be an integer of at least 0, not -1",
+    ),
+    "artifacts without annotations": (
+        f"artifacts {{}}/good.jpg --out {{}}/out --annotations {{}}/none.json {FAST}",
+        r"cannot read the COCO annotations .*none\.json",
+    ),
+    "artifacts of other annotations": (
+        f"artifacts {{}}/good.jpg --out {{}}/out --annotations {{}}/voc/Annotations {FAST}",
+        "has no annotation of any of the 1 images",
+    ),
+    "artifacts of no categories": (
+        f"artifacts {{}}/good.jpg --out {{}}/out --annotations {{}}/coco.json {FAST}",
+        "every annotation must be of a category",
+    ),
+    "artifacts of no JSON": (
+        f"artifacts {{}}/good.jpg --out {{}}/out --annotations {{}}/text.pth {FAST}",
+        r"text\.pth is not JSON",
+    ),
+    "artifacts of no backbone": ("artifacts {}/good.jpg --out {}/out --backbone vit", "unknown backbone 'vit'"),
+    "artifacts of one backbone too many": (
+        f"artifacts {{}}/good.jpg --out {{}}/out {FAST} --backbone none",
+        "unknown backbone 'none'",
+    ),
+    "artifacts of no layer": (
+        f"artifacts {{}}/good.jpg --out {{}}/out --layer 99 {FAST}",
+        r"layer must be in \[-2, 1\] .*, not 99",
+    ),
+    "weights of artifacts for several": (
+        "artifacts {}/good.jpg --out {}/out --weights {}/other.pth --backbone dino_vits16 dino_vits8",
+        "--weights is one file, but there are 2 backbones",
+    ),
+    "attention of nothing": (f"attention {FAST}", "arguments are required: IMAGE"),
+    "attention into a file": (
+        f"attention {{}}/good.jpg --out {{}}/file {FAST}",
+        "cannot make the folder .*/file: File exists",
+    ),
+    "attention of no layer": (
+        f"attention {{}}/good.jpg --out {{}}/out --layers 0 99 {FAST}",
+        r"layer must be in \[-2, 1\] .*, not 99",
+    ),
+    "attention layers of letters": (f"attention {{}}/good.jpg --layers last {FAST}", "invalid int value: 'last'"),
+    "attention of a feature": (f"attention {{}}/good.jpg --feature k {FAST}", "unrecognized arguments: --feature k"),
+    "registers of nothing": (f"registers find {FAST}", "arguments are required: IMAGE"),
+    "registers without an action": (f"registers {FAST}", "arguments are required: action"),
+    "registers of another action": (f"registers lose {{}}/good.jpg {FAST}", "invalid choice: 'lose'.*find"),
+    "registers of no token": (f"registers find {{}}/good.jpg --count 0 {FAST}", "an integer of at least 1, not '0'"),
+    "registers of no neuron": (f"registers find {{}}/good.jpg --neurons 0 {FAST}", "of at least 1, not '0'"),
+    "registers of no sample": (f"registers find {{}}/good.jpg --sample 0 {FAST}", "of at least 1, not '0'"),
+    "registers below a seed": (
+        f"registers find {{}}/good.jpg --out {{}}/a.json --seed=-1 {FAST}",
+        "seed must be an integer of at least 0, not -1",
+    ),
+    "registers below a file": (
+        f"registers find {{}}/good.jpg --out {{}}/file/a.json {FAST}",
+        r"--out .*/file/a\.json: .*/file is a file, expected a folder",
+    ),
+    "registers into a folder": (
+        f"registers find {{}}/good.jpg --out {{}}/folder {FAST}",
+        "--out .*folder: expected a file for register",
+    ),
+    "registers into an image": (
+        f"registers find {{}}/dot.png --out {{}}/good.jpg {FAST}",
+        r"--out .*good\.jpg: expected a file for",
+    ),
+    "no registers file": (
+        f"predict {{}}/good.jpg --test-time-registers {{}}/none.json {FAST}",
+        r"expected a number of tokens of at least 1, or a file of `lostreg registers find`, not '.*none\.json'",
+    ),
+    "image for registers": (
+        f"predict {{}}/good.jpg --test-time-registers {{}}/good.jpg {FAST}",
+        r"good\.jpg is no file of `lostreg registers find`: ",
+    ),
+    "bias for registers": (
+        f"attention {{}}/good.jpg --out {{}}/out --test-time-registers {{}}/fitting.json {FAST}",
+        'fitting.json is no file of .*: expected a JSON object with "format": "lostreg registers 1"',
+    ),
     # weights
     "no weights file": (f"predict {{}}/good.jpg --weights {{}}/none.pth {FAST}", r"no weights file at .*none\.pth"),
     "weights of text": (f"predict {{}}/good.jpg --weights {{}}/text.pth {FAST}", r"text\.pth .*no checkpoint"),

@@ -218,6 +218,7 @@ def test_method_options_reach_the_results(root: Path, tmp_path: Path) -> None:
         "max_side": None,
         "exif": False,
         "max_pixels": 123456,
+        "test_time_registers": None,
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lostreg.datasets import coco20k, require_images
-from lostreg.datasets.coco import load_coco
+from lostreg.datasets.coco import load_coco, main_categories
 from lostreg.datasets.coco20k import coco20k_file_name, coco20k_ids, load_coco20k
 from lostreg.errors import DatasetError
 
@@ -286,3 +286,74 @@ def test_the_images_of_the_coco_sample_are_found(shared_data: Path) -> None:
             require_images(benchmark)
     else:
         require_images(benchmark)
+
+
+def categories(path: Path, annotations: list[dict[str, Any]], **content: Any) -> Path:
+    given = {
+        "images": [image(7), image(3, "sub/x.png"), image(5)],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "cat"}, {"id": 18, "name": "dog"}],
+        **content,
+    }
+    path.write_text(json.dumps({key: value for key, value in given.items() if value is not None}))
+    return path
+
+
+def of(category: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    return {**entry, "category_id": category}
+
+
+def test_the_main_category_is_that_of_the_largest_object(tmp_path: Path) -> None:
+    annotations = [
+        of(1, box(7, 0, 0, 4, 5)),
+        of(18, box(3, 0, 0, 2, 2)),
+        of(18, box(7, 0, 0, 7, 3)),
+        of(1, box(7, 0, 0, 21, 1)),  # no larger than the one before
+        of(1, box(3, 0, 0, 90, 90, crowd=1)),
+        of(1, box(5, 0, 0, 90, 90, crowd=1)),
+        of(1, box(99, 0, 0, 9, 9)),
+    ]
+    assert main_categories(categories(tmp_path / "a.json", annotations)) == {"7.jpg": "dog", "sub/x.png": "dog"}
+
+
+def test_objects_without_an_extent_have_a_category_too(tmp_path: Path) -> None:
+    assert main_categories(categories(tmp_path / "a.json", [of(1, box(7, 3, 3, 0, 0))])) == {"7.jpg": "cat"}
+    assert main_categories(categories(tmp_path / "a.json", [])) == {}
+
+
+@pytest.mark.parametrize(
+    ("annotations", "content", "message"),
+    [
+        ([of(1, box(7, 0, 0, 4, 5))], {"categories": None}, "must be of a category with an id and a name"),
+        ([of(1, box(7, 0, 0, 4, 5))], {"categories": 5}, "must be of a category with an id and a name"),
+        ([of(1, box(7, 0, 0, 4, 5))], {"categories": [{"id": 1}]}, "must be of a category with an id and a name"),
+        ([of(1, box(7, 0, 0, 4, 5))], {"categories": ["cat"]}, "must be of a category with an id and a name"),
+        ([of(2, box(7, 0, 0, 4, 5))], {}, "must be of a category with an id and a name"),
+        ([of([1], box(7, 0, 0, 4, 5))], {}, "must be of a category with an id and a name"),
+        ([{"image_id": 7, "bbox": [0, 0, 1, 1]}], {}, "must be of a category with an id and a name"),
+        ([5], {}, "must be"),
+        ([of(1, box(7, 0, 0, -4, 5))], {}, "'bbox' must be four numbers"),
+        ([], {"images": []}, "lists no images"),
+    ],
+)
+def test_main_categories_of_malformed_files_are_refused(
+    tmp_path: Path, annotations: list[Any], content: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        main_categories(categories(tmp_path / "a.json", annotations, **content))
+
+
+def test_main_categories_of_the_coco_sample(shared_data: Path) -> None:
+    path = shared_data / "coco-sample/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    names = {entry["id"]: entry["name"] for entry in content["categories"]}
+    files = {entry["id"]: entry["file_name"] for entry in content["images"]}
+    by_hand: dict[str, tuple[float, str]] = {}
+    for entry in content["annotations"]:
+        if not entry["iscrowd"]:
+            size, file_name = entry["bbox"][2] * entry["bbox"][3], files[entry["image_id"]]
+            if size > by_hand.get(file_name, (-1, ""))[0]:
+                by_hand[file_name] = (size, names[entry["category_id"]])
+    found = main_categories(path)
+    assert found == {file_name: name for file_name, (_, name) in by_hand.items()}
+    assert len(set(found.values())) > 3

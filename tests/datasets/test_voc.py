@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lostreg.datasets import require_images
-from lostreg.datasets.voc import find_voc, load_voc, read_voc_boxes
+from lostreg.datasets.voc import find_voc, load_voc, main_class, read_voc_boxes
 from lostreg.errors import DatasetError
 
 
@@ -214,3 +214,33 @@ def test_all_of_voc07_trainval_rebuilt_from_the_published_boxes(tmp_path: Path, 
     }
     benchmark = load_voc(write_voc(tmp_path, objects), expected=5011)
     assert sum(len(example.boxes) for example in benchmark.examples) == sum(map(len, published.values()))
+
+
+def test_the_main_class_is_that_of_the_largest_object(tmp_path: Path) -> None:
+    small, large = an_object("1 1 30 30"), an_object("5 5 35 35", DIFFICULT).replace("dog", " potted plant\n")
+    part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part></object>"
+    path = tmp_path / "a.xml"
+    for body in (small + large, large + small, large.replace("</object>", part) + small):
+        path.write_text(f"<annotation><folder>VOC</folder>{body}</annotation>")
+        assert main_class(path) == "potted plant"
+    path.write_text(f"<annotation>{small}{small.replace('dog', 'cat')}</annotation>")
+    assert main_class(path) == "dog"  # of equal ones the first
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("<annotation></annotation>", "has no <object>"),
+        ("<annotation>", "not well-formed XML"),
+        (f"<annotation>{an_object('1 1 5 5').replace('<name>dog</name>', '')}</annotation>", "without a <name>"),
+        (f"<annotation>{an_object('1 1 5 5').replace('dog', ' ')}</annotation>", "without a <name>"),
+        (f"<annotation>{an_object('9 9 5 5')}</annotation>", "empty or inside out"),
+        ("<annotation><object><name>dog</name></object></annotation>", "has no <bndbox>"),
+    ],
+)
+def test_main_classes_of_malformed_files_are_refused(tmp_path: Path, body: str, message: str) -> None:
+    (tmp_path / "a.xml").write_text(body)
+    with pytest.raises(DatasetError, match=rf"a\.xml.*{message}"):
+        main_class(tmp_path / "a.xml")
+    with pytest.raises(DatasetError, match="cannot read"):
+        main_class(tmp_path / "none.xml")

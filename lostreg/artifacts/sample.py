@@ -1,0 +1,275 @@
+"""A second look at some images, once it is known which tokens are outliers: what they hold, and how LOST sees them.
+
+Tokens are those that users of a backbone get: of the last layer, after its final norm where it has one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lostreg.artifacts.gram import GramView, GramViews, view_gram
+from lostreg.artifacts.probes import (
+    ClassProbe,
+    PixelProbe,
+    PositionProbe,
+    Skipped,
+    probe_classes,
+    probe_pixels,
+    probe_position,
+)
+from lostreg.discoverer import Discoverer
+from lostreg.forward import Forward, Grid
+from lostreg.images import ImageSource
+from lostreg.norms import LookJob, TokenNorms
+
+RASTER: Final = 16  # cells across and down that the position probe tells apart
+TOKENS: Final = 32  # of each kind that are drawn from an image for probes of position and pixels
+EXAMPLES: Final = 4
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image to be shown.
+
+    Attributes:
+        pixels: RGB (h, w, 3), uint8, with the backbone's mean colour where the last patches reach beyond the image's
+            right and bottom edges.
+        norms: of its patches at the output, before the final norm, (rows, columns).
+        outliers: which of them are outliers, (rows, columns), bool.
+        degrees: connections of each patch in LOST, (rows, columns), int64.
+        degrees_normal: the same with outliers out of the graph; -1 at outliers. None without outliers.
+    """
+
+    pixels: NDArray[np.uint8]
+    norms: NDArray[np.float32]
+    outliers: NDArray[np.bool_]
+    degrees: NDArray[np.int64]
+    degrees_normal: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was measured on the sample.
+
+    Attributes:
+        images: how many could be read.
+        affected: how many of them have outliers.
+        outliers: how many patches are outliers.
+        position: how well the position can be read off tokens, by kind of token.
+        pixels: the same for the pixels of the patch, which are normalised as the backbone takes them.
+        classes: the same for the class of the image, by kind; or why not.
+        gram: how LOST sees the patches: `GramView` of all of them, mean over the images with outliers, or over all
+            images where none has any.
+        gram_normal: the same of the same images with outliers left out; None without outliers.
+        examples: images to be shown, those with the most outliers first.
+    """
+
+    images: int
+    affected: int
+    outliers: int
+    position: dict[str, PositionProbe | Skipped]
+    pixels: dict[str, PixelProbe | Skipped]
+    classes: dict[str, ClassProbe] | Skipped
+    gram: GramView
+    gram_normal: GramView | None
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One image of the sample."""
+
+    norms: TokenNorms
+    tokens: NDArray[np.float32]  # after the final norm, prefix first, (prefix + N, D)
+    pixels: NDArray[np.float32]  # normalised, (N, P)
+    features: Tensor  # that LOST sees, (N, D)
+
+
+@dataclass
+class _Drawn:
+    """Tokens of one kind for the probes of position and pixels, a list entry an image."""
+
+    tokens: list[NDArray[np.float32]] = field(default_factory=list)
+    pixels: list[NDArray[np.float32]] = field(default_factory=list)
+    cells: list[NDArray[np.int64]] = field(default_factory=list)
+    images: list[NDArray[np.int64]] = field(default_factory=list)
+
+    def add(self, number: int, seen: _Seen, chosen: NDArray[np.int64]) -> None:
+        height, width = seen.norms.grid
+        rows, columns = chosen // width, chosen % width
+        raster = np.stack([(rows + 0.5) * RASTER / height, (columns + 0.5) * RASTER / width], axis=1)
+        self.tokens.append(seen.tokens[seen.norms.prefix :][chosen])
+        self.pixels.append(seen.pixels[chosen])
+        self.cells.append(raster.astype(np.int64))
+        self.images.append(np.full(len(chosen), number))
+
+    def probe(self) -> tuple[PositionProbe | Skipped, PixelProbe | Skipped]:
+        if not self.tokens:
+            nothing = Skipped("there are no such tokens")
+            return nothing, nothing
+        tokens, images = np.concatenate(self.tokens), np.concatenate(self.images)
+        position = probe_position(tokens, np.concatenate(self.cells), images)
+        return position, probe_pixels(tokens, np.concatenate(self.pixels), images)
+
+
+class _Collection:
+    """What is kept of the images of the sample."""
+
+    def __init__(self, discoverer: Discoverer, cutoff: float | None, seed: int) -> None:
+        self._discoverer = discoverer
+        self._cutoff = np.inf if cutoff is None else cutoff
+        self._random = np.random.default_rng(seed)
+        self.images = self.affected = self.outliers = 0
+        self._drawn = {"outlier": _Drawn(), "normal": _Drawn()}
+        self._one: dict[str, list[NDArray[np.float32]]] = {}
+        self._labels: list[str] = []
+        self._views: list[tuple[bool, GramView, GramView | None]] = []
+        self._examples: list[tuple[int, Example]] = []
+
+    def add(self, seen: _Seen, label: str | None) -> None:
+        outlier = seen.norms.output.astype(np.float64) >= self._cutoff
+        count = int(outlier.sum())
+        places = {"outlier": np.flatnonzero(outlier), "normal": np.flatnonzero(~outlier)}
+        shuffled = {kind: self._random.permutation(found) for kind, found in places.items()}
+        for kind, found in shuffled.items():
+            if len(found):
+                self._drawn[kind].add(self.images, seen, found[:TOKENS])
+        if label is not None:
+            self._add_one_of_each(seen, shuffled, label)
+        views = view_gram(
+            seen.features,
+            seen.norms.grid,
+            outlier,
+            self._discoverer.bias,
+            self._discoverer.k_patches,
+            normalize=self._discoverer.normalize,
+        )
+        self._views.append((bool(count), views.every, views.normal))
+        self._examples.append((count, self._example(seen, outlier, views)))
+        self._examples = sorted(self._examples, key=lambda entry: -entry[0])[:EXAMPLES]
+        self.images += 1
+        self.affected += bool(count)
+        self.outliers += count
+
+    def _add_one_of_each(self, seen: _Seen, places: dict[str, NDArray[np.int64]], label: str) -> None:
+        prefix, patches = seen.tokens[: seen.norms.prefix], seen.tokens[seen.norms.prefix :]
+        kinds = dict(zip(self._discoverer.backbone.prefix_names, prefix, strict=True))
+        kinds["mean of patches"] = patches.mean(axis=0)
+        for kind, found in places.items():
+            nothing = np.full(patches.shape[1], np.nan, np.float32)
+            kinds[f"one {kind} token"] = patches[found[0]] if len(found) else nothing
+        for kind, token in kinds.items():
+            self._one.setdefault(kind, []).append(token)
+        self._labels.append(label)
+
+    def _example(self, seen: _Seen, outlier: NDArray[np.bool_], views: GramViews) -> Example:
+        backbone, grid = self._discoverer.backbone, seen.norms.grid
+        patch = backbone.spec.patch_size
+        std, mean = (np.array(values, np.float32) for values in (backbone.std, backbone.mean))
+        pixels = seen.pixels.reshape(*grid, patch, patch, 3) * std + mean
+        image = pixels.transpose(0, 2, 1, 3, 4).reshape(grid[0] * patch, grid[1] * patch, 3)
+        return Example(
+            (image * 255).round().clip(0, 255).astype(np.uint8),
+            seen.norms.output.reshape(grid),
+            outlier.reshape(grid),
+            views.degrees.reshape(grid),
+            None if views.degrees_normal is None else views.degrees_normal.reshape(grid),
+        )
+
+    def finish(self) -> Sample:
+        found = {kind: drawn.probe() for kind, drawn in self._drawn.items()}
+        chosen = [view for view in self._views if view[0] or not self.affected]
+        without = [left for _, _, left in chosen if left is not None]
+        return Sample(
+            images=self.images,
+            affected=self.affected,
+            outliers=self.outliers,
+            position={kind: position for kind, (position, _) in found.items()},
+            pixels={kind: pixels for kind, (_, pixels) in found.items()},
+            classes=self._classes(),
+            gram=GramView.average([view for _, view, _ in chosen]),
+            gram_normal=GramView.average(without) if without else None,
+            examples=tuple(example for _, example in self._examples),
+        )
+
+    def _classes(self) -> dict[str, ClassProbe] | Skipped:
+        """All kinds over the same images: those with outliers, where there are enough of them."""
+        if not self._labels:
+            return Skipped("no image has a class: expected one sub-folder a class, or annotations")
+        labels = np.asarray(self._labels)
+        kinds = {kind: np.stack(tokens) for kind, tokens in self._one.items()}
+        complete = np.all([np.isfinite(tokens).all(axis=1) for tokens in kinds.values()], axis=0)
+        with_outliers = probe_classes({kind: tokens[complete] for kind, tokens in kinds.items()}, labels[complete])
+        if not isinstance(with_outliers, Skipped):
+            return with_outliers
+        others = {kind: tokens for kind, tokens in kinds.items() if kind != "one outlier token"}
+        normal = np.all([np.isfinite(tokens).all(axis=1) for tokens in others.values()], axis=0)
+        return probe_classes({kind: tokens[normal] for kind, tokens in others.items()}, labels[normal])
+
+
+def look_inside(
+    images: Sequence[ImageSource],
+    discoverer: Discoverer,
+    forward: Forward,
+    cutoff: float | None,
+    labels: Sequence[str | None] | None,
+    seed: int,
+    on_outcome: Callable[[int], None],
+) -> Sample:
+    """Run the sample, and measure.
+
+    Args:
+        images: of the sample, at least one of which can be read.
+        discoverer: how they are read, and the feature, layer and bias of LOST's view.
+        forward: of its backbone.
+        cutoff: norm from which a patch is an outlier; None for none.
+        labels: the class of each image, None where it is not known; None for no classes at all.
+        seed: of the tokens that are drawn.
+        on_outcome: called after each image with how many are done.
+    """
+    kept = _Collection(discoverer, cutoff, seed)
+    look = _Look(discoverer)
+    stream = discoverer.stream_of(LookJob(forward, look))
+    for number, outcome in enumerate(stream.outcomes(images)):
+        if isinstance(outcome, _Seen):
+            kept.add(outcome, labels[number] if labels else None)
+        on_outcome(number + 1)
+    return kept.finish()
+
+
+class _Look:
+    """Norms, final tokens, pixels and LOST's features of a pack, from one forward."""
+
+    def __init__(self, discoverer: Discoverer) -> None:
+        self._feature, self._layer = discoverer.feature, discoverer.layer
+
+    def __call__(self, forward: Forward, pixels: list[Tensor], grids: Sequence[Grid]) -> list[_Seen]:
+        walk = forward.start(pixels, grids)
+        layers: list[Tensor] = []
+        features = walk.tokens
+        while walk.layer < forward.backbone.depth:
+            at_layer = walk.layer == self._layer
+            if at_layer and self._feature != "out":
+                features = walk.patches(forward.project(walk, self._feature))
+            forward.advance(walk)
+            if at_layer and self._feature == "out":
+                features = walk.patches(forward.output(walk))
+            layers.append(torch.linalg.vector_norm(walk.tokens, dim=1))
+        norms, tokens = torch.stack(layers).cpu().numpy(), forward.output(walk).float().cpu().numpy()
+        sizes = [rows * columns for rows, columns in grids]
+        return [
+            _Seen(
+                TokenNorms(norms[:, span].copy(), np.linalg.norm(tokens[span], axis=1), walk.prefix, grid),
+                tokens[span].copy(),
+                image.float().cpu().numpy(),
+                seen,
+            )
+            for span, grid, image, seen in zip(
+                walk.packing.spans, grids, pixels, torch.split(features, sizes), strict=True
+            )
+        ]

@@ -1,0 +1,140 @@
+"""``lostreg artifacts``: high-norm tokens of backbones, where they sit, what they hold, as a report folder."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lostreg import defaults
+from lostreg.cli.files import find_images, make_folder
+from lostreg.cli.parser import Subparsers, add_max_side, add_method_options, make_discoverer, positive_int, tell
+from lostreg.cli.progress import StepBars
+from lostreg.cli.registers import add_threshold, chosen_backbones, with_registers
+from lostreg.errors import RegistersError
+
+if TYPE_CHECKING:
+    from lostreg.artifacts.measurement import Measurement
+    from lostreg.discoverer import Discoverer
+    from lostreg.errors import ImageError
+
+_OUT = Path("artifacts")
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "artifacts",
+        help="find a backbone's high-norm tokens, where they sit and what they hold",
+        description="Measure the norms of all tokens of a backbone over a folder of images; where outliers sit, what "
+        "they hold, and what they do to LOST's similarities. Writes a folder with one HTML page, its pictures, and "
+        "every number as JSON. Several backbones stand side by side.",
+    )
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="files, folders (with all their subfolders) or globs; before the options",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=_OUT, metavar="DIR", help=f"folder for the report (default: {_OUT})"
+    )
+    add_threshold(parser)
+    parser.add_argument(
+        "--sample",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="images, drawn at random, that are run a second time for what tokens hold (default: 256)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, at least 0 (default: 0)")
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE|DIR",
+        help="classes of the images: a COCO JSON file, or VOC's folder Annotations (default: sub-folders, where they "
+        "look like classes)",
+    )
+    add_max_side(parser, defaults.MAX_SIDE)
+    add_method_options(parser, several_backbones=True)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and report; the exit code is 2 if any image could not be read, though the others count."""
+    from lostreg.artifacts.labels import annotated_classes, folder_classes
+    from lostreg.artifacts.report import write_report
+    from lostreg.runs import describe_device, package_versions
+
+    backbones = chosen_backbones(args)
+    paths = find_images(args.images)
+    labels = annotated_classes(paths, args.annotations) if args.annotations else folder_classes(paths)
+    make_folder(args.out)
+    found: list[Measurement] = []
+    for backbone in backbones:
+        discoverer = make_discoverer(args, backbone)
+        found += _measure(args, discoverer, paths, labels)
+        settings = {
+            "images": len(paths),
+            "sample": args.sample,
+            "seed": args.seed,
+            "max_side": args.max_side,
+            "precision": args.precision,
+            "device": describe_device(discoverer.backbone.device),
+            "versions": package_versions(),
+        }
+        write_report(args.out, found, settings)  # after each, so that a backbone that fails costs none before it
+    for one in found:
+        print(_line(one))
+    print(f"written to {args.out}: artifacts.html, artifacts.json and pictures")
+    return 2 if any(one.seen.errors for one in found) else 0
+
+
+def _measure(
+    args: argparse.Namespace, discoverer: "Discoverer", paths: Sequence[Path], labels: Sequence[str | None]
+) -> "list[Measurement]":
+    """The backbone and, where test-time registers are asked for and there is something to cure, the same with them."""
+    from lostreg.artifacts.measurement import measure
+    from lostreg.outliers import CutoffRule
+
+    with StepBars(discoverer.backbone.spec.name) as bars:
+
+        def advance(step: str, done: int, total: int, error: "ImageError | None") -> None:
+            bars.advance(step, done, total)
+            if error:
+                bars.tell(f"error: {error}")
+
+        found = [
+            measure(
+                paths,
+                discoverer,
+                rule=args.threshold,
+                labels=labels,
+                sample=args.sample,
+                seed=args.seed,
+                on_progress=advance,
+            )
+        ]
+        cutoff = found[0].cutoff.value
+        try:
+            cured = with_registers(args, discoverer, paths)
+        except RegistersError as error:
+            if isinstance(args.test_time_registers, Path):
+                raise
+            tell(f"no test-time registers for {discoverer.backbone.spec.name}: {error}")
+            return found
+        if cured is not discoverer:
+            rule = args.threshold if cutoff is None else CutoffRule("number", cutoff)
+            found.append(
+                measure(paths, cured, rule=rule, labels=labels, sample=args.sample, seed=args.seed, on_progress=advance)
+            )
+    return found
+
+
+def _line(one: "Measurement") -> str:
+    if one.cutoff.value is None:
+        return f"{one.title}: no outliers found among {one.patches:,} patches ({one.cutoff.reason})"
+    share = 100 * one.outliers / one.patches
+    return (
+        f"{one.title}: {one.outliers:,} outliers of {one.patches:,} patches ({share:.2f} %), "
+        f"norms of {one.cutoff.value:.4g} and more, from layer {one.emerges} on"
+    )

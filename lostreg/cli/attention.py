@@ -1,0 +1,101 @@
+"""``lostreg attention``: what CLS and register tokens attend to, as pictures."""
+
+import argparse
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lostreg import defaults
+from lostreg.cli.files import find_images, make_folder, unique_names
+from lostreg.cli.parser import Subparsers, add_backbone_options, add_max_side, make_discoverer, tell
+from lostreg.cli.registers import chosen_backbones, with_registers
+from lostreg.errors import ImageError
+
+if TYPE_CHECKING:
+    from lostreg.attention import AttentionMaps
+    from lostreg.discoverer import Discoverer
+
+_OUT = Path("attention")
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "attention",
+        help="what CLS and register tokens attend to, as pictures",
+        description="Draw, for each image, what CLS and every register token attends to: a row a backbone and layer. "
+        "Several backbones stand side by side.",
+    )
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="files, folders (with all their subfolders) or globs; before the options",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=_OUT, metavar="DIR", help=f"folder for the pictures (default: {_OUT})"
+    )
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        type=int,
+        default=(-1,),
+        metavar="LAYER",
+        help="blocks, from 0, or from the end when negative (default: -1)",
+    )
+    parser.add_argument("--heads", action="store_true", help="a picture with every head too")
+    parser.add_argument("--arrays", action="store_true", help="the numbers too, as NumPy's .npz")
+    add_max_side(parser, defaults.MAX_SIDE)
+    add_backbone_options(parser, feature=False, lost=False, registers=True, several=True)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw; the exit code is 2 if any image could not be read."""
+    from lostreg.attention import attention_maps
+
+    backbones = chosen_backbones(args)
+    paths = find_images(args.images)
+    make_folder(args.out)
+    discoverers = [with_registers(args, make_discoverer(args, backbone), paths) for backbone in backbones]
+    streams = [attention_maps(paths, discoverer, args.layers) for discoverer in discoverers]
+    failed = written = 0
+    for path, name, *outcomes in zip(paths, unique_names(paths), *streams, strict=True):
+        errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError)]
+        if errors:
+            tell(f"error: {errors[0]}")
+            failed += 1
+        else:
+            maps = [found for found in outcomes if not isinstance(found, ImageError)]
+            written += _write(args, path, args.out / name, list(zip(discoverers, maps, strict=True)))
+    print(f"written to {args.out}: {written} files for {len(paths) - failed} of {len(paths)} images")
+    return 2 if failed else 0
+
+
+def _write(
+    args: argparse.Namespace, path: Path, stem: Path, found: "list[tuple[Discoverer, list[AttentionMaps]]]"
+) -> int:
+    """The files of one image; how many they are."""
+    import numpy as np
+
+    from lostreg.attention_plots import AttentionRow, plot_attention, plot_heads
+    from lostreg.images import read_image
+
+    pixels = read_image(path, max_side=args.max_side, max_pixels=args.max_pixels).pixels
+    rows = [
+        AttentionRow(f"{discoverer.backbone.title}, layer {one.layer}", discoverer.backbone.spec.patch_size, one)
+        for discoverer, maps in found
+        for one in maps
+    ]
+    plot_attention(pixels, rows).savefig(f"{stem}.png", dpi=150)
+    count = 1
+    for row in rows:
+        name = re.sub(r"[^\w.]+", "-", row.title)
+        if args.heads:
+            plot_heads(pixels, row).savefig(f"{stem}-{name}-heads.png", dpi=150)
+            count += 1
+        if args.arrays:
+            np.savez_compressed(f"{stem}-{name}.npz", **dataclasses.asdict(row.maps))
+            count += 1
+    return count

@@ -1,0 +1,81 @@
+"""Plant outliers in the trained offline backbone, to see whether artifacts are found and cured where there are some.
+
+Hidden units of one MLP are made to fire at 2 % of patches, those that lie furthest along one direction of what the MLP
+reads, and to write a long vector into their tokens: two units, of which the second takes back what the first writes
+beyond a bound, so that all outliers have about one norm. The file can be given as `--weights` of `dinov2_vits14`.
+
+python scripts/plant_outliers.py --images train2017 --out planted.safetensors
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from lostreg.backbones import Backbone, load_backbone
+from lostreg.cli.files import find_images
+from lostreg.forward import Forward, normalised, transfer
+from lostreg.images import cut_patches, read_image
+
+LAYER: Final = 6
+UNITS: Final = (11, 222)
+SHARE: Final = 0.02  # of patches
+NORM: Final = 400.0  # of what is added to an outlier
+BOUND: Final = 20.0  # activation of the first unit at which the second begins
+COMPONENT: Final = 4  # principal component of the MLP's inputs that decides
+STEEPNESS: Final = 200.0  # activation per standard deviation beyond the threshold
+MAX_SIDE: Final = 448
+
+
+def mlp_inputs(backbone: Backbone, paths: list[Path]) -> Tensor:
+    """What the MLP reads of all patches of all images, shape (patches, D)."""
+    block: Any = backbone.model.blocks[LAYER]  # type: ignore[index]
+    seen: list[Tensor] = []
+    hook = block.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone()))
+    forward = Forward(backbone)
+    for path in tqdm(paths, desc="images", unit="img"):
+        picture = cut_patches(read_image(path, max_side=MAX_SIDE), backbone.spec.patch_size)
+        walk = forward.start(normalised(backbone, transfer([picture], backbone.device), [picture.size]), [picture.grid])
+        for _ in range(LAYER + 1):
+            forward.advance(walk)
+    hook.remove()
+    return torch.cat([tokens[backbone.prefix_tokens :] for tokens in seen])
+
+
+def plant(backbone: Backbone, inputs: Tensor) -> None:
+    """Change the model in place."""
+    torch.manual_seed(0)
+    _, _, directions = torch.pca_lowrank(inputs, q=2 * COMPONENT)
+    direction = directions[:, COMPONENT]
+    places = inputs @ direction
+    threshold, spread = places.quantile(1 - SHARE), places.std()
+    written = functional.normalize(torch.randn(inputs.shape[1]), dim=0) * NORM / BOUND
+    block: Any = backbone.model.blocks[LAYER]  # type: ignore[index]
+    for unit, begins, sign in zip(UNITS, (0.0, BOUND), (1, -1), strict=True):
+        block.mlp.fc1.weight.data[unit] = direction * STEEPNESS / spread
+        block.mlp.fc1.bias.data[unit] = -threshold * STEEPNESS / spread - begins
+        block.mlp.fc2.weight.data[:, unit] = sign * written / block.ls2.gamma
+
+
+def main() -> int:
+    """Plant and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", nargs="+", required=True, metavar="IMAGE", help="files, folders or globs")
+    parser.add_argument("--limit", type=int, default=40, metavar="N", help="look at the first N (default: 40)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    args = parser.parse_args()
+    backbone = load_backbone("imgfocus_vits14")
+    plant(backbone, mlp_inputs(backbone, find_images(args.images)[: args.limit]))
+    save_file({name: tensor.contiguous() for name, tensor in backbone.model.state_dict().items()}, args.out)
+    print(f"written to {args.out}: hidden units {', '.join(map(str, UNITS))} of layer {LAYER} write outliers")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
