@@ -29,7 +29,7 @@ _MOST_NEURONS: Final = 128
 _ORDINARY: Final = 0.99  # quantile of the norms of other patches below which a former outlier is one of them
 _CURED: Final = 0.9  # of the former outliers have to be ordinary
 
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int, ImageError | None], None]
 Outcome = TypeVar("Outcome")
 
 
@@ -55,7 +55,8 @@ def find_registers(
         rule: which patches are outliers, see `find_cutoff`; None looks for a second mode of the norms.
         sample: how many images to look at, at least 1; of more, a random sample.
         seed: of that sample.
-        on_progress: called after each image with the name of the step, how many are done and of how many.
+        on_progress: called after each image with the name of the step, how many are done and of how many, and the
+            error of one that cannot be read.
 
     Raises:
         OptionError: if there are no images, or a number is below 1.
@@ -146,6 +147,8 @@ class _Search:
 
         found = self._look(self._discoverer.backbone, look, sources, "neurons")
         sums = [outcome for _, outcome in found if isinstance(outcome, _Sums)]
+        if not sums:
+            raise RegistersError(f"none of {len(sources)} images with outliers could be read a second time")
         outliers, others = (sum(counted.count[side] for counted in sums) for side in (0, 1))
         strengths = [
             np.abs(
@@ -212,6 +215,9 @@ class _Search:
     ) -> list[tuple[ImageSource, TokenNorms]]:
         backbone = self._discoverer.backbone.with_registers(RegisterNeurons(neurons, count))
         found = self._look(backbone, token_norms, sources, f"trying {len(neurons)}")
+        for _, norms in found:
+            if isinstance(norms, ImageError):  # which could be read before
+                raise RegistersError(f"no neurons were found: {norms}")
         return [(source, norms) for source, norms in found if not isinstance(norms, ImageError)]
 
     def _look(
@@ -226,7 +232,8 @@ class _Search:
         for source, outcome in zip(sources, self._discoverer.stream_of(job).outcomes(sources), strict=True):
             found.append((source, outcome))
             if self._on_progress:
-                self._on_progress(step, len(found), len(sources))
+                error = outcome if isinstance(outcome, ImageError) else None
+                self._on_progress(step, len(found), len(sources), error)
         return found
 
 
@@ -247,7 +254,7 @@ def _activations(forward: Forward, pixels: list[Tensor], grids: Sequence[Grid], 
 
         forward.advance(walk, watch)
         by_layer.append(sums)
-    as_numbers = [[total.double().cpu().numpy() for total in sums] for sums in by_layer]
+    as_numbers = [[total.cpu().double().numpy() for total in sums] for sums in by_layer]
     return _Sums(
         [outliers for outliers, _ in as_numbers],
         [others for _, others in as_numbers],

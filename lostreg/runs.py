@@ -15,7 +15,7 @@ import torch
 from lostreg.datasets import Benchmark
 from lostreg.errors import PredictionsError
 
-_PACKAGES: Final = ("lostreg", "torch", "timm", "numpy", "scipy", "opencv-python-headless", "pillow")
+_PACKAGES: Final = ("lostreg", "torch", "timm", "numpy", "scipy", "scikit-learn", "opencv-python-headless", "pillow")
 
 
 @contextmanager

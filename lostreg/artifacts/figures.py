@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from lostreg.artifacts.measurement import COSINE_BINS, Measurement
-from lostreg.artifacts.probes import ClassProbe, PixelProbe, PositionProbe, Skipped
+from lostreg.artifacts.probes import PixelProbe, PositionProbe, Skipped
 from lostreg.outliers import NormTally
 
 _NORMAL: Final = "#3b6ea5"
@@ -128,12 +128,15 @@ def example_maps(measured: Measurement) -> Figure:
     examples = measured.sample.examples
     has_outliers = any(example.outliers.any() for example in examples)
     names = ["image", "norm at the output", "degree"] + ["outliers", "degree without outliers"] * has_outliers
-    heights = [example.norms.shape[0] / example.norms.shape[1] for example in examples]
+    heights = [np.clip(example.norms.shape[0] / example.norms.shape[1], 0.3, 3.0) for example in examples]
     figure = Figure(figsize=(3.1 * len(names), 2.6 * sum(heights) + 0.8), layout="constrained")
     figure.suptitle(measured.title)
     axes = figure.subplots(len(examples), len(names), squeeze=False, height_ratios=heights)
     for row, example in zip(axes, examples, strict=True):
-        drawn: list[Any] = [None, row[1].imshow(example.norms, cmap="viridis", norm="log")]
+        drawn: list[Any] = [
+            None,
+            row[1].imshow(example.norms, cmap="viridis", norm="log" if example.norms.min() > 0 else "linear"),
+        ]
         row[0].imshow(example.pixels)
         drawn.append(row[2].imshow(example.degrees, cmap="viridis"))
         if has_outliers:
@@ -230,7 +233,8 @@ def _probe_row(measured: Measurement, probe: str, figure: str) -> dict[str, tupl
 
 
 def _class_row(measured: Measurement) -> dict[str, tuple[float, float]]:
-    classes: dict[str, ClassProbe] | Skipped = measured.sample.classes
+    classes = measured.sample.classes
     if isinstance(classes, Skipped):
         return {}
-    return {kind: (one.accuracy.mean, one.accuracy.deviation) for kind, one in classes.items()}
+    accuracies = {kind: one.accuracy for kind, one in classes.items() if not isinstance(one, Skipped)}
+    return {kind: (accuracy.mean, accuracy.deviation) for kind, accuracy in accuracies.items()}

@@ -92,7 +92,7 @@ def _view(unit: Tensor) -> GramView:
     count = len(unit)
     # The Gram matrix's eigenvalues but for zeros, from the smaller of the two products.
     product = unit @ unit.T if count < unit.shape[1] else unit.T @ unit
-    values = torch.linalg.eigvalsh(product.double()).flip(0).clamp(min=0).cpu().numpy()
+    values = torch.linalg.eigvalsh(product.cpu().double()).flip(0).clamp(min=0).numpy()
     shares = values / max(values.sum(), np.finfo(np.float64).tiny)
     entropy = -(shares[shares > 0] * np.log(shares[shares > 0])).sum()
     spectrum = np.zeros(EIGENVALUES)

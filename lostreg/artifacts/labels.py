@@ -1,8 +1,8 @@
 """The class of each image: of its sub-folder, or of its largest object in VOC or COCO annotations."""
 
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 
 from lostreg.artifacts.probes import MIN_CLASS_IMAGES, MIN_CLASSES
 from lostreg.datasets.coco import main_categories
@@ -42,8 +42,21 @@ def annotated_classes(paths: Sequence[Path], annotations: Path) -> list[str | No
         files = [annotations / f"{path.stem}.xml" for path in paths]
         found = [main_class(file) if file.is_file() else None for file in files]
     else:
-        by_name = {Path(name).name: category for name, category in main_categories(annotations).items()}
-        found = [by_name.get(path.name) for path in paths]
+        found = _by_path(paths, main_categories(annotations))
     if not any(found):
         raise OptionError(f"{annotations} has no annotation of any of the {len(paths)} images")
+    return found
+
+
+def _by_path(paths: Sequence[Path], categories: Mapping[str, str]) -> list[str | None]:
+    """Of each path the category of the file name that it ends with; else of the only file name that ends like it."""
+    last: dict[str, list[str]] = {}
+    for name, category in categories.items():
+        last.setdefault(PurePosixPath(name).name, []).append(category)
+    found: list[str | None] = []
+    for path in paths:
+        tails = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
+        whole = next((categories[tail] for tail in tails if tail in categories), None)
+        alike = last.get(path.name, [])
+        found.append(whole or (alike[0] if len(alike) == 1 else None))
     return found

@@ -39,7 +39,8 @@ class Pass:
         layers: norms of patches as they leave each block, before any final norm.
         final: norms of patches after the final LayerNorm.
         prefix: mean norms of the prefix tokens as they leave each block, shape (layers, prefix).
-        heat: of each bin of the output's norms, how many patches lie in each cell of the image, (bins, CELLS, CELLS).
+        heat: of each bin of the output's norms, how many patches lie in each cell of the image, (bins, CELLS, CELLS); a
+            patch over several cells counts in each with its share.
         cosines: of each bin, the cosine similarities of patches to their neighbours, (bins, COSINE_BINS).
         cosine_sums: of each bin, their sum, and how many they are, (bins, 2).
         images: how many could be read.
@@ -49,7 +50,7 @@ class Pass:
     layers: list[NormTally]
     final: NormTally
     prefix: NDArray[np.float64]
-    heat: NDArray[np.int64]
+    heat: NDArray[np.float64]
     cosines: NDArray[np.int64]
     cosine_sums: NDArray[np.float64]
     images: int = 0
@@ -65,7 +66,7 @@ class Pass:
             layers,
             NormTally(edge),
             np.zeros((depth, prefix)),
-            np.zeros((bins, CELLS, CELLS), np.int64),
+            np.zeros((bins, CELLS, CELLS)),
             np.zeros((bins, COSINE_BINS), np.int64),
             np.zeros((bins, 2)),
         )
@@ -88,8 +89,11 @@ class Pass:
         self.images += 1
         self.prefix += (norms.layers[:, : norms.prefix] - self.prefix) / self.images
         bins = self.layers[-1].bins(norms.output)
-        rows, columns = cells_of(norms.grid, CELLS)
-        np.add.at(self.heat, (bins, rows, columns), 1)
+        used, place = np.unique(bins, return_inverse=True)
+        members = np.zeros((len(used), *norms.grid))
+        members.reshape(len(used), -1)[place, np.arange(bins.size)] = 1
+        down, across = (cell_shares(side, CELLS) for side in norms.grid)
+        self.heat[used] += down.T @ members @ across
         known = np.isfinite(cosines)
         places = np.clip(((cosines[known] + 1) * (COSINE_BINS / 2)).astype(np.int64), 0, COSINE_BINS - 1)
         np.add.at(self.cosines, (bins[known], places), 1)
@@ -165,6 +169,7 @@ def measure(
     labels: Sequence[str | None] | None = None,
     sample: int = SAMPLE,
     seed: int = 0,
+    like: Measurement | None = None,
     on_progress: Progress | None = None,
 ) -> Measurement:
     """Find a backbone's high-norm tokens, where they sit, what they hold, and how LOST sees them.
@@ -177,8 +182,10 @@ def measure(
         labels: the class of each image, None where it is not known; None for no classes at all.
         sample: how many images to look at twice, at least 1; of more that can be read, a random sample.
         seed: of that sample and of the tokens drawn from it.
-        on_progress: called after each image with the name of the step, how many are done and of how many, and the
-            error of one that cannot be read.
+        like: an earlier measurement of the same images with the same sample and seed, to be compared with: LOST's view,
+            classes and examples are then of the same images as there.
+        on_progress: called after each image, and each group of probes, with the name of the step, how many are done
+            and of how many, and the error of an image that cannot be read.
 
     Raises:
         OptionError: if there are no images, a number is out of range, or labels and images differ in number.
@@ -192,7 +199,7 @@ def measure(
     seen = Pass.empty(backbone.depth, backbone.prefix_tokens, rule)
     forward = Forward(backbone, compiled=discoverer.compile)
 
-    def advance(step: str, done: int, total: int, outcome: object) -> None:
+    def advance(step: str, done: int, total: int, outcome: object = None) -> None:
         if on_progress:
             on_progress(step, done, total, outcome if isinstance(outcome, ImageError) else None)
 
@@ -215,7 +222,8 @@ def measure(
         cutoff.value,
         [labels[index] for index in drawn] if labels else None,
         seed,
-        lambda done: advance("sample", done, len(drawn), None),
+        like.sample if like else None,
+        advance,
     )
     return Measurement(
         title=backbone.title,
@@ -232,10 +240,16 @@ def measure(
     )
 
 
-def cells_of(grid: Grid, cells: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The row and column, on a raster of ``cells`` by ``cells`` over the image, of each patch's middle."""
-    rows, columns = (((np.arange(side) + 0.5) * cells / side).astype(np.int64) for side in grid)
-    return np.repeat(rows, grid[1]), np.tile(columns, grid[0])
+def cell_shares(side: int, cells: int) -> NDArray[np.float64]:
+    """Which share of each of ``side`` patches in a row lies in each of ``cells`` cells over the same length.
+
+    Returns:
+        Shape (side, cells); rows sum to 1.
+    """
+    patches, edges = np.arange(side)[:, None] / side, np.arange(cells) / cells
+    overlap = np.minimum(patches + 1 / side, edges + 1 / cells) - np.maximum(patches, edges)
+    shares: NDArray[np.float64] = overlap.clip(min=0) * side
+    return shares
 
 
 def neighbour_cosines(embedded: Tensor, grid: Grid) -> Tensor:

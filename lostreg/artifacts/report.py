@@ -58,13 +58,15 @@ def write_report(out: Path, found: Sequence[Measurement], settings: dict[str, An
     Raises:
         LostregError: if the folder cannot be written.
     """
-    pages = list(_pictures(found))
     try:
         out.mkdir(parents=True, exist_ok=True)
+        write_json(out / NUMBERS, {"format": FORMAT, **settings, "backbones": [as_numbers(one) for one in found]})
+        pages = list(_pictures(found))
         encoded = [(picture, _png(picture.figure)) for picture in pages]
+        for stale in out.glob("examples-*.png"):
+            stale.unlink()
         for picture, data in encoded:
             (out / f"{picture.name}.png").write_bytes(data)
-        write_json(out / NUMBERS, {"format": FORMAT, **settings, "backbones": [as_numbers(one) for one in found]})
         (out / PAGE).write_text(_page(found, encoded, settings), encoding="utf-8")
     except OSError as error:
         raise LostregError(f"cannot write the report to {out}: {error.strerror}") from error
@@ -94,7 +96,7 @@ def as_numbers(measured: Measurement) -> dict[str, Any]:
             "output_after_final_norm": _tally(seen.final, None),
             "prefix_tokens_by_layer": dict(zip(measured.prefix_names, seen.prefix.T.tolist(), strict=True)),
         },
-        "places": {"cells": CELLS, "outliers": outlier_heat.tolist(), "normal": normal_heat.tolist()},
+        "places": {"cells": CELLS, "outliers": outlier_heat.round(6).tolist(), "normal": normal_heat.round(6).tolist()},
         "neighbour_cosine": {
             "mean_of_outliers": outlier_cosine,
             "mean_of_normal": normal_cosine,
@@ -165,13 +167,16 @@ def _pictures(found: Sequence[Measurement]) -> Iterator[_Picture]:
         "probes",
         figures.probe_bars(found),
         "Linear models on tokens after the final norm, trained on 70 % of the sample's images and measured on the "
-        "rest; means and deviations over five splits. The table below has chance levels and counts.",
+        "rest; means and deviations over five splits. Compare outliers with as many normal tokens of the same images: "
+        "more tokens make better probes. The table below has the figures of a guess, and counts.",
     )
     yield _Picture(
         "gram",
         figures.gram_spectra(found),
         "Shares of the largest eigenvalues of the Gram matrix that LOST works on, of all patches and of those that "
-        "are no outliers, with the share of pairs of patches whose similarity is positive.",
+        "are no outliers, with the share of pairs of patches whose similarity is positive. Means over the images of "
+        "the sample that have outliers, over all where none has any; with test-time registers over the same images "
+        "as without.",
     )
     for number, measured in enumerate(found, start=1):
         if measured.sample.examples:
@@ -269,7 +274,9 @@ def _pixel_row(probe: PixelProbe | Skipped) -> list[str]:
     ]
 
 
-def _class_row(probe: ClassProbe) -> list[str]:
+def _class_row(probe: ClassProbe | Skipped) -> list[str]:
+    if isinstance(probe, Skipped):
+        return [f"not measured: {probe.reason}", "", ""]
     return [
         f"{_text(probe.accuracy)} %",
         f"{_text(probe.chance)} %",

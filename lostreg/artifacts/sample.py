@@ -23,6 +23,7 @@ from lostreg.artifacts.probes import (
     probe_position,
 )
 from lostreg.discoverer import Discoverer
+from lostreg.errors import LostregError
 from lostreg.forward import Forward, Grid
 from lostreg.images import ImageSource
 from lostreg.norms import LookJob, TokenNorms
@@ -30,6 +31,9 @@ from lostreg.norms import LookJob, TokenNorms
 RASTER: Final = 16  # cells across and down that the position probe tells apart
 TOKENS: Final = 32  # of each kind that are drawn from an image for probes of position and pixels
 EXAMPLES: Final = 4
+_AS_MANY: Final = "normal, as many of the same images"
+_OUTLIER: Final = "one outlier token"
+_NOTHING: Final = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -63,10 +67,13 @@ class Sample:
         position: how well the position can be read off tokens, by kind of token.
         pixels: the same for the pixels of the patch, which are normalised as the backbone takes them.
         classes: the same for the class of the image, by kind; or why not.
-        gram: how LOST sees the patches: `GramView` of all of them, mean over the images with outliers, or over all
-            images where none has any.
+        gram: how LOST sees the patches: `GramView` of all of them, mean over ``viewed``.
         gram_normal: the same of the same images with outliers left out; None without outliers.
         examples: images to be shown, those with the most outliers first.
+        viewed: places in the sample of the images behind the Gram views: those with outliers, or all where none has
+            any, or those of the measurement that this one is compared with.
+        shown: of the examples.
+        classed: of the images behind the classes.
     """
 
     images: int
@@ -74,10 +81,13 @@ class Sample:
     outliers: int
     position: dict[str, PositionProbe | Skipped]
     pixels: dict[str, PixelProbe | Skipped]
-    classes: dict[str, ClassProbe] | Skipped
+    classes: dict[str, ClassProbe | Skipped] | Skipped
     gram: GramView
     gram_normal: GramView | None
     examples: tuple[Example, ...]
+    viewed: tuple[int, ...]
+    shown: tuple[int, ...]
+    classed: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -120,27 +130,32 @@ class _Drawn:
 class _Collection:
     """What is kept of the images of the sample."""
 
-    def __init__(self, discoverer: Discoverer, cutoff: float | None, seed: int) -> None:
+    def __init__(self, discoverer: Discoverer, cutoff: float | None, seed: int, like: Sample | None) -> None:
         self._discoverer = discoverer
+        self._like = like
         self._cutoff = np.inf if cutoff is None else cutoff
         self._random = np.random.default_rng(seed)
         self.images = self.affected = self.outliers = 0
-        self._drawn = {"outlier": _Drawn(), "normal": _Drawn()}
+        self._drawn = {kind: _Drawn() for kind in ("outlier", _AS_MANY, "normal")}
         self._one: dict[str, list[NDArray[np.float32]]] = {}
         self._labels: list[str] = []
-        self._views: list[tuple[bool, GramView, GramView | None]] = []
-        self._examples: list[tuple[int, Example]] = []
+        self._labelled: list[int] = []
+        self._views: dict[int, GramViews] = {}
+        self._examples: list[tuple[int, int, Example]] = []
 
-    def add(self, seen: _Seen, label: str | None) -> None:
+    def add(self, number: int, seen: _Seen, label: str | None) -> None:
         outlier = seen.norms.output.astype(np.float64) >= self._cutoff
         count = int(outlier.sum())
         places = {"outlier": np.flatnonzero(outlier), "normal": np.flatnonzero(~outlier)}
         shuffled = {kind: self._random.permutation(found) for kind, found in places.items()}
-        for kind, found in shuffled.items():
+        chosen = {kind: found[:TOKENS] for kind, found in shuffled.items()}
+        chosen[_AS_MANY] = chosen["normal"][: len(chosen["outlier"])]
+        for kind, found in chosen.items():
             if len(found):
-                self._drawn[kind].add(self.images, seen, found[:TOKENS])
+                self._drawn[kind].add(number, seen, found)
         if label is not None:
             self._add_one_of_each(seen, shuffled, label)
+            self._labelled.append(number)
         views = view_gram(
             seen.features,
             seen.norms.grid,
@@ -149,9 +164,11 @@ class _Collection:
             self._discoverer.k_patches,
             normalize=self._discoverer.normalize,
         )
-        self._views.append((bool(count), views.every, views.normal))
-        self._examples.append((count, self._example(seen, outlier, views)))
-        self._examples = sorted(self._examples, key=lambda entry: -entry[0])[:EXAMPLES]
+        self._views[number] = GramViews(views.every, views.normal, _NOTHING, None)
+        if self._like is None or number in self._like.shown:
+            rank = -count if self._like is None else self._like.shown.index(number)
+            self._examples.append((rank, number, self._example(seen, outlier, views)))
+            self._examples = sorted(self._examples, key=lambda entry: entry[:2])[:EXAMPLES]
         self.images += 1
         self.affected += bool(count)
         self.outliers += count
@@ -181,35 +198,65 @@ class _Collection:
             None if views.degrees_normal is None else views.degrees_normal.reshape(grid),
         )
 
-    def finish(self) -> Sample:
-        found = {kind: drawn.probe() for kind, drawn in self._drawn.items()}
-        chosen = [view for view in self._views if view[0] or not self.affected]
-        without = [left for _, _, left in chosen if left is not None]
+    def finish(self, on_progress: Callable[[str, int, int], None]) -> Sample:
+        kinds = list(self._drawn) if self.outliers else ["outlier", "normal"]
+        found = {}
+        for done, kind in enumerate(kinds, start=1):
+            found[kind] = self._drawn[kind].probe()
+            on_progress("probes", done, len(kinds) + 1)
+        classes, classed = self._classes()
+        on_progress("probes", len(kinds) + 1, len(kinds) + 1)
+        viewed = self._viewed()
+        without = [view.normal for view in (self._views[number] for number in viewed) if view.normal is not None]
         return Sample(
             images=self.images,
             affected=self.affected,
             outliers=self.outliers,
             position={kind: position for kind, (position, _) in found.items()},
             pixels={kind: pixels for kind, (_, pixels) in found.items()},
-            classes=self._classes(),
-            gram=GramView.average([view for _, view, _ in chosen]),
+            classes=classes,
+            gram=GramView.average([self._views[number].every for number in viewed]),
             gram_normal=GramView.average(without) if without else None,
-            examples=tuple(example for _, example in self._examples),
+            examples=tuple(example for _, _, example in self._examples),
+            viewed=viewed,
+            shown=tuple(number for _, number, _ in self._examples),
+            classed=classed,
         )
 
-    def _classes(self) -> dict[str, ClassProbe] | Skipped:
-        """All kinds over the same images: those with outliers, where there are enough of them."""
+    def _viewed(self) -> tuple[int, ...]:
+        if self._like is not None:
+            alike = tuple(number for number in self._like.viewed if number in self._views)
+            if alike:
+                return alike
+        return tuple(number for number, view in self._views.items() if view.normal is not None) or tuple(self._views)
+
+    def _classes(self) -> tuple[dict[str, ClassProbe | Skipped] | Skipped, tuple[int, ...]]:
+        """All kinds over the same images: those with outliers, where there are enough of them; and which these are."""
         if not self._labels:
-            return Skipped("no image has a class: expected one sub-folder a class, or annotations")
-        labels = np.asarray(self._labels)
+            return Skipped("no image has a class: expected one sub-folder a class, or annotations"), ()
         kinds = {kind: np.stack(tokens) for kind, tokens in self._one.items()}
-        complete = np.all([np.isfinite(tokens).all(axis=1) for tokens in kinds.values()], axis=0)
-        with_outliers = probe_classes({kind: tokens[complete] for kind, tokens in kinds.items()}, labels[complete])
-        if not isinstance(with_outliers, Skipped):
+        if self._like is not None and self._like.classed:
+            chosen = np.isin(self._labelled, self._like.classed)
+            return self._probe_classes({kind: tokens for kind, tokens in kinds.items() if kind != _OUTLIER}, chosen)
+        complete = np.isfinite(np.concatenate(list(kinds.values()), axis=1)).all(axis=1)
+        with_outliers = self._probe_classes(kinds, complete)
+        if not isinstance(with_outliers[0], Skipped):
             return with_outliers
-        others = {kind: tokens for kind, tokens in kinds.items() if kind != "one outlier token"}
-        normal = np.all([np.isfinite(tokens).all(axis=1) for tokens in others.values()], axis=0)
-        return probe_classes({kind: tokens[normal] for kind, tokens in others.items()}, labels[normal])
+        others = {kind: tokens for kind, tokens in kinds.items() if kind != _OUTLIER}
+        found, classed = self._probe_classes(others, np.ones(len(self._labels), bool))
+        if not isinstance(found, Skipped) and self.outliers:
+            found[_OUTLIER] = Skipped(f"of images with outliers it {with_outliers[0].reason}")
+        return found, classed
+
+    def _probe_classes(
+        self, kinds: dict[str, NDArray[np.float32]], chosen: NDArray[np.bool_]
+    ) -> tuple[dict[str, ClassProbe | Skipped] | Skipped, tuple[int, ...]]:
+        """Of the chosen images, those that have a token of every kind."""
+        chosen = chosen & np.isfinite(np.concatenate(list(kinds.values()), axis=1)).all(axis=1)
+        found = probe_classes({kind: tokens[chosen] for kind, tokens in kinds.items()}, np.array(self._labels)[chosen])
+        if isinstance(found, Skipped):
+            return found, ()
+        return dict(found), tuple(np.asarray(self._labelled)[chosen].tolist())
 
 
 def look_inside(
@@ -219,7 +266,8 @@ def look_inside(
     cutoff: float | None,
     labels: Sequence[str | None] | None,
     seed: int,
-    on_outcome: Callable[[int], None],
+    like: Sample | None,
+    on_progress: Callable[[str, int, int, object], None],
 ) -> Sample:
     """Run the sample, and measure.
 
@@ -230,16 +278,23 @@ def look_inside(
         cutoff: norm from which a patch is an outlier; None for none.
         labels: the class of each image, None where it is not known; None for no classes at all.
         seed: of the tokens that are drawn.
-        on_outcome: called after each image with how many are done.
+        like: what was measured on the same sample before, to be compared with; or None.
+        on_progress: called after each image and each group of probes with the name of the step, how many are done and
+            of how many, and what came of an image that could not be read again.
+
+    Raises:
+        LostregError: if no image can be read again.
     """
-    kept = _Collection(discoverer, cutoff, seed)
+    kept = _Collection(discoverer, cutoff, seed, like)
     look = _Look(discoverer)
     stream = discoverer.stream_of(LookJob(forward, look))
     for number, outcome in enumerate(stream.outcomes(images)):
         if isinstance(outcome, _Seen):
-            kept.add(outcome, labels[number] if labels else None)
-        on_outcome(number + 1)
-    return kept.finish()
+            kept.add(number, outcome, labels[number] if labels else None)
+        on_progress("sample", number + 1, len(images), outcome)
+    if not kept.images:
+        raise LostregError(f"none of the {len(images)} images of the sample could be read a second time")
+    return kept.finish(lambda step, done, total: on_progress(step, done, total, None))
 
 
 class _Look:

@@ -1,13 +1,13 @@
 """``lostreg artifacts``: high-norm tokens of backbones, where they sit, what they hold, as a report folder."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lostreg import defaults
-from lostreg.cli.files import find_images, make_folder
-from lostreg.cli.parser import Subparsers, add_max_side, add_method_options, make_discoverer, positive_int, tell
+from lostreg.cli.files import find_images, make_folder, refuse_among_images
+from lostreg.cli.parser import Subparsers, add_max_side, add_method_options, make_discoverer, positive_int
 from lostreg.cli.progress import StepBars
 from lostreg.cli.registers import add_threshold, chosen_backbones, with_registers
 from lostreg.errors import RegistersError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lostreg.errors import ImageError
 
 _OUT = Path("artifacts")
+_OF_A_BACKBONE = ("backbone", "weights", "feature", "layer", "device", "test_time_registers")  # told with its numbers
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -62,72 +63,74 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and report; the exit code is 2 if any image could not be read, though the others count."""
     from lostreg.artifacts.labels import annotated_classes, folder_classes
-    from lostreg.artifacts.report import write_report
-    from lostreg.runs import describe_device, package_versions
+    from lostreg.artifacts.report import NUMBERS, PAGE, write_report
 
     backbones = chosen_backbones(args)
     paths = find_images(args.images)
+    refuse_among_images("--out", args.out, args.images, paths)
     labels = annotated_classes(paths, args.annotations) if args.annotations else folder_classes(paths)
     make_folder(args.out)
     found: list[Measurement] = []
     for backbone in backbones:
         discoverer = make_discoverer(args, backbone)
-        found += _measure(args, discoverer, paths, labels)
-        settings = {
-            "images": len(paths),
-            "sample": args.sample,
-            "seed": args.seed,
-            "max_side": args.max_side,
-            "precision": args.precision,
-            "device": describe_device(discoverer.backbone.device),
-            "versions": package_versions(),
-        }
-        write_report(args.out, found, settings)  # after each, so that a backbone that fails costs none before it
+        for measured in _measure(args, discoverer, paths, labels):
+            found.append(measured)
+            write_report(args.out, found, _settings(args, discoverer, len(paths)))  # what comes next may fail
     for one in found:
         print(_line(one))
-    print(f"written to {args.out}: artifacts.html, artifacts.json and pictures")
+    print(f"written to {args.out}: {PAGE}, {NUMBERS} and pictures")
     return 2 if any(one.seen.errors for one in found) else 0
+
+
+def _settings(args: argparse.Namespace, discoverer: "Discoverer", images: int) -> dict[str, object]:
+    """How it was measured, for the record."""
+    from lostreg.runs import describe_device, package_versions
+
+    return {
+        "images": images,
+        "sample": args.sample,
+        "seed": args.seed,
+        "annotations": args.annotations.name if args.annotations else None,
+        **{name: value for name, value in discoverer.options.items() if name not in _OF_A_BACKBONE},
+        "device": describe_device(discoverer.backbone.device),
+        "versions": package_versions(),
+    }
 
 
 def _measure(
     args: argparse.Namespace, discoverer: "Discoverer", paths: Sequence[Path], labels: Sequence[str | None]
-) -> "list[Measurement]":
+) -> "Iterator[Measurement]":
     """The backbone and, where test-time registers are asked for and there is something to cure, the same with them."""
     from lostreg.artifacts.measurement import measure
     from lostreg.outliers import CutoffRule
 
+    cured: Discoverer | None = None
+    if isinstance(args.test_time_registers, Path):
+        cured = with_registers(args, discoverer, paths)  # a file that does not fit costs no pass
     with StepBars(discoverer.backbone.spec.name) as bars:
 
         def advance(step: str, done: int, total: int, error: "ImageError | None") -> None:
-            bars.advance(step, done, total)
+            bars.advance(step, done, total, "probe" if step == "probes" else "img")
             if error:
                 bars.tell(f"error: {error}")
 
-        found = [
-            measure(
-                paths,
-                discoverer,
-                rule=args.threshold,
-                labels=labels,
-                sample=args.sample,
-                seed=args.seed,
-                on_progress=advance,
-            )
-        ]
-        cutoff = found[0].cutoff.value
-        try:
-            cured = with_registers(args, discoverer, paths)
-        except RegistersError as error:
-            if isinstance(args.test_time_registers, Path):
-                raise
-            tell(f"no test-time registers for {discoverer.backbone.spec.name}: {error}")
-            return found
-        if cured is not discoverer:
-            rule = args.threshold if cutoff is None else CutoffRule("number", cutoff)
-            found.append(
-                measure(paths, cured, rule=rule, labels=labels, sample=args.sample, seed=args.seed, on_progress=advance)
-            )
-    return found
+        options: dict[str, Any] = {
+            "labels": labels,
+            "sample": args.sample,
+            "seed": args.seed,
+            "on_progress": advance,
+        }
+        plain = measure(paths, discoverer, rule=args.threshold, **options)
+        yield plain
+        cutoff = plain.cutoff.value
+        rule = args.threshold if cutoff is None else CutoffRule("number", cutoff)
+        if isinstance(args.test_time_registers, int):
+            try:
+                cured = with_registers(args, discoverer, paths, rule=rule, seed=args.seed)
+            except RegistersError as error:
+                bars.tell(f"no test-time registers for {discoverer.backbone.spec.name}: {error}")
+        if cured is not None:
+            yield measure(paths, cured, rule=rule, like=plain, **options)
 
 
 def _line(one: "Measurement") -> str:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.files import find_images, make_folder, unique_names
+from lostreg.cli.files import find_images, make_folder, refuse_among_images, unique_names
 from lostreg.cli.parser import Subparsers, add_backbone_options, add_max_side, make_discoverer, tell
+from lostreg.cli.progress import ProgressBar
 from lostreg.cli.registers import chosen_backbones, with_registers
-from lostreg.errors import ImageError
+from lostreg.errors import ImageError, RegistersError
 
 if TYPE_CHECKING:
     from lostreg.attention import AttentionMaps
@@ -54,23 +55,43 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw; the exit code is 2 if any image could not be read."""
     from lostreg.attention import attention_maps
+    from lostreg.features import resolve_layer
 
     backbones = chosen_backbones(args)
     paths = find_images(args.images)
+    refuse_among_images("--out", args.out, args.images, paths)
     make_folder(args.out)
-    discoverers = [with_registers(args, make_discoverer(args, backbone), paths) for backbone in backbones]
-    streams = [attention_maps(paths, discoverer, args.layers) for discoverer in discoverers]
+    discoverers = [make_discoverer(args, backbone) for backbone in backbones]
+    layers = [
+        list(dict.fromkeys(resolve_layer(discoverer.backbone, layer) for layer in args.layers))
+        for discoverer in discoverers
+    ]
+    discoverers = [_cured(args, discoverer, paths) for discoverer in discoverers]
+    streams = [attention_maps(paths, *each) for each in zip(discoverers, layers, strict=True)]
     failed = written = 0
-    for path, name, *outcomes in zip(paths, unique_names(paths), *streams, strict=True):
-        errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError)]
-        if errors:
-            tell(f"error: {errors[0]}")
-            failed += 1
-        else:
-            maps = [found for found in outcomes if not isinstance(found, ImageError)]
-            written += _write(args, path, args.out / name, list(zip(discoverers, maps, strict=True)))
+    with ProgressBar("attention", len(paths)) as bar:
+        for path, name, *outcomes in zip(paths, unique_names(paths), *streams, strict=True):
+            errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError)]
+            bar.advance()
+            if errors:
+                bar.tell(f"error: {errors[0]}")
+                failed += 1
+            else:
+                maps = [found for found in outcomes if not isinstance(found, ImageError)]
+                written += _write(args, path, args.out / name, list(zip(discoverers, maps, strict=True)))
     print(f"written to {args.out}: {written} files for {len(paths) - failed} of {len(paths)} images")
     return 2 if failed else 0
+
+
+def _cured(args: argparse.Namespace, discoverer: "Discoverer", paths: list[Path]) -> "Discoverer":
+    """With test-time registers if asked for; among several backbones, one without outliers goes on without."""
+    try:
+        return with_registers(args, discoverer, paths)
+    except RegistersError as error:
+        if len(chosen_backbones(args)) == 1:
+            raise
+        tell(f"no test-time registers for {discoverer.backbone.spec.name}: {error}")
+        return discoverer
 
 
 def _write(

@@ -88,3 +88,18 @@ def unique_names(paths: Iterable[Path]) -> Iterator[str]:
             name = f"{path.stem}-{number}"
         used.add(name)
         yield name
+
+
+def refuse_among_images(option: str, folder: Path, arguments: Iterable[str], paths: Iterable[Path]) -> None:
+    """Raise `OptionError` if pictures in a folder could replace images, or be taken for images the next time.
+
+    Args:
+        option: that names the folder.
+        folder: where pictures go.
+        arguments: what the user named as images: those that are folders are searched whole.
+        paths: the images.
+    """
+    place = folder.resolve()
+    searched = [Path(argument).resolve() for argument in arguments if Path(argument).is_dir()]
+    if place in {path.resolve().parent for path in paths} or any(place.is_relative_to(path) for path in searched):
+        raise OptionError(f"{option} {folder} is among the images: give another folder")

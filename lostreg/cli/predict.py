@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lostreg import defaults
-from lostreg.cli.files import find_images, make_folder, unique_names
+from lostreg.cli.files import find_images, make_folder, refuse_among_images, unique_names
 from lostreg.cli.parser import Subparsers, add_max_side, add_method_options, make_discoverer, tell, unit_interval
 from lostreg.cli.registers import with_registers
 from lostreg.errors import ImageError, OptionError
@@ -119,15 +119,10 @@ def _plot_paths(target: Path, arguments: list[str], paths: list[Path]) -> list[P
             picture would take the place of an image.
     """
     plots = _place_plots(target, paths)
-    place, images = target.resolve(), {path.resolve() for path in paths}
-    # Beside images, pictures would replace others of their name; in a folder that is searched, they would be
-    # taken for images the next time.
-    searched = [Path(argument).resolve() for argument in arguments if Path(argument).is_dir()]
-    folder = plots != [target]
-    if place in images or (
-        folder and (place in {path.parent for path in images} or any(place.is_relative_to(path) for path in searched))
-    ):
-        raise OptionError(f"--plot {target} is among the images: give another folder")
+    if plots != [target]:
+        refuse_among_images("--plot", target, arguments, paths)
+    elif target.resolve() in {path.resolve() for path in paths}:
+        raise OptionError(f"--plot {target} is among the images: give another file")
     return plots
 
 

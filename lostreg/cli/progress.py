@@ -16,11 +16,13 @@ class ProgressBar:
     Args:
         description: in front of the bar.
         total: images in all.
+        unit: what is counted, if not images.
     """
 
-    def __init__(self, description: str, total: int) -> None:
+    def __init__(self, description: str, total: int, unit: str = "img") -> None:
         self._description = description
         self._total = total
+        self._unit = unit
         self._bar: tqdm[None] | None = None
 
     def __enter__(self) -> "ProgressBar":
@@ -42,7 +44,7 @@ class ProgressBar:
 
         if self._bar is None:
             known = 0 if done is None else done - 1
-            self._bar = tqdm(total=self._total, initial=known, desc=self._description, unit="img", file=sys.stderr)
+            self._bar = tqdm(total=self._total, initial=known, desc=self._description, unit=self._unit, file=sys.stderr)
         self._bar.update()
 
     def tell(self, message: str) -> None:
@@ -72,11 +74,11 @@ class StepBars:
     ) -> None:
         self._close()
 
-    def advance(self, step: str, done: int, total: int) -> None:
+    def advance(self, step: str, done: int, total: int, unit: str = "img") -> None:
         """So many of so many are done in a step; the first one, or another step, begins a new bar."""
         if self._bar is None or step != self._step or done == 1:
             self._close()
-            self._step, self._bar = step, ProgressBar(f"{self._description}, {step}", total)
+            self._step, self._bar = step, ProgressBar(f"{self._description}, {step}", total, unit)
         self._bar.advance()
 
     def tell(self, message: str) -> None:

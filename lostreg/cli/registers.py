@@ -21,7 +21,9 @@ from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
     from lostreg.discoverer import Discoverer
+    from lostreg.errors import ImageError
     from lostreg.images import ImageSource
+    from lostreg.outliers import CutoffRule
     from lostreg.registers import RegisterNeurons
 
 REGISTERS_FILE = "registers.json"
@@ -87,13 +89,22 @@ def add_threshold(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Find the neurons."""
+    """Find the neurons; the exit code is 2 if any image could not be read, though the others count."""
     from lostreg.register_search import find_registers
 
     check_writable(args.out, "register neurons")
     paths = find_images(args.images)
     discoverer = make_discoverer(args, args.backbone)
+    unreadable = 0
     with StepBars("registers") as bars:
+
+        def advance(step: str, done: int, total: int, error: "ImageError | None") -> None:
+            nonlocal unreadable
+            bars.advance(step, done, total)
+            if error:
+                bars.tell(f"error: {error}")
+                unreadable += 1
+
         found = find_registers(
             paths,
             discoverer,
@@ -102,16 +113,22 @@ def run(args: argparse.Namespace) -> int:
             rule=args.threshold,
             sample=args.sample,
             seed=args.seed,
-            on_progress=bars.advance,
+            on_progress=advance,
         )
     found.save(args.out)
     print(_describe(found))
     print(f"written to {args.out}: use it as --test-time-registers {args.out}")
-    return 0
+    return 2 if unreadable else 0
 
 
 def with_registers(
-    args: argparse.Namespace, discoverer: "Discoverer", images: "Sequence[ImageSource]", kept: Path | None = None
+    args: argparse.Namespace,
+    discoverer: "Discoverer",
+    images: "Sequence[ImageSource]",
+    *,
+    kept: Path | None = None,
+    rule: "CutoffRule | None" = None,
+    seed: int = 0,
 ) -> "Discoverer":
     """The discoverer with the test-time registers that ``--test-time-registers`` asks for.
 
@@ -120,6 +137,8 @@ def with_registers(
         discoverer: without them.
         images: what is about to be processed.
         kept: file for the neurons that are found: a run that goes on takes them from there.
+        rule: which tokens are outliers; None looks for a second mode of the norms.
+        seed: of the sample of images that neurons are looked for in.
 
     Raises:
         OptionError: if that file is of another number of tokens.
@@ -137,7 +156,9 @@ def with_registers(
         if earlier:
             return discoverer.with_registers(earlier)
     with StepBars("registers") as bars:
-        found = find_registers(images, discoverer, count=wanted, on_progress=bars.advance)
+        found = find_registers(
+            images, discoverer, count=wanted, rule=rule, seed=seed, on_progress=lambda *told: bars.advance(*told[:3])
+        )
     tell(_describe(found))
     if kept:
         found.save(kept)

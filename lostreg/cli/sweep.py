@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     """Sweep, and print the table."""
     from lostreg.charts import plot_sweep
     from lostreg.datasets import require_images
+    from lostreg.features import resolve_layer
     from lostreg.sweep import LINES_FILE, RESULTS_FILE, sweep
 
     if args.benchmark == "coco" and args.images is None:
@@ -93,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     benchmark = open_benchmark(args)
     require_images(benchmark)
     discoverer = make_discoverer(args, args.backbone, exif=False)
+    for layer in args.layers:
+        resolve_layer(discoverer.backbone, layer)  # before anything is looked for in images
     paths = [example.path for example in benchmark.examples]
     discoverer = with_registers(args, discoverer, paths, kept=args.out / REGISTERS_FILE)
     with ProgressBar(args.backbone, len(benchmark)) as bar:

@@ -56,6 +56,12 @@ def test_coco_files_give_the_class_of_the_largest_object(tmp_path: Path) -> None
     assert annotated_classes(paths, annotations) == ["cat", "dog", None, "cat"]
 
 
+def test_images_of_one_name_in_different_folders_keep_their_classes(tmp_path: Path) -> None:
+    annotations = coco(tmp_path / "a.json", ["a/1.jpg", "b/1.jpg"])
+    paths = [Path("data/b/1.jpg"), Path("data/a/1.jpg"), Path("1.jpg")]
+    assert annotated_classes(paths, annotations) == ["dog", "cat", None]
+
+
 def test_voc_folders_give_the_class_of_the_largest_object(tmp_path: Path) -> None:
     folder = write_voc(tmp_path / "voc", 3) / "Annotations"
     small = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox>"

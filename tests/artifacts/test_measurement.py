@@ -21,7 +21,7 @@ from lostreg.artifacts.measurement import (
     COSINE_BINS,
     Measurement,
     Pass,
-    cells_of,
+    cell_shares,
     measure,
     neighbour_cosines,
 )
@@ -65,7 +65,7 @@ def same_pass(first: Pass, second: Pass) -> None:
         for figure in ("mean", "deviation", "smallest", "largest"):
             assert getattr(one, figure) == pytest.approx(getattr(other, figure), rel=1e-4, abs=1e-6)
     np.testing.assert_allclose(first.prefix, second.prefix, rtol=1e-4)
-    np.testing.assert_array_equal(first.heat.sum(axis=0), second.heat.sum(axis=0))
+    np.testing.assert_allclose(first.heat.sum(axis=0), second.heat.sum(axis=0))
     np.testing.assert_allclose(first.cosine_sums.sum(axis=0), second.cosine_sums.sum(axis=0), rtol=1e-4)
 
 
@@ -85,27 +85,34 @@ def test_planted_outliers_are_counted_where_and_when_they_emerge(found: Measurem
     assert (found.weights, found.registers, found.feature, found.layer) == ("random", None, "k", 5)
 
 
+def spread_by_hand(place: int, side: int) -> dict[int, float]:
+    """The share of a patch in each cell that it overlaps, counted in thousandths of a patch."""
+    points = [(place + (step + 0.5) / 1000) * CELLS / side for step in range(1000)]
+    return {cell: sum(int(point) == cell for point in points) / 1000 for cell in {int(point) for point in points}}
+
+
 def test_the_heat_map_holds_the_planted_patches_and_no_others(found: Measurement) -> None:
     assert found.cutoff.value is not None
     outlier, normal = found.seen.split(found.seen.heat, found.cutoff.value)
-    expected = np.zeros((2, CELLS, CELLS), int)
+    expected = np.zeros((2, CELLS, CELLS))
     for (rows, columns), chosen in zip(GRIDS, PATCHES, strict=True):
         for row, column in itertools.product(range(rows), range(columns)):
-            cell = int((row + 0.5) * CELLS / rows), int((column + 0.5) * CELLS / columns)
-            expected[int(row * columns + column in chosen)][cell] += 1
-    np.testing.assert_array_equal(normal, expected[0])
-    np.testing.assert_array_equal(outlier, expected[1])
+            for down, height in spread_by_hand(row, rows).items():
+                for across, width in spread_by_hand(column, columns).items():
+                    expected[int(row * columns + column in chosen), down, across] += height * width
+    np.testing.assert_allclose(normal, expected[0], atol=0.01)
+    np.testing.assert_allclose(outlier, expected[1], atol=0.01)
+    assert outlier.sum() == pytest.approx(found.outliers)
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (1, 5), (3, 2), (32, 32), (50, 33)])
-def test_each_patch_lies_in_the_cell_of_its_middle(grid: tuple[int, int]) -> None:
-    rows, columns = cells_of(grid, CELLS)
-    assert rows.shape == columns.shape == (grid[0] * grid[1],)
-    for patch, (row, column) in enumerate(zip(rows, columns, strict=True)):
-        assert row == (2 * (patch // grid[1]) + 1) * CELLS // (2 * grid[0])
-        assert column == (2 * (patch % grid[1]) + 1) * CELLS // (2 * grid[1])
-    assert min(rows.min(), columns.min()) >= 0
-    assert max(rows.max(), columns.max()) < CELLS
+@pytest.mark.parametrize("side", [1, 5, 31, 32, 50, 64])
+def test_each_patch_is_shared_out_among_the_cells_that_it_covers(side: int) -> None:
+    shares = cell_shares(side, CELLS)
+    np.testing.assert_allclose(shares.sum(axis=1), 1)
+    np.testing.assert_allclose(shares.sum(axis=0), side / CELLS)  # no cell is left out
+    for place in {0, side // 2, side - 1}:
+        for cell, share in spread_by_hand(place, side).items():
+            assert shares[place, cell] == pytest.approx(share, abs=0.01)
 
 
 def test_registers_take_the_outliers_away(found: Measurement) -> None:
@@ -246,7 +253,25 @@ def test_each_image_is_run_once_and_the_sample_twice() -> None:
     assert steps == [
         *[("norms", done, 12, None) for done in range(1, 13)],
         *[("sample", done, 5, None) for done in range(1, 6)],
+        *[("probes", done, 3, None) for done in range(1, 4)],
     ]
+
+
+def test_a_cured_backbone_is_compared_over_the_same_images(found: Measurement) -> None:
+    from lostreg.registers import RegisterNeurons
+
+    one = discoverer(world().backbone).with_registers(RegisterNeurons(world().neurons))
+    assert found.cutoff.value is not None
+    rule = CutoffRule("number", found.cutoff.value)
+    alone, beside = measure(pictures(), one, rule=rule), measure(pictures(), one, rule=rule, like=found)
+    assert alone.outliers == beside.outliers == 0
+    affected = tuple(number for number, chosen in enumerate(PATCHES) if chosen)
+    assert found.sample.viewed == beside.sample.viewed == affected
+    assert beside.sample.shown == found.sample.shown != alone.sample.shown
+    assert alone.sample.viewed == tuple(range(len(PATCHES)))
+    assert alone.sample.gram != beside.sample.gram
+    for mine, before in zip(beside.sample.examples, found.sample.examples, strict=True):
+        np.testing.assert_array_equal(mine.pixels, before.pixels)
 
 
 def test_unreadable_images_are_counted_and_the_others_measured(tmp_path: Path, found: Measurement) -> None:
@@ -321,7 +346,7 @@ def test_a_number_is_the_cutoff_to_the_bit() -> None:
     assert found.outliers == found.sample.outliers == 6
     assert found.cosine_histograms()[0].sum() <= 6
     outlier, normal = found.seen.split(found.seen.heat, limit)
-    assert (outlier.sum(), normal.sum()) == (6, COUNT - 6)
+    assert (outlier.sum(), normal.sum()) == (pytest.approx(6), pytest.approx(COUNT - 6))
 
 
 @pytest.mark.parametrize(("text", "least", "most"), [("95%", 2, 3), ("mean+2sigma", 0, 10), ("50%", 20, 22)])
@@ -378,7 +403,8 @@ def test_little_to_measure_is_no_failure(images: list[np.ndarray], rule: str) ->
     if rule == "auto":
         assert not found.cutoff.found
     for probes in (found.sample.position, found.sample.pixels):
-        assert set(probes) == {"outlier", "normal"}
+        kinds = {"outlier", "normal"}
+        assert set(probes) == (kinds | {"normal, as many of the same images"} if found.outliers else kinds)
         for probe in probes.values():
             assert isinstance(probe, Skipped)
             assert probe.reason.startswith(("needs tokens of at least 10 images", "there are no such tokens"))

@@ -27,10 +27,10 @@ CUTOFF = 9.0  # between the two groups of norms of `small_vit`
 
 
 def look(images: Sequence[Any], backbone: Backbone, cutoff: float | None = CUTOFF, **options: Any) -> Sample:
-    given = {"labels": None, "seed": 0, **options}
-    labels, seed = given.pop("labels"), given.pop("seed")
+    given = {"labels": None, "seed": 0, "like": None, **options}
+    labels, seed, like = (given.pop(name) for name in ("labels", "seed", "like"))
     one = discoverer(backbone, **given)
-    return look_inside(images, one, Forward(one.backbone), cutoff, labels, seed, lambda done: None)
+    return look_inside(images, one, Forward(one.backbone), cutoff, labels, seed, like, lambda *told: None)
 
 
 @pytest.fixture
@@ -98,7 +98,9 @@ def test_probes_get_outliers_and_others_after_the_final_norm(probed: dict[str, l
         sides.append(places)
     outliers = {(number, patch) for number, chosen in enumerate(PATCHES) for patch in chosen}
     every = {(number, place) for number, one in enumerate(images) for place in range(one.grid[0] * one.grid[1])}
-    assert sides == [outliers, every - outliers]
+    assert [sides[0], sides[2]] == [outliers, every - outliers]
+    assert sides[1] < sides[2]  # as many normal ones of the same images
+    assert sorted(number for number, _ in sides[1]) == sorted(number for number, _ in sides[0])
 
 
 def test_of_many_tokens_some_are_drawn_from_each_image(probed: dict[str, list[Any]]) -> None:

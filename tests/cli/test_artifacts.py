@@ -15,6 +15,7 @@ from small_vit import LAYER, NAME, SHAPES, UNITS, pictures, save_weights, small,
 from lostreg import register_search
 from lostreg.artifacts import report
 from lostreg.cli.main import main
+from lostreg.errors import BackboneError
 from lostreg.registers import RegisterNeurons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -165,8 +166,9 @@ def test_artifacts_go_on_without_unreadable_images(
 def test_artifacts_of_nothing_readable_are_an_error(
     weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "broken.jpg").write_text("no picture")
-    assert run(weights, "artifacts", tmp_path, "--out", tmp_path / "out") == 2
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/broken.jpg").write_text("no picture")
+    assert run(weights, "artifacts", tmp_path / "images", "--out", tmp_path / "out") == 2
     errors = [line for line in capsys.readouterr().err.split("\n") if line.startswith("lostreg artifacts: error: ")]
     assert len(errors) == 1
     assert "none of 1 images could be read" in errors[0]
@@ -538,8 +540,8 @@ def test_attention_goes_on_without_unreadable_images(
     assert run(weights, "attention", *given, "--out", tmp_path / "out") == 2
     captured = capsys.readouterr()
     assert captured.out.endswith(": 1 files for 1 of 2 images\n")
-    (line,) = captured.err.splitlines()
-    assert line == f"lostreg: error: {tmp_path}/none.png: no such file"
+    lines = [line for line in captured.err.replace("\r", "\n").splitlines() if line.startswith("lostreg")]
+    assert lines == [f"lostreg: error: {tmp_path}/none.png: no such file"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["im00.png"]
 
 
@@ -548,3 +550,67 @@ def test_attention_needs_layers_that_exist(
 ) -> None:
     assert run(weights, "attention", images, "--out", tmp_path, "--layers", 6) == 2
     refused(capsys, r"layer must be in \[-6, 5\]")
+
+
+@pytest.mark.parametrize("command", ["artifacts", "attention"])
+def test_pictures_do_not_take_the_place_of_images(
+    weights: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = write_images(tmp_path / "photos", pictures())
+    before = {path: path.read_bytes() for path in paths}
+    for given, out in ((paths[0], paths[0].parent), (paths[0].parent, tmp_path / "photos/new")):
+        assert run(weights, command, given, "--out", out) == 2
+        refused(capsys, f"--out {out} is among the images: give another folder")
+    assert {path: path.read_bytes() for path in paths} == before
+    assert sorted((tmp_path / "photos").iterdir()) == sorted(paths)
+
+
+@pytest.mark.usefixtures("_one_picture")
+def test_artifacts_keep_the_first_pass_when_the_cure_fails(
+    weights: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*given: object, **options: object) -> None:
+        raise BackboneError("cannot read the hidden units")
+
+    monkeypatch.setattr("lostreg.register_search.find_registers", fail)
+    assert run(weights, "artifacts", images, "--out", tmp_path / "out", "--test-time-registers", 1) == 2
+    refused(capsys, "cannot read the hidden units")
+    assert len(strict_json((tmp_path / "out/artifacts.json").read_text())["backbones"]) == 1
+
+
+def test_artifacts_refuse_a_file_that_does_not_fit_before_the_pass(
+    healthy: Path, images: Path, registers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*given: object, **options: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("lostreg.artifacts.measurement.measure", never)
+    assert run(healthy, "artifacts", images, "--out", tmp_path, "--test-time-registers", registers) == 2
+
+
+@pytest.mark.usefixtures("_one_picture")
+def test_the_rule_for_outliers_is_that_of_the_neurons_too(
+    weights: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules: list[str] = []
+    find = register_search.find_registers
+
+    def note(*given: Any, **options: Any) -> RegisterNeurons:
+        rules.append(f"{options['rule']}, seed {options['seed']}")
+        return find(*given, **options)
+
+    monkeypatch.setattr("lostreg.register_search.find_registers", note)
+    arguments = ["--out", tmp_path, "--test-time-registers", 1, "--threshold", "20", "--seed", "3"]
+    assert run(weights, "artifacts", images, *arguments) == 0
+    assert rules == ["20, seed 3"]
+
+
+def test_registers_find_tells_of_unreadable_images(
+    weights: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.png").write_text("no picture")
+    out = tmp_path / "registers.json"
+    assert run(weights, "registers", "find", images, tmp_path / "broken.png", "--out", out) == 2
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert sum("broken.png" in line for line in lines) == 1
+    assert json.loads(out.read_text())["neurons"] == FOUND
