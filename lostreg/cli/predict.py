@@ -122,7 +122,7 @@ def _plot_paths(target: Path, arguments: list[str], paths: list[Path]) -> list[P
     if plots != [target]:
         refuse_among_images("--plot", target, arguments, paths)
     elif target.resolve() in {path.resolve() for path in paths}:
-        raise OptionError(f"--plot {target} is among the images: give another file")
+        raise OptionError(f"--plot {target} is among the images: give another folder")
     return plots
 
 
