@@ -12,5 +12,6 @@ CUDA_BATCH_SIZE: Final = 32
 MAX_SIDE: Final = 1024
 CALIBRATION_IMAGES: Final = 512
 REGISTER_IMAGES: Final = 128
+ARTIFACT_IMAGES: Final = 256
 CLEAR_SCORE: Final = 0.25  # docs/bias.md: boxes with a lower score hit half as often
 MAX_PIXELS: Final = 200_000_000

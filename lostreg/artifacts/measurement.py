@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from lostreg import defaults
 from lostreg.artifacts.sample import Sample, look_inside
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, LostregError, OptionError
@@ -26,7 +27,6 @@ from lostreg.outliers import Cutoff, CutoffRule, NormTally, find_cutoff
 
 CELLS: Final = 32  # of the heat map, across and down
 COSINE_BINS: Final = 80  # from -1 to 1
-SAMPLE: Final = 256
 
 Progress = Callable[[str, int, int, ImageError | None], None]
 
@@ -167,7 +167,7 @@ def measure(
     *,
     rule: CutoffRule | None = None,
     labels: Sequence[str | None] | None = None,
-    sample: int = SAMPLE,
+    sample: int = defaults.ARTIFACT_IMAGES,
     seed: int = 0,
     like: Measurement | None = None,
     on_progress: Progress | None = None,

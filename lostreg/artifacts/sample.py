@@ -33,7 +33,6 @@ TOKENS: Final = 32  # of each kind that are drawn from an image for probes of po
 EXAMPLES: Final = 4
 _AS_MANY: Final = "normal, as many of the same images"
 _OUTLIER: Final = "one outlier token"
-_NOTHING: Final = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ class _Collection:
         self._one: dict[str, list[NDArray[np.float32]]] = {}
         self._labels: list[str] = []
         self._labelled: list[int] = []
-        self._views: dict[int, GramViews] = {}
+        self._views: dict[int, tuple[GramView, GramView | None]] = {}
         self._examples: list[tuple[int, int, Example]] = []
 
     def add(self, number: int, seen: _Seen, label: str | None) -> None:
@@ -164,7 +163,7 @@ class _Collection:
             self._discoverer.k_patches,
             normalize=self._discoverer.normalize,
         )
-        self._views[number] = GramViews(views.every, views.normal, _NOTHING, None)
+        self._views[number] = (views.every, views.normal)
         if self._like is None or number in self._like.shown:
             rank = -count if self._like is None else self._like.shown.index(number)
             self._examples.append((rank, number, self._example(seen, outlier, views)))
@@ -207,7 +206,8 @@ class _Collection:
         classes, classed = self._classes()
         on_progress("probes", len(kinds) + 1, len(kinds) + 1)
         viewed = self._viewed()
-        without = [view.normal for view in (self._views[number] for number in viewed) if view.normal is not None]
+        every, normal = zip(*(self._views[number] for number in viewed), strict=True)
+        without = [view for view in normal if view is not None]
         return Sample(
             images=self.images,
             affected=self.affected,
@@ -215,7 +215,7 @@ class _Collection:
             position={kind: position for kind, (position, _) in found.items()},
             pixels={kind: pixels for kind, (_, pixels) in found.items()},
             classes=classes,
-            gram=GramView.average([self._views[number].every for number in viewed]),
+            gram=GramView.average(every),
             gram_normal=GramView.average(without) if without else None,
             examples=tuple(example for _, _, example in self._examples),
             viewed=viewed,
@@ -228,7 +228,7 @@ class _Collection:
             alike = tuple(number for number in self._like.viewed if number in self._views)
             if alike:
                 return alike
-        return tuple(number for number, view in self._views.items() if view.normal is not None) or tuple(self._views)
+        return tuple(number for number, (_, normal) in self._views.items() if normal is not None) or tuple(self._views)
 
     def _classes(self) -> tuple[dict[str, ClassProbe | Skipped] | Skipped, tuple[int, ...]]:
         """All kinds over the same images: those with outliers, where there are enough of them; and which these are."""
@@ -238,12 +238,12 @@ class _Collection:
         if self._like is not None and self._like.classed:
             chosen = np.isin(self._labelled, self._like.classed)
             return self._probe_classes({kind: tokens for kind, tokens in kinds.items() if kind != _OUTLIER}, chosen)
-        complete = np.isfinite(np.concatenate(list(kinds.values()), axis=1)).all(axis=1)
-        with_outliers = self._probe_classes(kinds, complete)
+        every = np.ones(len(self._labels), bool)
+        with_outliers = self._probe_classes(kinds, every)
         if not isinstance(with_outliers[0], Skipped):
             return with_outliers
         others = {kind: tokens for kind, tokens in kinds.items() if kind != _OUTLIER}
-        found, classed = self._probe_classes(others, np.ones(len(self._labels), bool))
+        found, classed = self._probe_classes(others, every)
         if not isinstance(found, Skipped) and self.outliers:
             found[_OUTLIER] = Skipped(f"of images with outliers it {with_outliers[0].reason}")
         return found, classed

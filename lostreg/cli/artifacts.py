@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from lostreg import defaults
 from lostreg.cli.files import find_images, make_folder, refuse_among_images
-from lostreg.cli.parser import Subparsers, add_max_side, add_method_options, make_discoverer, positive_int
+from lostreg.cli.parser import (
+    Subparsers,
+    add_images,
+    add_max_side,
+    add_method_options,
+    add_seed,
+    make_discoverer,
+    positive_int,
+)
 from lostreg.cli.progress import StepBars
 from lostreg.cli.registers import add_threshold, chosen_backbones, with_registers
 from lostreg.errors import RegistersError
@@ -30,12 +38,7 @@ def add_parser(commands: Subparsers) -> None:
         "they hold, and what they do to LOST's similarities. Writes a folder with one HTML page, its pictures, and "
         "every number as JSON. Several backbones stand side by side.",
     )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="files, folders (with all their subfolders) or globs; before the options",
-    )
+    add_images(parser)
     parser.add_argument(
         "--out", type=Path, default=_OUT, metavar="DIR", help=f"folder for the report (default: {_OUT})"
     )
@@ -43,11 +46,12 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument(
         "--sample",
         type=positive_int,
-        default=256,
+        default=defaults.ARTIFACT_IMAGES,
         metavar="N",
-        help="images, drawn at random, that are run a second time for what tokens hold (default: 256)",
+        help="images, drawn at random, that are run a second time for what tokens hold "
+        f"(default: {defaults.ARTIFACT_IMAGES})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw, at least 0 (default: 0)")
+    add_seed(parser)
     parser.add_argument(
         "--annotations",
         type=Path,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lostreg import defaults
 from lostreg.cli.files import find_images, make_folder, refuse_among_images, unique_names
-from lostreg.cli.parser import Subparsers, add_backbone_options, add_max_side, make_discoverer, tell
+from lostreg.cli.parser import Subparsers, add_backbone_options, add_images, add_max_side, make_discoverer, tell
 from lostreg.cli.progress import ProgressBar
 from lostreg.cli.registers import chosen_backbones, with_registers
 from lostreg.errors import ImageError, RegistersError
@@ -28,12 +28,7 @@ def add_parser(commands: Subparsers) -> None:
         description="Draw, for each image, what CLS and every register token attends to: a row a backbone and layer. "
         "Several backbones stand side by side.",
     )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="files, folders (with all their subfolders) or globs; before the options",
-    )
+    add_images(parser)
     parser.add_argument(
         "--out", type=Path, default=_OUT, metavar="DIR", help=f"folder for the pictures (default: {_OUT})"
     )

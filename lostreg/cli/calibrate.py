@@ -9,7 +9,9 @@ from lostreg.cli.files import check_writable, find_images
 from lostreg.cli.parser import (
     Subparsers,
     add_backbone_options,
+    add_images,
     add_max_side,
+    add_seed,
     make_discoverer,
     positive_int,
     tell,
@@ -33,12 +35,7 @@ def add_parser(commands: Subparsers) -> None:
         "gives the box of `--bias auto` in as many images as any. The file that is written can be given as "
         "`--bias FILE` to predict and eval.",
     )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="files, folders (with all their subfolders) or globs; before the options",
-    )
+    add_images(parser)
     parser.add_argument("--out", type=Path, default=_FILE, metavar="FILE", help=f"where to write (default: {_FILE})")
     parser.add_argument(
         "--sample",
@@ -47,7 +44,7 @@ def add_parser(commands: Subparsers) -> None:
         metavar="N",
         help=f"look at N of the images at most, drawn at random (default: {defaults.CALIBRATION_IMAGES})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw, at least 0 (default: 0)")
+    add_seed(parser)
     add_max_side(parser, defaults.MAX_SIDE)
     add_backbone_options(parser, feature=True)
     parser.set_defaults(run=run)

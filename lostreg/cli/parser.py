@@ -211,6 +211,21 @@ def _add_running(group: Group) -> None:
     )
 
 
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """The images that a command is about, for `lostreg.cli.files.find_images`."""
+    parser.add_argument(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="files, folders (with all their subfolders) or globs; before the options",
+    )
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """The seed of a random sample of the images."""
+    parser.add_argument("--seed", type=int, default=0, help="of the draw, at least 0 (default: 0)")
+
+
 def add_max_side(parser: argparse.ArgumentParser, default: int | None) -> None:
     """The option that bounds the size of images, whose default depends on the command."""
     parser.add_argument(

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, TextIO
 
 from lostreg import defaults
 from lostreg.cli.files import find_images, make_folder, refuse_among_images, unique_names
-from lostreg.cli.parser import Subparsers, add_max_side, add_method_options, make_discoverer, tell, unit_interval
+from lostreg.cli.parser import (
+    Subparsers,
+    add_images,
+    add_max_side,
+    add_method_options,
+    make_discoverer,
+    tell,
+    unit_interval,
+)
 from lostreg.cli.registers import with_registers
 from lostreg.errors import ImageError, OptionError
 
@@ -26,12 +34,7 @@ def add_parser(commands: Subparsers) -> None:
         description="Find the main object of each image. An image that cannot be read is reported, the others "
         "go on, and the exit code is 2 at the end.",
     )
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="files, folders (with all their subfolders) or globs; before the options",
-    )
+    add_images(parser)
     parser.add_argument("--json", metavar="FILE|-", help="write predictions as JSON Lines; - is standard output")
     parser.add_argument(
         "--plot",

@@ -10,7 +10,9 @@ from lostreg.cli.files import check_writable, find_images
 from lostreg.cli.parser import (
     Subparsers,
     add_backbone_options,
+    add_images,
     add_max_side,
+    add_seed,
     cutoff_rule,
     make_discoverer,
     positive_int,
@@ -40,12 +42,7 @@ def add_parser(commands: Subparsers) -> None:
         "attention, which then move what these units write to blank tokens that are added to each image.",
     )
     parser.add_argument("action", choices=("find",), help="what to do")
-    parser.add_argument(
-        "images",
-        nargs="+",
-        metavar="IMAGE",
-        help="files, folders (with all their subfolders) or globs; before the options",
-    )
+    add_images(parser)
     parser.add_argument(
         "--out",
         type=Path,
@@ -70,7 +67,7 @@ def add_parser(commands: Subparsers) -> None:
         metavar="N",
         help=f"look at N of the images at most, drawn at random (default: {defaults.REGISTER_IMAGES})",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draw, at least 0 (default: 0)")
+    add_seed(parser)
     add_max_side(parser, defaults.MAX_SIDE)
     add_backbone_options(parser, feature=False, lost=False)
     parser.set_defaults(run=run)
