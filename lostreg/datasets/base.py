@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,14 @@ class Example:
         path: the image file (may be absent where only annotations are needed).
         boxes: ground-truth boxes, shape (n, 4) with n >= 1, float64, pixels, ``x1, y1, x2, y2``
             with exclusive right and bottom edges, already in the convention of the metric.
+        crowds: boxes around groups of objects that nobody told apart, shape (m, 4), likewise: corloc does not
+            know of them, average precision ignores what is found in them.
     """
 
     image_id: ImageId
     path: Path
     boxes: NDArray[np.float64]
+    crowds: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 4)))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,21 @@ from lostreg.errors import DatasetError
 
 Boxes = NDArray[np.float64]
 
+
+class CocoBoxes(NamedTuple):
+    """The boxes of one image, shape (n, 4) with n >= 0, float64: of objects, and of crowds."""
+
+    objects: Boxes
+    crowds: Boxes
+
+
 _FARTHEST = 1e9  # no image is this wide, and infinities and NaN fail the comparison too
 
 
 def load_coco(images: Path, annotations: Path, *, name: str = "coco", keep: Sequence[int] | None = None) -> Benchmark:
     """Load a COCO instances file.
 
-    Crowd boxes are dropped and corners rounded to integers, halves to even: ``x1, y1`` from ``x, y``
+    Crowd boxes are kept apart and corners rounded to integers, halves to even: ``x1, y1`` from ``x, y``
     and ``x2, y2`` from ``x + w, y + h``.
 
     Args:
@@ -39,14 +47,14 @@ def load_coco(images: Path, annotations: Path, *, name: str = "coco", keep: Sequ
     """
     names, boxes = read_coco(annotations, keep=keep)
     examples = [
-        Example(image_id, images / file_name, boxes[image_id])
+        Example(image_id, images / file_name, *boxes[image_id])
         for image_id, file_name in names.items()
-        if len(boxes[image_id])
+        if len(boxes[image_id].objects)
     ]
     return make_coco(name, names, examples)
 
 
-def read_coco(path: Path, *, keep: Sequence[int] | None = None) -> tuple[dict[int, str], dict[int, Boxes]]:
+def read_coco(path: Path, *, keep: Sequence[int] | None = None) -> tuple[dict[int, str], dict[int, CocoBoxes]]:
     """Read file names and rounded boxes, both by image id.
 
     Args:
@@ -54,8 +62,7 @@ def read_coco(path: Path, *, keep: Sequence[int] | None = None) -> tuple[dict[in
         keep: image ids to read, in the order wanted, or None for all in file order.
 
     Returns:
-        ``file_name`` by id in the order described, and for the same ids the boxes that are not
-        crowd, shape (n, 4) with n >= 0, float64, pixels, ``x1, y1, x2, y2``.
+        ``file_name`` by id in the order described, and for the same ids the boxes, in pixels, ``x1, y1, x2, y2``.
 
     Raises:
         DatasetError: as `load_coco`.
@@ -70,13 +77,13 @@ def read_coco(path: Path, *, keep: Sequence[int] | None = None) -> tuple[dict[in
             )
         names = {image_id: names[image_id] for image_id in keep}
     entries = _object_entries(content["annotations"], names, path)
-    if not entries:
+    if all(entry["iscrowd"] for entry in entries):
         raise DatasetError(
             f"{path} has no boxes for its {len(names)} images "
             f"({len(content['annotations'])} annotations, none of them usable: crowd or of other images)"
         )
     index = _index(names, entries)
-    return names, {image_id: _round_boxes(index.imgToAnns[image_id]) for image_id in names}
+    return names, {image_id: _boxes_of(index.imgToAnns[image_id]) for image_id in names}
 
 
 def main_categories(path: Path) -> dict[str, str]:
@@ -97,6 +104,8 @@ def main_categories(path: Path) -> dict[str, str]:
         raise DatasetError(f"{path}: every annotation must be of a category with an id and a name ({error})") from error
     largest: dict[int, tuple[float, str]] = {}
     for entry in _object_entries(content["annotations"], names, path):
+        if entry["iscrowd"]:
+            continue
         size = entry["bbox"][2] * entry["bbox"][3]
         if size > largest.get(entry["image_id"], (-1.0, ""))[0]:
             largest[entry["image_id"]] = (size, by_place[entry["id"]])
@@ -150,7 +159,7 @@ def _image_names(entries: Iterable[Any], path: Path) -> dict[int, str]:
 
 
 def _object_entries(entries: Iterable[Any], wanted: Mapping[int, str], path: Path) -> list[dict[str, Any]]:
-    """The annotations that are not crowd and belong to a wanted image, checked and cut to the box."""
+    """The annotations that belong to a wanted image, checked and cut to the box."""
     kept = []
     for position, entry in enumerate(entries):
         where = f"{path}: annotations[{position}]"
@@ -164,9 +173,9 @@ def _object_entries(entries: Iterable[Any], wanted: Mapping[int, str], path: Pat
         crowd = entry.get("iscrowd", 0)
         if crowd not in (0, 1):
             raise DatasetError(f"{where}: 'iscrowd' must be 0 or 1, got {crowd!r}")
-        if crowd or image_id not in wanted:
-            continue
-        kept.append({"id": position, "image_id": image_id, "bbox": _check_bbox(entry["bbox"], where)})
+        if image_id in wanted:
+            bbox = _check_bbox(entry["bbox"], where)
+            kept.append({"id": position, "image_id": image_id, "iscrowd": crowd, "bbox": bbox})
     return kept
 
 
@@ -190,6 +199,11 @@ def _index(names: Mapping[int, str], entries: list[dict[str, Any]]) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):  # it reports progress with print
         index.createIndex()
     return index
+
+
+def _boxes_of(entries: Sequence[Mapping[str, Any]]) -> CocoBoxes:
+    of_kind = [_round_boxes([entry for entry in entries if entry["iscrowd"] == kind]) for kind in (0, 1)]
+    return CocoBoxes(*of_kind)
 
 
 def _round_boxes(entries: Sequence[Mapping[str, Any]]) -> Boxes:

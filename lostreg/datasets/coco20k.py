@@ -11,17 +11,18 @@ import os
 import tempfile
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lostreg.datasets.base import Benchmark, Example
-from lostreg.datasets.coco import Boxes, make_coco, read_coco
+from lostreg.datasets.coco import Boxes, CocoBoxes, make_coco, read_coco
 from lostreg.errors import DatasetError
 
 COCO20K_COUNT = 19_817
 ANNOTATIONS = "annotations/instances_train2014.json"
 
-_CACHE_VERSION = 1  # raise it when the meaning of a cached box changes
+_CACHE_VERSION = 2  # raise it when the meaning of a cached box changes
 
 
 def load_coco20k(root: Path, *, name: str = "coco20k") -> Benchmark:
@@ -42,9 +43,9 @@ def load_coco20k(root: Path, *, name: str = "coco20k") -> Benchmark:
     ids = coco20k_ids()
     boxes = _load_boxes(base / ANNOTATIONS, ids)
     examples = [
-        Example(image_id, base / coco20k_file_name(image_id), found)
+        Example(image_id, base / coco20k_file_name(image_id), *found)
         for image_id, found in zip(ids, boxes, strict=True)
-        if len(found)
+        if len(found.objects)
     ]
     return make_coco(name, ids, examples)
 
@@ -78,7 +79,7 @@ def coco20k_file_name(image_id: int) -> str:
     return f"train2014/COCO_train2014_{image_id:012d}.jpg"
 
 
-def _load_boxes(annotations: Path, ids: tuple[int, ...]) -> list[Boxes]:
+def _load_boxes(annotations: Path, ids: tuple[int, ...]) -> list[CocoBoxes]:
     """Boxes in the order of ``ids``, from the cache where it fits and else from the annotations."""
     source = _source(annotations)
     cache = _cache_file(source)
@@ -110,30 +111,39 @@ def _cache_file(source: list[str | int]) -> Path | None:
     return folder / "lostreg" / f"coco20k-{key}.json"
 
 
-def _read_cache(cache: Path | None, source: list[str | int], ids: tuple[int, ...]) -> list[Boxes] | None:
+def _read_cache(cache: Path | None, source: list[str | int], ids: tuple[int, ...]) -> list[CocoBoxes] | None:
     """The cached boxes, or None where there is no cache or it is not exactly what is wanted."""
     if cache is None:
         return None
     try:
         content = json.loads(cache.read_bytes())
         same = [content["version"], content["source"], content["ids"]] == [_CACHE_VERSION, source, list(ids)]
-        rows = content["boxes"]
-        if not same or len(rows) != len(ids):
+        if not same:
             return None
-        boxes = [np.asarray(row, dtype=np.float64) for row in rows]
+        boxes = [CocoBoxes(*map(_as_boxes, rows)) for rows in zip(content["boxes"], content["crowds"], strict=True)]
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
-    if any(box.size and (box.ndim != 2 or box.shape[1] != 4 or not np.isfinite(box).all()) for box in boxes):
-        return None
-    return [box.reshape(-1, 4) for box in boxes]
+    return boxes if len(boxes) == len(ids) else None
 
 
-def _write_cache(cache: Path | None, source: list[str | int], ids: tuple[int, ...], boxes: list[Boxes]) -> None:
+def _as_boxes(rows: Any) -> Boxes:
+    boxes: Boxes = np.asarray(rows, dtype=np.float64)
+    if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all()):
+        raise ValueError(f"expected boxes, found shape {boxes.shape}")
+    return boxes.reshape(-1, 4)
+
+
+def _write_cache(cache: Path | None, source: list[str | int], ids: tuple[int, ...], boxes: list[CocoBoxes]) -> None:
     """Write the cache in one step; a folder that cannot be written is no reason to stop."""
     if cache is None:
         return
-    rows = [box.astype(np.int64).tolist() for box in boxes]
-    content = {"version": _CACHE_VERSION, "source": source, "ids": list(ids), "boxes": rows}
+    content = {
+        "version": _CACHE_VERSION,
+        "source": source,
+        "ids": list(ids),
+        "boxes": [found.objects.astype(np.int64).tolist() for found in boxes],
+        "crowds": [found.crowds.astype(np.int64).tolist() for found in boxes],
+    }
     temporary: Path | None = None
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -39,12 +39,13 @@ def test_corners_are_rounded_half_to_even_in_file_order(tmp_path: Path) -> None:
     assert benchmark.notes == ()
 
 
-def test_crowds_are_dropped_and_images_without_boxes_noted(tmp_path: Path) -> None:
+def test_crowds_are_kept_apart_and_images_without_boxes_noted(tmp_path: Path) -> None:
     annotations = [box(1, 0, 0, 9, 9, crowd=1), box(1, 1, 1, 2, 2), box(2, 0, 0, 9, 9, crowd=1)]
     path = write(tmp_path / "a.json", [image(1), image(2), image(3)], annotations)
     benchmark = load_coco(tmp_path, path)
     assert [example.image_id for example in benchmark.examples] == [1]
     np.testing.assert_array_equal(benchmark.examples[0].boxes, [[1, 1, 3, 3]])
+    np.testing.assert_array_equal(benchmark.examples[0].crowds, [[0, 0, 9, 9]])
     assert "2 of 3 images left out" in benchmark.notes[0]
 
 
@@ -179,7 +180,8 @@ def test_changed_annotations_are_read_again(few_ids: Path) -> None:
         lambda text: "",
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
-        lambda text: text.replace('"version":1', '"version":0'),
+        lambda text: text.replace('"version":2', '"version":0'),
+        lambda text: text.replace('"crowds":[[],', '"crowds":['),
         lambda text: text.replace('"ids":[30,', '"ids":[31,'),
         lambda text: text.replace('"boxes":[[[30,', '"boxes":[[["x",'),
         lambda text: text.replace('"boxes":[[[30,', '"boxes":[[[30,4,'),
@@ -216,6 +218,16 @@ def test_missing_ids_are_listed(few_ids: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(coco20k, "coco20k_ids", lambda: (10, 98, 99))
     with pytest.raises(DatasetError, match="lacks 2 of the 3 images wanted, ids 98, 99"):
         load_coco20k(few_ids)
+
+
+def test_crowds_come_from_the_annotations_and_from_the_cache(few_ids: Path) -> None:
+    path = few_ids / "coco/annotations/instances_train2014.json"
+    content = json.loads(path.read_text())
+    content["annotations"].append(box(30, 1, 2, 3, 4, crowd=1))
+    path.write_text(json.dumps(content))
+    for _ in range(2):
+        benchmark = load_coco20k(few_ids)
+        assert [example.crowds.tolist() for example in benchmark.examples] == [[[1, 2, 4, 6]], [], []]
 
 
 def test_an_image_with_crowds_only_is_left_out_and_noted(few_ids: Path) -> None:
