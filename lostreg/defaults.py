@@ -4,6 +4,9 @@ from typing import Final, Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
+PREDICTIONS_FILE: Final = "predictions.jsonl"  # of the folder of a run
+RESULTS_FILE: Final = "results.json"
+MAPS_FILE: Final = "maps.jsonl"
 BACKBONE: Final = "dinov2_vits14_reg"
 PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "bf16", "fp16")
 K_PATCHES: Final = 100  # as in LOST's published code
@@ -13,5 +16,6 @@ MAX_SIDE: Final = 1024
 CALIBRATION_IMAGES: Final = 512
 REGISTER_IMAGES: Final = 128
 ARTIFACT_IMAGES: Final = 256
+OVERLAP: Final = 0.5  # further boxes that overlap one before them as much are left out
 CLEAR_SCORE: Final = 0.25  # docs/bias.md: boxes with a lower score hit half as often
 MAX_PIXELS: Final = 200_000_000

@@ -3,7 +3,8 @@
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -13,15 +14,25 @@ from lostreg.backbone_table import FEATURES, Feature
 from lostreg.backbones import Backbone, load_backbone, place_model
 from lostreg.bias import TRIALS, check_bias, resolve_normalize
 from lostreg.calibration import Calibration
-from lostreg.defaults import BACKBONE, BATCH_SIZE, CUDA_BATCH_SIZE, K_PATCHES, MAX_PIXELS, MAX_SIDE, Precision
-from lostreg.engine import Engine, ObjectsJob, to_discovery
+from lostreg.defaults import (
+    BACKBONE,
+    BATCH_SIZE,
+    CLEAR_SCORE,
+    CUDA_BATCH_SIZE,
+    K_PATCHES,
+    MAX_PIXELS,
+    MAX_SIDE,
+    Precision,
+)
+from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import ImageError, LostregWarning, OptionError
 from lostreg.features import resolve_layer
-from lostreg.images import ImageSource, PatchedPicture
+from lostreg.images import ImageSource, Item, PatchedPicture
 from lostreg.lost import Objects
 from lostreg.memory import keep_freed_memory
 from lostreg.regions import Discovery
 from lostreg.registers import RegisterNeurons
+from lostreg.results import BoxFrom, ObjectOptions, discoveries
 from lostreg.stream import ImageStream, Job, Outcome
 from lostreg.transformer import check_compiler
 
@@ -29,7 +40,7 @@ _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 
 
 class Discoverer:
-    """Finds the main object of images with one backbone and one set of options.
+    """Finds the main objects of images with one backbone and one set of options.
 
     Args:
         backbone: a name of the backbone table, ``timm:NAME``, or a `Backbone` that is already loaded. It is
@@ -51,6 +62,11 @@ class Discoverer:
         exif: whether EXIF orientation is applied.
         max_pixels: images with more are refused before they are decoded.
         registers: test-time registers, see `find_registers`; None adds nothing to any image.
+        max_objects: how many objects of an image are looked for at most, at least 1, see `lostreg.several`. The first
+            is the same whatever the number.
+        min_score: further objects with a lower score are left out and end the search, in [0, 1]. The first is kept.
+        refine: whether masks are sharpened on the pixels, see `lostreg.masks`.
+        box_from: ``patches``, or ``mask`` for boxes around the refined masks.
 
     Raises:
         OptionError: if an option is out of its range, or nothing can be compiled here.
@@ -78,7 +94,12 @@ class Discoverer:
         exif: bool = True,
         max_pixels: int = MAX_PIXELS,
         registers: RegisterNeurons | None = None,
+        max_objects: int = 1,
+        min_score: float = CLEAR_SCORE,
+        refine: bool = False,
+        box_from: BoxFrom = "patches",
     ) -> None:
+        self.object_options = ObjectOptions(max_objects, min_score, refine, box_from)
         _check_options(feature, bias, precision)
         where = resolve_device(device)
         if batch_size is None:
@@ -169,10 +190,11 @@ class Discoverer:
             "max_pixels": self.max_pixels,
             "auto_trials": list(TRIALS) if self.bias == "auto" else None,
             "test_time_registers": self.backbone.registers.describe() if self.backbone.registers else None,
+            **self.object_options.options,
         }
 
     def discover(self, image: ImageSource) -> Discovery:
-        """Find the main object of one image.
+        """Find the main objects of one image.
 
         Args:
             image: a file, a PIL image, or an RGB array (h, w, 3) of uint8.
@@ -183,14 +205,15 @@ class Discoverer:
         (outcome,) = self.outcomes([image])
         if isinstance(outcome, ImageError):
             raise outcome
-        return outcome
+        return dataclasses.replace(outcome, source=image)
 
-    def discover_many(self, images: Iterable[ImageSource]) -> Iterator[Discovery]:
-        """Find the main object of each image: batched, streamed, in input order.
+    def discover_many(self, images: Iterable[ImageSource], *, progress: bool = False) -> Iterator[Discovery]:
+        """Find the main objects of each image: batched, streamed, in input order.
 
         Args:
             images: as for `discover`; may be endless. Up to two batches of them are taken in advance, so an
                 array must not be changed until its discovery is there.
+            progress: whether to show a bar, in a notebook as in a terminal.
 
         Yields:
             One `Discovery` an image.
@@ -202,7 +225,8 @@ class Discoverer:
         Note:
             An error raised by ``images`` itself comes before the discoveries of what was taken in advance.
         """
-        for outcome in self.outcomes(images):
+        outcomes = self.outcomes(images)
+        for outcome in _with_bar(outcomes, images) if progress else outcomes:
             if isinstance(outcome, ImageError):
                 raise outcome
             yield outcome
@@ -220,12 +244,23 @@ class Discoverer:
         Yields:
             One outcome an image, in input order, beginning with number ``skip``.
         """
-        return self.stream.outcomes(images, skip)
+        ours, theirs = tee(images)  # it keeps no more of them than the stream takes in advance
+        for outcome, source in zip(self.stream.outcomes(theirs, skip), islice(ours, skip, None), strict=True):
+            if isinstance(outcome, Discovery) and isinstance(source, str | Path):
+                yield dataclasses.replace(outcome, source=source)
+            else:  # an array or a PIL image would stay in memory as long as its result
+                yield outcome
 
     def _discoveries(self, objects: list[Objects], pictures: list[PatchedPicture]) -> list[Discovery]:
-        result = objects[0].best()
-        patch_size = self.backbone.spec.patch_size
-        return [to_discovery(result, index, picture, patch_size) for index, picture in enumerate(pictures)]
+        found = discoveries(objects[0], pictures, self.backbone.spec.patch_size, self.k_patches, self.object_options)
+        return found if self.exif else [dataclasses.replace(one, exif=False) for one in found]
+
+
+def _with_bar(outcomes: Iterator[Item], images: Iterable[ImageSource]) -> Iterator[Item]:
+    from tqdm.auto import tqdm
+
+    bar: Iterator[Item] = tqdm(outcomes, total=len(images) if isinstance(images, Sized) else None, unit="img")
+    return bar
 
 
 def _place(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:

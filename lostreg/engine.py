@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Generic, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.backbones import Backbone
 from lostreg.features import FeatureExtractor, Wanted
 from lostreg.forward import normalised, transfer
 from lostreg.images import PatchedPicture
-from lostreg.lost import Bias, LostResult, ObjectMaps, Objects, object_maps, prepare
-from lostreg.regions import Discovery
+from lostreg.lost import Bias, ObjectMaps, Objects, object_maps, prepare
 
 Grid = tuple[int, int]
 Outcome = TypeVar("Outcome")
@@ -156,51 +153,3 @@ class ObjectsJob(Generic[Outcome]):
             run = pictures[len(outcomes) : len(outcomes) + len(objects[0].masks)]
             outcomes += self._convert(objects, list(run))
         return outcomes
-
-
-def to_discovery(result: LostResult, index: int, picture: PatchedPicture, patch_size: int) -> Discovery:
-    """One image's share of a batched result, with its box in pixels of the original image.
-
-    Args:
-        result: of a batch, in patches.
-        index: which image of the batch.
-        picture: that image.
-        patch_size: side of a patch, in pixels of what was cut.
-    """
-    box = in_pixels(result.xyxy[index].numpy(), picture, patch_size)
-    scale_x, scale_y = _scale(picture)
-    return Discovery(
-        xyxy=box[None].astype(np.float32),
-        scores=_one(result.scores[index]),
-        seeds=result.seeds[index : index + 1].numpy(),
-        width=picture.width,
-        height=picture.height,
-        degrees=result.degrees[index].numpy(),
-        mask=result.masks[index].numpy(),
-        patch_width=patch_size * scale_x,
-        patch_height=patch_size * scale_y,
-        bias=float(result.bias[index]),
-    )
-
-
-def in_pixels(boxes: NDArray[np.int64], picture: PatchedPicture, patch_size: int) -> NDArray[np.float64]:
-    """Boxes in patches as boxes in pixels of the original image; shape (..., 4) both.
-
-    Args:
-        boxes: ``x1, y1, x2, y2`` with exclusive right and bottom edges, in patches.
-        picture: the image that was cut into patches.
-        patch_size: side of a patch, in pixels of what was cut.
-    """
-    height, width = picture.size
-    pixels: NDArray[np.float64] = np.minimum(boxes * patch_size, [width, height] * 2) * (_scale(picture) * 2)
-    return pixels
-
-
-def _scale(picture: PatchedPicture) -> tuple[float, float]:
-    """Pixels of the original image a pixel of what was cut, across and down."""
-    height, width = picture.size
-    return picture.width / width, picture.height / height
-
-
-def _one(value: Tensor) -> NDArray[np.float32]:
-    return np.array([float(value)], dtype=np.float32)

@@ -4,32 +4,32 @@
 is there from the start with the settings, so that a run with other settings is noticed.
 """
 
-import math
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, NamedTuple
+
+import torch
 
 from lostreg.corloc import Corloc, corloc, is_hit, score_auc
 from lostreg.datasets import Benchmark, Example
+from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
+from lostreg.detection import Detections, DetectionScores, detection_scores
 from lostreg.discoverer import Discoverer
 from lostreg.documents import write_json
 from lostreg.errors import ImageError, PredictionsError
-from lostreg.predictions import Prediction, from_discovery, from_error, recover_predictions
+from lostreg.lines import keep_lines
+from lostreg.maps import ImageMaps, maps_of
+from lostreg.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
 from lostreg.regions import Discovery
 from lostreg.runs import (
     benchmark_settings,
     check_same_run,
-    describe_device,
     is_complete,
     locked,
-    package_versions,
+    run_facts,
 )
-
-PREDICTIONS_FILE: Final = "predictions.jsonl"
-RESULTS_FILE: Final = "results.json"
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Evaluation:
         computed: images predicted by this run, not by an earlier one that it continued.
         seconds: what predicting them took.
         auc: how well the boxes' scores tell hits from misses, see `score_auc`; None where it cannot be said.
+        detection: how well all boxes find all objects; None where a box has no score.
     """
 
     score: Corloc
@@ -68,6 +69,21 @@ class Evaluation:
     computed: int
     seconds: float
     auc: float | None
+    detection: DetectionScores | None
+
+
+class Score(NamedTuple):
+    """The outcome of scoring a predictions file.
+
+    Attributes:
+        corloc: hits and images.
+        missing: images without a prediction, counted as misses.
+        detection: as in `Evaluation`.
+    """
+
+    corloc: Corloc
+    missing: int
+    detection: DetectionScores | None
 
 
 Callback = Callable[[Progress], None]
@@ -81,6 +97,7 @@ def evaluate(
     *,
     overwrite: bool = False,
     strict: bool = False,
+    masks: bool = False,
     extra: dict[str, Any] | None = None,
     on_progress: Callback | None = None,
     on_discovery: Hook | None = None,
@@ -90,9 +107,10 @@ def evaluate(
     Args:
         benchmark: its images must exist.
         discoverer: backbone and options.
-        out: folder for ``predictions.jsonl`` and ``results.json``; made if need be.
+        out: folder for ``predictions.jsonl``, ``maps.jsonl`` and ``results.json``; made if need be.
         overwrite: whether to start anew instead of going on.
         strict: whether to stop at the first image that cannot be read, instead of counting a miss.
+        masks: whether predictions hold masks.
         extra: further settings of the run to record and compare, such as a limit.
         on_progress: called after each image.
         on_discovery: called with each image's discovery before its line is written.
@@ -109,20 +127,24 @@ def evaluate(
         tally = _Tally(benchmark.examples, len(known), strict=strict, on_progress=on_progress)
         for prediction in known:
             tally.add(prediction)
+        keep_lines(out / MAPS_FILE, tally.done - tally.unreadable)
         start = time.perf_counter()
-        with (out / PREDICTIONS_FILE).open("a", encoding="utf-8", newline="\n") as file:
-            for prediction in _predict(benchmark.examples, discoverer, len(known), on_discovery):
+        with RunFiles(out) as files:
+            for prediction, maps in _predict(benchmark.examples, discoverer, len(known), on_discovery, masks=masks):
                 tally.check(prediction)
-                file.write(prediction.to_line() + "\n")
-                file.flush()
+                files.add(prediction, maps)
                 tally.add(prediction)
         seconds = time.perf_counter() - start
         evaluation = Evaluation(
-            tally.score, tally.unreadable, tally.done - len(known), seconds, score_auc(tally.scores, tally.judged)
+            tally.score,
+            tally.unreadable,
+            tally.done - len(known),
+            seconds,
+            score_auc(tally.scores, tally.judged),
+            _detection(tally.predictions, benchmark.examples),
         )
         if evaluation.computed or not is_complete(out / RESULTS_FILE):
-            device = describe_device(discoverer.backbone.device)
-            write_json(out / RESULTS_FILE, _results(settings, evaluation, device))
+            write_json(out / RESULTS_FILE, _results(settings, evaluation, discoverer.backbone.device))
     return evaluation
 
 
@@ -135,6 +157,7 @@ class _Tally:
         self.strict = strict
         self.on_progress = on_progress
         self.done = self.unreadable = 0
+        self.predictions: list[Prediction] = []
         self.scores: list[float] = []  # of the images that have a box with a score, and whether each was hit
         self.judged: list[bool] = []
         self.hits = 0
@@ -149,9 +172,10 @@ class _Tally:
 
     def add(self, prediction: Prediction) -> None:
         self.check(prediction)
+        self.predictions.append(replace(prediction, masks=None))  # which would take up memory
         hit = is_hit(prediction.boxes, self.examples[self.done].boxes)
         self.hits += hit
-        if _has_score(prediction):
+        if prediction.boxes and prediction.has_scores:
             self.scores.append(prediction.scores[0])
             self.judged.append(hit)
         self.unreadable += prediction.error is not None
@@ -161,15 +185,29 @@ class _Tally:
             self.on_progress(Progress(self.done, len(self.examples), self.hits, self.unreadable, known))
 
 
-def _has_score(prediction: Prediction) -> bool:
-    """Whether its box has a score that can be compared: a line that a person has edited may hold anything."""
-    scores = prediction.scores
-    return isinstance(scores, list) and bool(scores) and type(scores[0]) in (int, float) and math.isfinite(scores[0])
+def _detection(predictions: Sequence[Prediction | None], examples: Sequence[Example]) -> DetectionScores | None:
+    """Of one prediction an image, or None for an image without one."""
+    found = [
+        prediction or Prediction(example.image_id, ())
+        for prediction, example in zip(predictions, examples, strict=True)
+    ]
+    if not all(one.has_scores for one in found):
+        return None
+    return detection_scores(
+        [
+            Detections(one.boxes, one.scores, example.boxes, example.crowds)
+            for one, example in zip(found, examples, strict=True)
+        ]
+    )
+
+
+def _rounded(scores: DetectionScores | None) -> dict[str, float] | None:
+    return None if scores is None else {name: round(value, 4) for name, value in asdict(scores).items()}
 
 
 def _predict(
-    examples: Sequence[Example], discoverer: Discoverer, known: int, on_discovery: Hook | None
-) -> Iterator[Prediction]:
+    examples: Sequence[Example], discoverer: Discoverer, known: int, on_discovery: Hook | None, *, masks: bool
+) -> Iterator[tuple[Prediction, ImageMaps | None]]:
     if known == len(examples):
         return
     outcomes = discoverer.outcomes((example.path for example in examples), skip=known)
@@ -177,22 +215,20 @@ def _predict(
         if isinstance(outcome, ImageError):
             # Without the folder: where the images lie is no part of the result.
             reason = str(outcome).replace(str(example.path), example.path.name)
-            yield from_error(example.image_id, ImageError(reason))
+            yield from_error(example.image_id, ImageError(reason)), None
             continue
         if on_discovery:
             on_discovery(example, outcome)
-        yield from_discovery(example.image_id, outcome)
+        prediction = from_discovery(example.image_id, outcome, masks=masks)
+        yield prediction, maps_of(example.image_id, example.path, outcome, example.boxes)
 
 
-def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -> tuple[Corloc, int]:
+def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -> Score:
     """Score a predictions file, in whatever order its lines are.
 
     Args:
         predictions: at most one an image; those for images that the benchmark leaves out are ignored.
         benchmark: the ground truth; an image without a prediction is a miss.
-
-    Returns:
-        The score, and how many images have no prediction.
 
     Raises:
         PredictionsError: if an image is predicted twice, or is not in the benchmark.
@@ -212,7 +248,8 @@ def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -
         )
     found = [by_id.get(example.image_id) for example in benchmark.examples]
     boxes = [[] if prediction is None else prediction.boxes for prediction in found]
-    return corloc(boxes, [example.boxes for example in benchmark.examples]), found.count(None)
+    score = corloc(boxes, [example.boxes for example in benchmark.examples])
+    return Score(score, found.count(None), _detection(found, benchmark.examples))
 
 
 def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overwrite: bool) -> list[Prediction]:
@@ -221,9 +258,10 @@ def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overw
     if overwrite:
         predictions.unlink(missing_ok=True)
         results.unlink(missing_ok=True)
+        (out / MAPS_FILE).unlink(missing_ok=True)
     elif results.exists() or predictions.exists():
         check_same_run(results, settings)
-    known = recover_predictions(predictions)
+    known = list(recover_predictions(predictions))
     wanted = [example.image_id for example in benchmark.examples[: len(known)]]
     if [prediction.image_id for prediction in known] != wanted:
         raise PredictionsError(
@@ -235,7 +273,7 @@ def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overw
     return known
 
 
-def _results(settings: dict[str, Any], evaluation: Evaluation, device: str) -> dict[str, Any]:
+def _results(settings: dict[str, Any], evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
     score = evaluation.score
     return {
         "complete": True,
@@ -244,14 +282,8 @@ def _results(settings: dict[str, Any], evaluation: Evaluation, device: str) -> d
         "images": score.images,
         "wilson_95": [round(bound, 4) for bound in score.wilson_interval()],
         "score_auc": None if evaluation.auc is None else round(evaluation.auc, 4),
+        "detection": _rounded(evaluation.detection),
         "unreadable": evaluation.unreadable,
         **settings,
-        "run": {
-            "computed": evaluation.computed,
-            "seconds": round(evaluation.seconds, 3),
-            "images_per_s": round(evaluation.computed / evaluation.seconds, 3) if evaluation.seconds else None,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        },
-        "versions": {"python": platform.python_version(), **package_versions()},
-        "device": device,
+        **run_facts(evaluation.computed, evaluation.seconds, device),
     }

@@ -29,7 +29,7 @@ SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _DECODE_ERRORS: Final = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 _SIXTEEN_BIT: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I")
-_SIDEWAYS: Final = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+SIDEWAYS: Final = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _UNDO_ORIENTATION: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -97,12 +97,12 @@ def read_image(
     """
     if isinstance(source, str | Path):
         path = Path(source)
-        with _decoding(str(path)), _open_file(path, max_pixels) as image:
+        with decoding(str(path)), open_file(path, max_pixels) as image:
             return _decode_scaled(image, str(path), max_side, exif=exif, check_size=check_size)
     if isinstance(source, np.ndarray):
         pixels = _check_array(source)
     else:
-        with _decoding("PIL image"):
+        with decoding("PIL image"):
             pixels = _decode(source, "PIL image", exif=exif)
     height, width = pixels.shape[:2]
     size = _limited_size(width, height, max_side)
@@ -112,7 +112,8 @@ def read_image(
 
 
 @contextmanager
-def _open_file(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def open_file(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """An image file, not decoded yet; `ImageError` if it is missing, empty or has more than ``max_pixels``."""
     if not path.exists():
         raise ImageError(f"{path}: no such file")
     if path.is_file() and not path.stat().st_size:
@@ -141,7 +142,7 @@ def _decode_scaled(
             check_size(*target)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from error
-    is_sideways = exif and image.getexif().get(ExifTags.Base.Orientation, 1) in _SIDEWAYS
+    is_sideways = exif and image.getexif().get(ExifTags.Base.Orientation, 1) in SIDEWAYS
     if target != stored:
         image.draft(None, target)  # only JPEG can, and goes no lower than asked
     is_reduced = image.size != stored
@@ -153,7 +154,7 @@ def _decode_scaled(
 
 
 @contextmanager
-def _decoding(name: str) -> Iterator[None]:
+def decoding(name: str) -> Iterator[None]:
     """Whatever a decoder raises on broken data comes out as one kind of error."""
     try:
         yield
@@ -258,6 +259,13 @@ class PatchedPicture:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.patches.shape[0], self.patches.shape[1]
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """What was cut, put together again: shape (*size, 3), uint8."""
+        rows, columns, patch, _, _ = self.patches.shape
+        whole = self.patches.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
+        return np.ascontiguousarray(whole[: self.size[0], : self.size[1]])
 
 
 def cut_patches(picture: Picture, patch_size: int) -> PatchedPicture:

@@ -110,12 +110,14 @@ class Objects:
         scores: see `lostreg.score`, shape (B, K), float32; 0 where the seed is not connected.
         connected: whether each seed is connected to itself, shape (B, K), bool.
         maps: what they come from.
+        features: what the maps come from, shape (B, N, D), on any device.
     """
 
     masks: NDArray[np.bool_]
     scores: NDArray[np.float32]
     connected: NDArray[np.bool_]
     maps: "ObjectMaps"
+    features: Tensor
 
     def boxes(self) -> NDArray[np.int64]:
         """Shape (B, K, 4), ``x1, y1, x2, y2`` in patches, exclusive right and bottom edges."""
@@ -204,9 +206,9 @@ class ObjectMaps:
             connected[place] = component[row, column]
             component[row, column] = True  # an unsuitable bias: the seed itself is the answer, with no confidence
             components[place] = component
-        with _exact_float32(features.device):
+        with exact_float32(features.device):
             scores = object_scores(features, components)
-        return Objects(components, np.where(connected, scores, np.float32(0)), connected, self)
+        return Objects(components, np.where(connected, scores, np.float32(0)), connected, self, features)
 
 
 @torch.no_grad()
@@ -232,7 +234,7 @@ def object_maps(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: 
     for start in range(0, max(1, len(features)), at_once):  # one part for an empty batch too
         part = slice(start, start + at_once)
         part_bias = bias[part] if isinstance(bias, Tensor) else bias
-        with _exact_float32(features.device):
+        with exact_float32(features.device):
             parts.append(_maps_of_part(features[part], part_bias, k_patches))
     if len(parts) == 1:
         return parts[0]
@@ -241,7 +243,7 @@ def object_maps(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: 
 
 
 @contextmanager
-def _exact_float32(device: torch.device) -> Iterator[None]:
+def exact_float32(device: torch.device) -> Iterator[None]:
     """Products in float32, whatever autocast or TF32 the caller has on: signs of similarities decide the boxes."""
     places = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     settings = [place for place in places if hasattr(place, "fp32_precision")]  # since PyTorch 2.9
@@ -276,7 +278,7 @@ def lowest_degrees(degree: Tensor, k: int) -> Tensor:
     return (degree * count + index).topk(k, dim=-1, largest=False, sorted=True).indices
 
 
-def expand_seed(features: Tensor, candidates: Tensor, bias: Tensor) -> Tensor:
+def expand_seed(features: Tensor, candidates: Tensor, bias: Tensor, among: Tensor | None = None) -> Tensor:
     """Grow object masks from their seeds (LOST, section 3.3).
 
     Args:
@@ -284,6 +286,8 @@ def expand_seed(features: Tensor, candidates: Tensor, bias: Tensor) -> Tensor:
         candidates: the patches of lowest degree, which may join the seed, shape (B, K, k), int64; the first is the
             seed.
         bias: added to every similarity, shape (B, K), float32.
+        among: the patches that may be companions and part of the mask, shape (B, N), bool, the seeds among them; None
+            for all.
 
     Returns:
         Boolean masks, shape (B, K, N), on the device of ``features``: patches whose biased similarities to the seed
@@ -292,11 +296,13 @@ def expand_seed(features: Tensor, candidates: Tensor, bias: Tensor) -> Tensor:
     image = torch.arange(len(features), device=features.device).view(-1, 1, 1)
     chosen = features[image, candidates]  # (B, K, k, D)
     seed = chosen[:, :, :1]
-    kept = ((chosen @ seed.mT).squeeze(3) + bias[..., None] > 0).float()
+    similar = (chosen @ seed.mT).squeeze(3) + bias[..., None] > 0
+    kept = (similar if among is None else similar & among[image, candidates]).float()
     # Similarities to all that were kept add up to the similarity to their sum.
     added = (kept.unsqueeze(2) @ chosen).squeeze(2) @ features.mT + (kept.sum(dim=2) * bias)[..., None]
     # Each that was kept is connected to the seed, so the seed's own sum is positive: rounding may not decide that.
-    return (added > 0).scatter(2, candidates[..., :1], kept.any(dim=2, keepdim=True))
+    mask = added > 0 if among is None else (added > 0) & among[:, None]
+    return mask.scatter(2, candidates[..., :1], kept.any(dim=2, keepdim=True))
 
 
 def seed_component(mask: NDArray[np.bool_], row: int, column: int) -> NDArray[np.bool_]:

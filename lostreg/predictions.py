@@ -2,15 +2,18 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lostreg.datasets.base import ImageId
+from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
 from lostreg.errors import PredictionsError
+from lostreg.lines import as_line, keep_lines
+from lostreg.maps import ImageMaps
+from lostreg.masks import Rle, encode_rle
 from lostreg.regions import Discovery
-from lostreg.runs import as_line, whole_lines
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Prediction:
         height: of the image, in pixels; 0 where unknown.
         scores: one a box, in [0, 1].
         seeds: patch row and column, one pair a box.
+        masks: one a box, in COCO's compressed run-length encoding; None where masks were not asked for.
         error: why there are no boxes, for an image that could not be read.
     """
 
@@ -33,7 +37,18 @@ class Prediction:
     height: int = 0
     scores: Sequence[float] = ()
     seeds: Sequence[Sequence[int]] = ()
+    masks: Sequence[Rle] | None = None
     error: str | None = None
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether each box has a score that can be compared: a line that a person has edited may hold anything."""
+        scores = self.scores
+        return (
+            isinstance(scores, Sequence)
+            and len(scores) == len(self.boxes)
+            and all(type(score) in (int, float) and math.isfinite(score) for score in scores)
+        )
 
     def to_line(self) -> str:
         """The JSON object, without a line break."""
@@ -45,13 +60,15 @@ class Prediction:
             "scores": [_short(value) for value in self.scores],
             "seeds": [list(seed) for seed in self.seeds],
         }
+        if self.masks is not None:
+            fields["masks"] = list(self.masks)
         if self.error is not None:
             fields["error"] = self.error
         return as_line(fields)
 
 
-def from_discovery(image_id: ImageId, found: Discovery) -> Prediction:
-    """The line for one image's discovery, its numbers rounded as the file holds them."""
+def from_discovery(image_id: ImageId, found: Discovery, *, masks: bool = False) -> Prediction:
+    """The line for one image's discovery, its numbers rounded as the file holds them; with masks if asked for."""
     return Prediction(
         image_id,
         [[_short(value) for value in box] for box in found.xyxy.tolist()],
@@ -59,6 +76,7 @@ def from_discovery(image_id: ImageId, found: Discovery) -> Prediction:
         found.height,
         [_short(value) for value in found.scores.tolist()],
         found.seeds.tolist(),
+        [encode_rle(found.pixel_mask(index)) for index in range(len(found))] if masks else None,
     )
 
 
@@ -83,23 +101,73 @@ def read_predictions(path: Path) -> list[Prediction]:
         content = path.read_bytes()
     except OSError as error:
         raise PredictionsError(f"cannot read predictions {path}: {error.strerror}") from error
-    found = list(_parse_lines(content, path))
+    found = list(_parse_lines(content.splitlines(), path))
     if not found:
         raise PredictionsError(f"{path} holds no predictions: expected one JSON object a line")
     return found
 
 
-def recover_predictions(path: Path) -> list[Prediction]:
-    """The whole lines of a file whose writer may have been killed; what it left of a line is cut off the file.
+def stream_predictions(path: Path) -> Iterator[Prediction]:
+    """The predictions of a file, one by one; a last line that its writer did not finish is left out.
+
+    Raises:
+        PredictionsError: if the file cannot be read, or a line is malformed; it names the line.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    yield _parse(json.loads(line))
+                except (ValueError, TypeError, OverflowError, RecursionError) as error:
+                    if not line.endswith(b"\n"):
+                        return
+                    message = f"{path}, line {number}: expected an object with image_id and boxes ({error})"
+                    raise PredictionsError(message) from error
+    except OSError as error:
+        raise PredictionsError(f"cannot read predictions {path}: {error.strerror}") from error
+
+
+def recover_predictions(path: Path) -> Iterator[Prediction]:
+    """The whole lines of a file whose writer may have been killed; what it left of a line is cut off the file first.
 
     Raises:
         PredictionsError: if a whole line is malformed: lostreg did not write it.
     """
-    return list(_parse_lines(whole_lines(path), path))
+    keep_lines(path)
+    if path.exists():
+        with path.open("rb") as file:
+            yield from _parse_lines(file, path)
 
 
-def _parse_lines(content: bytes, path: Path) -> Iterator[Prediction]:
-    for number, line in enumerate(content.splitlines(), start=1):
+class RunFiles:
+    """The files of a run that grow with each image: predictions, and maps beside them.
+
+    Args:
+        out: the run's folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._files = [(out / name).open("a", encoding="utf-8", newline="\n") for name in (MAPS_FILE, PREDICTIONS_FILE)]
+
+    def __enter__(self) -> "RunFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def add(self, prediction: Prediction, maps: ImageMaps | None) -> None:
+        """One more image; the maps of one that could not be read are None. A kill leaves at most maps too many."""
+        for file, line in zip(self._files, (maps, prediction), strict=True):
+            if line is not None:
+                file.write(line.to_line() + "\n")
+                file.flush()
+
+
+def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[Prediction]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield _parse(json.loads(line))
@@ -124,6 +192,7 @@ def _parse(fields: Any) -> Prediction:
         fields.get("height", 0),
         fields.get("scores", ()),
         fields.get("seeds", ()),
+        fields.get("masks"),
         fields.get("error"),
     )
 

@@ -1,9 +1,29 @@
 """The result for one image."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
+
+if TYPE_CHECKING:
+    import supervision
+
+
+def cells(pixels: int, size: float, count: int) -> NDArray[np.int64]:
+    """The cell that each pixel's centre lies in, along one side of an image; the last one may be cut.
+
+    Args:
+        pixels: along that side.
+        size: of a cell, in pixels.
+        count: of cells.
+
+    Returns:
+        Shape (pixels,), in [0, count - 1].
+    """
+    return ((np.arange(pixels) + 0.5) / size).astype(np.int64).clip(max=count - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -12,36 +32,99 @@ class Discovery:
 
     Attributes:
         xyxy: boxes in pixels of the original image, shape (n, 4), float32, ``x1, y1, x2, y2`` with exclusive
-            right and bottom edges, best first.
+            right and bottom edges, in the order in which they were found: the main object first.
         scores: how clearly each box is an object, shape (n,), float32, in [0, 1]: see `lostreg.score`.
         seeds: row and column of each object's seed patch, shape (n, 2), int64.
+        biases: the Gram bias that each object was found with, shape (n,), float32.
+        masks: the patches of each object, shape (n, h, w), bool; no patch belongs to two.
+        degrees: connections of each patch, shape (h, w), int64: low on what LOST takes for objects.
         width: of the original image, in pixels.
         height: of the original image, in pixels.
-        degrees: connections of each patch, shape (h, w), int64: low on what LOST takes for objects.
-        mask: the patches of the first object, shape (h, w), bool.
         patch_width: of a patch, in pixels of the original image.
         patch_height: of a patch, in pixels of the original image.
-        bias: the Gram bias that was used.
+        refined: masks sharpened on the pixels, shape (n, a, b), bool, of the whole image at a smaller size; None
+            where that was not asked for. See `lostreg.masks`.
+        source: what was searched, as far as it is known: for pictures of the result.
+        exif: whether the source's EXIF orientation was applied.
     """
 
     xyxy: NDArray[np.float32]
     scores: NDArray[np.float32]
     seeds: NDArray[np.int64]
+    biases: NDArray[np.float32]
+    masks: NDArray[np.bool_]
+    degrees: NDArray[np.int64]
     width: int
     height: int
-    degrees: NDArray[np.int64]
-    mask: NDArray[np.bool_]
     patch_width: float
     patch_height: float
-    bias: float
+    refined: NDArray[np.bool_] | None = None
+    source: str | Path | NDArray[np.uint8] | Image.Image | None = field(default=None, repr=False)
+    exif: bool = True
 
     def __post_init__(self) -> None:
         count = len(self.xyxy)
-        shapes = (self.xyxy.shape, self.scores.shape, self.seeds.shape)
-        if shapes != ((count, 4), (count,), (count, 2)):
-            raise ValueError(f"expected shapes (n, 4), (n,), (n, 2) for boxes, scores, seeds, got {shapes}")
-        if self.degrees.shape != self.mask.shape or self.degrees.ndim != 2:
-            raise ValueError(f"expected one patch grid, got degrees {self.degrees.shape} and mask {self.mask.shape}")
+        shapes = (self.xyxy.shape, self.scores.shape, self.seeds.shape, self.biases.shape)
+        if shapes != ((count, 4), (count,), (count, 2), (count,)):
+            raise ValueError(f"expected shapes (n, 4), (n,), (n, 2), (n,) for boxes, scores, seeds, biases: {shapes}")
+        if self.degrees.ndim != 2 or self.masks.shape != (count, *self.degrees.shape):
+            raise ValueError(
+                f"expected {count} masks on one patch grid, got degrees {self.degrees.shape} and masks "
+                f"{self.masks.shape}"
+            )
+        if self.refined is not None and (self.refined.ndim != 3 or len(self.refined) != count):
+            raise ValueError(f"expected {count} refined masks, got shape {self.refined.shape}")
 
     def __len__(self) -> int:
         return len(self.xyxy)
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """The patches of the main object, shape (h, w), bool."""
+        first: NDArray[np.bool_] = self.masks[0]
+        return first
+
+    @property
+    def bias(self) -> float:
+        """The Gram bias that the main object was found with."""
+        return float(self.biases[0])
+
+    def pixel_mask(self, index: int = 0) -> NDArray[np.bool_]:
+        """One object's mask at the original image's size: refined where that was asked for, else its patches.
+
+        Args:
+            index: of the object.
+
+        Returns:
+            Shape (height, width), bool.
+        """
+        if self.refined is None:
+            mask, high, wide = self.masks[index], self.patch_height, self.patch_width
+        else:
+            mask = self.refined[index]
+            high, wide = self.height / mask.shape[0], self.width / mask.shape[1]
+        rows = cells(self.height, high, mask.shape[0])
+        columns = cells(self.width, wide, mask.shape[1])
+        pixels: NDArray[np.bool_] = mask[rows[:, None], columns[None, :]]
+        return pixels
+
+    def plot(self) -> NDArray[np.uint8]:
+        """The picture that notebooks show: boxes and seeds on the left, the degree of every patch on the right.
+
+        Returns:
+            RGB, uint8. Where the source is not known, or cannot be read any more, boxes lie on plain grey.
+        """
+        from lostreg.plots import plot_discovery, readable_pixels
+
+        return plot_discovery(readable_pixels(self), self)
+
+    def to_supervision(self, *, masks: bool = True) -> "supervision.Detections":
+        """As `supervision.Detections`: see `lostreg.exports.detections.to_supervision`."""
+        from lostreg.exports.detections import to_supervision
+
+        return to_supervision(self, masks=masks)
+
+    def _repr_png_(self) -> bytes:
+        from lostreg.plots import encoded
+
+        return encoded(self.plot(), ".png")

@@ -3,7 +3,8 @@
 import json
 import os
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,17 @@ import torch
 from lostreg.datasets import Benchmark
 from lostreg.errors import PredictionsError
 
-_PACKAGES: Final = ("lostreg", "torch", "timm", "numpy", "scipy", "scikit-learn", "opencv-python-headless", "pillow")
+_PACKAGES: Final = (
+    "lostreg",
+    "torch",
+    "timm",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "opencv-python-headless",
+    "pillow",
+    "pycocotools",
+)
 
 
 @contextmanager
@@ -58,24 +69,24 @@ def benchmark_settings(benchmark: Benchmark, options: dict[str, Any], extra: dic
     }
 
 
-def as_line(fields: dict[str, Any]) -> str:
-    """A JSON object without line breaks.
+def run_facts(computed: int, seconds: float, device: torch.device) -> dict[str, Any]:
+    """What belongs to one run and not to its results: speed, time, versions, machine.
 
-    A file name that is not UTF-8 has lone surrogates: as JSON escapes they can be written and come back.
+    Args:
+        computed: images that this run computed.
+        seconds: what that took.
+        device: where.
     """
-    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def whole_lines(path: Path) -> bytes:
-    """The whole lines of a file whose writer may have been killed; what it left of a line is cut off the file."""
-    if not path.exists():
-        return b""
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    return whole
+    return {
+        "run": {
+            "computed": computed,
+            "seconds": round(seconds, 3),
+            "images_per_s": round(computed / seconds, 3) if seconds else None,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "device": describe_device(device),
+    }
 
 
 def is_complete(results: Path) -> bool:
@@ -101,13 +112,20 @@ def read_results(results: Path) -> dict[str, Any]:
     return found
 
 
-def check_same_run(results: Path, settings: dict[str, Any]) -> None:
-    """Raise `PredictionsError`, which names the differences, unless an earlier run had the same settings."""
+def check_same_run(results: Path, settings: dict[str, Any], apart: Sequence[str] = ()) -> None:
+    """Raise `PredictionsError`, which names the differences, unless an earlier run had the same settings.
+
+    Args:
+        results: what the earlier run wrote.
+        settings: by section.
+        apart: settings that may differ.
+    """
     earlier = read_results(results)
     changes = [
         f"{key} was {_show(before)} and is now {_show(now)}"
         for section, values in settings.items()
         for key, before, now in _differences(earlier.get(section), values)
+        if key not in apart
     ]
     if changes:
         raise PredictionsError(

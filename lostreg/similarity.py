@@ -127,6 +127,42 @@ class Similarities:
         return counts
 
 
+def connections_to(features: Tensor, others: Tensor, thresholds: Tensor) -> Tensor:
+    """How many patches of a set each patch is more similar to than a threshold; one of the set counts itself, too.
+
+    Args:
+        features: shape (B, N, D), float32.
+        others: the set, shape (B, N), bool.
+        thresholds: K an image, shape (B, K), float32.
+
+    Returns:
+        Shape (B, K, N), int64.
+    """
+    batch, count, _ = features.shape
+    sizes = others.sum(dim=1)
+    most = int(sizes.max())
+    # The members of each set first, in order; what follows them in the smaller sets is left out of the count.
+    members = others.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+    present = torch.arange(most, device=features.device) < sizes[:, None]
+    image = torch.arange(batch, device=features.device)[:, None]
+    block = max(_LEAST_ROWS, _limit(_BLOCK_ELEMENTS, features.device) // max(1, batch * count))
+    counts = torch.zeros(batch, thresholds.shape[1], count, dtype=torch.int64, device=features.device)
+    for start in range(0, most, block):
+        part = slice(start, start + block)
+        values = features[image, members[:, part]] @ features.mT  # (B, members, N)
+        values.masked_fill_(~present[:, part, None], -torch.inf)
+        for index, limit in enumerate(thresholds.unbind(dim=1)):
+            counts[:, index] += _sum_of_flags(values > limit.view(-1, 1, 1))
+    return counts
+
+
+def _sum_of_flags(flags: Tensor) -> Tensor:
+    """How many are set in each column, (B, rows, columns) to (B, columns)."""
+    if flags.device.type == "cpu":
+        return torch.from_numpy(_sums(flags.numpy(), axis=1).astype(np.int64))
+    return flags.sum(dim=1)
+
+
 def _limit(limits: dict[str, int], device: torch.device) -> int:
     return limits.get(device.type, limits["cpu"])
 

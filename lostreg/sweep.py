@@ -22,20 +22,20 @@ from lostreg.corloc import Corloc, is_hit, score_auc
 from lostreg.datasets import Benchmark, Example
 from lostreg.discoverer import Discoverer
 from lostreg.documents import write_json
-from lostreg.engine import Engine, ObjectsJob, in_pixels
+from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.features import resolve_layer
 from lostreg.images import PatchedPicture
+from lostreg.lines import as_line, whole_lines
 from lostreg.lost import Objects
+from lostreg.results import in_pixels
 from lostreg.runs import (
-    as_line,
     benchmark_settings,
     check_same_run,
     describe_device,
     is_complete,
     locked,
     package_versions,
-    whole_lines,
 )
 from lostreg.similarity import Similarities
 

@@ -40,6 +40,19 @@ def reference_lost(
     normalize: bool = False,
 ) -> Reference:
     """Run LOST on one image's features, shape (N, D); of several biases, the first with the highest score is kept."""
+    return reference_several(features, grid, bias, k, normalize)[0]
+
+
+def reference_several(
+    features: np.ndarray,
+    grid: Place,
+    bias: float | str | Sequence[float] = 0.0,
+    k: int = 100,
+    normalize: bool = False,
+    most: int = 1,
+    least_score: float = 0.0,
+) -> list[Reference]:
+    """The objects of one image, each found on the patches that those before it left."""
     vectors = features.astype(np.float64)
     if normalize:
         lengths = np.sqrt((vectors**2).sum(axis=1, keepdims=True))
@@ -50,11 +63,37 @@ def reference_lost(
         biases = automatic_biases(similarity)
     else:
         biases = [bias] if isinstance(bias, float | int) else list(bias)
-    tried = [lost_with(vectors, similarity + added, grid, k, added) for added in biases]
+    left = np.ones(len(vectors), dtype=bool)
+    found: list[Reference] = []
+    for turn in range(most):
+        if not left.any():
+            break
+        one = best_of_biases(vectors, similarity, grid, k, biases, left)
+        one.margin = min(one.margin, abs(one.score - least_score) if least_score else 1)
+        if turn and one.score < least_score:
+            break
+        left = left & ~one.mask.ravel()
+        if all(overlap(one.box, before.box) < 0.5 for before in found):
+            found.append(one)
+        if one.score < least_score:
+            break
+    return found
+
+
+def best_of_biases(
+    vectors: np.ndarray, similarity: np.ndarray, grid: Place, k: int, biases: Sequence[float], left: np.ndarray
+) -> Reference:
+    tried = [lost_with(vectors, similarity + added, grid, k, added, left) for added in biases]
     best = max(tried, key=lambda one: one.score)  # the first of equal ones
     others = [best.score - one.score for one in tried if not np.array_equal(one.mask, best.mask)]
     best.margin = min([one.margin for one in tried] + others)
     return best
+
+
+def overlap(first: Sequence[int], second: Sequence[int]) -> float:
+    """Intersection over union of two boxes, patch by patch."""
+    patches = [{(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])} for box in (first, second)]
+    return len(patches[0] & patches[1]) / len(patches[0] | patches[1])
 
 
 def automatic_biases(similarity: np.ndarray) -> list[float]:
@@ -66,23 +105,23 @@ def automatic_biases(similarity: np.ndarray) -> list[float]:
     return [-min(max(limit, -1 + 1e-6), 1 - 1e-6) for limit in limits]
 
 
-def lost_with(vectors: np.ndarray, biased: np.ndarray, grid: Place, k: int, bias: float) -> Reference:
-    """LOST on similarities to which the bias has been added."""
+def lost_with(vectors: np.ndarray, biased: np.ndarray, grid: Place, k: int, bias: float, left: np.ndarray) -> Reference:
+    """LOST on similarities to which the bias has been added, and on the patches that are left."""
     count, columns = len(biased), grid[1]
     degrees = np.zeros(count, dtype=int)
     for patch in range(count):
-        connected = biased[patch] > 0
+        connected = (biased[patch] > 0) & left
         connected[patch] = False
         degrees[patch] = np.count_nonzero(connected)
 
-    by_degree = sorted(range(count), key=lambda patch: (degrees[patch], patch))
+    by_degree = sorted(np.flatnonzero(left).tolist(), key=lambda patch: (degrees[patch], patch))
     seed = by_degree[0]
     companions = [patch for patch in by_degree[:k] if biased[seed, patch] > 0]
 
     total = np.zeros(count)
     for patch in companions:
         total += biased[patch]
-    raw = (total > 0).reshape(grid)
+    raw = ((total > 0) & left).reshape(grid)
 
     start = divmod(seed, columns)
     if not raw[start]:

@@ -180,6 +180,10 @@ def test_options_are_plain_values_that_say_what_was_chosen(backbone: Backbone) -
         "exif": False,
         "max_pixels": 200_000_000,
         "test_time_registers": None,
+        "max_objects": 1,
+        "min_score": None,
+        "refine": False,
+        "box_from": "patches",
     }
 
 

@@ -10,11 +10,13 @@ from conftest import disc_picture
 from torch import Tensor
 
 from lostreg.backbones import Backbone
-from lostreg.engine import Engine, in_pixels, to_discovery
+from lostreg.engine import Engine
 from lostreg.features import patch_features
 from lostreg.images import PatchedPicture, Picture, cut_patches, patch_grid
-from lostreg.lost import LostResult, Objects, lost_boxes
+from lostreg.lost import Objects, lost_boxes
 from lostreg.regions import Discovery
+from lostreg.results import ObjectOptions, to_discovery
+from lostreg.several import find_several
 from lostreg.similarity import Similarities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,9 +51,8 @@ def searched(engine: Engine, features: Sequence[Tensor], pack: Sequence[PatchedP
 
 def discoveries(runs: list[list[Objects]], pack: Sequence[PatchedPicture], which: int = 0) -> list[Discovery]:
     """Of each picture of a pack, what one of the engine's features has found."""
-    results = [run[which].best() for run in runs]
-    places = [(result, index) for result in results for index in range(len(result.xyxy))]
-    return [to_discovery(result, index, picture, 14) for (result, index), picture in zip(places, pack, strict=True)]
+    found = [one for run in runs for one in find_several(run[which], 100, 1, 0.0)]
+    return [to_discovery(one, picture, 14, ObjectOptions()) for one, picture in zip(found, pack, strict=True)]
 
 
 def through(engine: Engine, pack: Sequence[PatchedPicture]) -> list[Discovery]:
@@ -152,21 +153,3 @@ def test_neighbours_of_one_grid_are_one_run(backbone: Backbone) -> None:
         expected = lost_boxes(batch[0], grid, biases)
         assert torch.equal(objects.best().xyxy, expected.xyxy)
         assert torch.equal(objects.best().scores, expected.scores)
-
-
-def test_a_box_ends_at_the_image_and_is_told_in_its_own_pixels() -> None:
-    result = LostResult(
-        xyxy=torch.tensor([[0, 0, 1, 1], [1, 2, 4, 3]]),
-        scores=torch.tensor([0.0, 1.0]),
-        seeds=torch.tensor([[0, 0], [2, 3]]),
-        degrees=torch.zeros(2, 3, 4, dtype=torch.int64),
-        masks=torch.zeros(2, 3, 4, dtype=torch.bool),
-        bias=torch.tensor([0.0, -0.25]),
-    )
-    picture = PatchedPicture(np.zeros((3, 4, 14, 14, 3), np.uint8), (40, 50), 500, 200)
-    found = to_discovery(result, 1, picture, 14)
-    assert found.xyxy.tolist() == [[140, 140, 500, 200]]  # of 14 to 56 and 28 to 42 pixels, 50 x 40 are the image's
-    assert (found.scores.tolist(), found.seeds.tolist(), found.bias) == ([1.0], [[2, 3]], -0.25)
-    assert (found.patch_width, found.patch_height) == (140, 70)
-    several = in_pixels(result.xyxy.numpy(), picture, 14)
-    assert several.tolist() == [[0, 0, 140, 70], [140, 140, 500, 200]]

@@ -31,6 +31,7 @@ def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"lostreg", f"lostreg-{lostreg.__version__}.dist-info"}
     assert {"lostreg/py.typed", "lostreg/datasets/coco_20k.txt", "lostreg/cli/main.py"} <= set(names)
+    assert {f"lostreg/gallery/{name}" for name in ("page.html", "gallery.css", "gallery.js")} <= set(names)
 
 
 @pytest.mark.parametrize("installed", ["wheel", "editable"])

@@ -20,10 +20,10 @@ def discovery(**changes) -> Discovery:
         "width": 320,
         "height": 160,
         "degrees": np.arange(200).reshape(10, 20),
-        "mask": np.zeros((10, 20), dtype=bool),
+        "biases": np.zeros(1, dtype=np.float32),
+        "masks": np.zeros((1, 10, 20), dtype=bool),
         "patch_width": 16.0,
         "patch_height": 16.0,
-        "bias": 0.0,
     }
     return Discovery(**{**fields, **changes})
 
@@ -66,7 +66,7 @@ def test_extreme_shapes_are_no_error(size) -> None:
         xyxy=np.array([[0, 0, width, height]], dtype=np.float32),
         seeds=np.zeros((1, 2), dtype=int),
         degrees=np.zeros(grid, dtype=int),
-        mask=np.zeros(grid, dtype=bool),
+        masks=np.zeros((1, *grid), dtype=bool),
     )
     assert plot_discovery(np.zeros((height, width, 3), np.uint8), found).dtype == np.uint8
 
@@ -93,4 +93,66 @@ def test_a_discovery_of_inconsistent_shapes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(n, 4\), \(n,\), \(n, 2\)"):
         discovery(scores=np.ones(2, dtype=np.float32))
     with pytest.raises(ValueError, match="one patch grid"):
-        discovery(mask=np.zeros((3, 3), dtype=bool))
+        discovery(masks=np.zeros((1, 3, 3), dtype=bool))
+    with pytest.raises(ValueError, match="expected 1 refined masks"):
+        discovery(refined=np.zeros((2, 3, 3), dtype=bool))
+
+
+def three_objects(**changes) -> Discovery:
+    masks = np.zeros((3, 10, 20), dtype=bool)
+    masks[0, 2:6, 4:8] = masks[1, 0, 0] = masks[2, 9, 19] = True
+    fields = {
+        "xyxy": np.array([[64, 32, 128, 96], [0, 0, 16, 16], [200, 40, 280, 140]], dtype=np.float32),
+        "scores": np.array([0.5, 0.4, 0.3], dtype=np.float32),
+        "seeds": np.array([[3, 5], [0, 0], [9, 19]]),
+        "biases": np.zeros(3, dtype=np.float32),
+        "masks": masks,
+    }
+    return discovery(**{**fields, **changes})
+
+
+def test_further_boxes_have_another_colour_than_the_main_one() -> None:
+    picture = plot_discovery(np.zeros((160, 320, 3), np.uint8), three_objects())
+    for left in (0, 640 + 12):
+        assert near(picture[CAPTION + 150, left + 128], GREEN)
+        assert near(picture[CAPTION + 200, left + 400], (70, 170, 255))
+
+
+def test_refined_masks_are_outlined_at_their_place_whatever_their_size() -> None:
+    refined = np.zeros((1, 80, 160), dtype=bool)
+    refined[0, 50:70, 100:140] = True  # 400 to 560 across and 200 to 280 down in the panel
+    plain = plot_discovery(np.zeros((160, 320, 3), np.uint8), discovery())
+    picture = plot_discovery(np.zeros((160, 320, 3), np.uint8), discovery(refined=refined))
+    changed = np.argwhere((picture != plain).any(axis=2)) - (CAPTION, 0)
+    np.testing.assert_allclose(changed.min(axis=0), (200, 400), atol=3)
+    np.testing.assert_allclose(changed.max(axis=0), (280, 560), atol=3)
+
+
+def test_a_notebook_shows_a_discovery_as_a_picture_of_its_source(tmp_path) -> None:
+    pixels = np.full((160, 320, 3), (0, 0, 200), np.uint8)
+    save_picture(tmp_path / "blue.png", pixels)
+    for source in (tmp_path / "blue.png", str(tmp_path / "blue.png"), pixels):
+        shown = cv2.imdecode(np.frombuffer(discovery(source=source)._repr_png_(), np.uint8), cv2.IMREAD_COLOR)
+        assert near(shown[CAPTION + 300, 600], (200, 0, 0))
+        assert near(shown[CAPTION + 128, 128], GREEN)
+    for source in (None, tmp_path / "gone.png"):
+        found = discovery(source=source).plot()
+        assert near(found[CAPTION + 300, 600], (200, 200, 200))
+        assert near(found[CAPTION + 128, 128], GREEN)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_masks_at_the_images_size_are_where_the_patches_are(index) -> None:
+    found = three_objects()
+    expected = np.kron(found.masks[index], np.ones((16, 16))).astype(bool)
+    np.testing.assert_array_equal(found.pixel_mask(index), expected)
+    cut = three_objects(width=311, height=153).pixel_mask(index)
+    np.testing.assert_array_equal(cut, expected[:153, :311])
+
+
+def test_refined_masks_go_before_patches_and_are_stretched_over_the_image() -> None:
+    refined = np.zeros((1, 4, 8), dtype=bool)
+    refined[0, 1, 2:4] = True
+    expected = np.zeros((160, 320), dtype=bool)
+    expected[40:80, 80:160] = True
+    np.testing.assert_array_equal(discovery(refined=refined).pixel_mask(), expected)

@@ -35,7 +35,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     path = tmp_path_factory.mktemp("predictions") / "predictions.jsonl"
     write(path, *(prediction.to_line() for prediction in predictions))
     assert read_predictions(path) == predictions
-    assert recover_predictions(path) == predictions
+    assert list(recover_predictions(path)) == predictions
 
 
 @given(PREDICTIONS)
@@ -62,10 +62,10 @@ def test_a_discovery_becomes_a_line() -> None:
         width=60,
         height=50,
         degrees=np.zeros((4, 5), np.int64),
-        mask=np.zeros((4, 5), bool),
+        biases=np.zeros(1, np.float32),
+        masks=np.zeros((1, 4, 5), bool),
         patch_width=14.0,
         patch_height=14.0,
-        bias=0.0,
     )
     assert json.loads(from_discovery(17, found).to_line()) == {
         "image_id": 17,
@@ -143,7 +143,7 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str) -> N
     path = write(tmp_path / "p.jsonl", GOOD, "", line, GOOD)
     for read in (read_predictions, recover_predictions):
         with pytest.raises(PredictionsError, match=r"p\.jsonl, line 3: expected an object with image_id and boxes"):
-            read(path)
+            list(read(path))
 
 
 def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path: Path) -> None:
@@ -167,10 +167,10 @@ def test_missing_and_empty_files_cannot_be_scored(tmp_path: Path) -> None:
 
 def test_nothing_is_recovered_from_nothing(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    assert recover_predictions(path) == []
+    assert list(recover_predictions(path)) == []
     assert not path.exists()
     path.touch()
-    assert recover_predictions(path) == []
+    assert list(recover_predictions(path)) == []
 
 
 def test_a_file_cut_at_any_byte_keeps_its_whole_lines(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_file_cut_at_any_byte_keeps_its_whole_lines(tmp_path: Path) -> None:
     for cut in range(len(content) + 1):
         path.write_bytes(content[:cut])
         whole = content[:cut].count(b"\n")
-        recovered = recover_predictions(path)
+        recovered = list(recover_predictions(path))
         assert [prediction.image_id for prediction in recovered] == ["日本", 12, "z"][:whole]
         assert path.read_bytes() == b"".join(lines[:whole])
 

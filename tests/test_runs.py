@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from lostreg.runs import (
     is_complete,
     locked,
     package_versions,
-    whole_lines,
 )
 
 
@@ -69,45 +67,6 @@ def test_who_reads_json_while_it_is_written_reads_the_earlier_content(tmp_path: 
         write_json(path, {"value": 2})
         assert json.load(reader) == {"value": 1}
     assert json.loads(path.read_text()) == {"value": 2}
-
-
-@pytest.mark.parametrize(
-    ("content", "whole"),
-    [
-        (b"", b""),
-        (b"{}", b""),
-        (b"{}\n", b"{}\n"),
-        (b'{"a": 1}\n{"a": 2}\n', b'{"a": 1}\n{"a": 2}\n'),
-        (b'{"a": 1}\n{"a": ', b'{"a": 1}\n'),
-        (b'{"a": 1}\n\xc3', b'{"a": 1}\n'),  # cut within a letter
-        (b"\n\n{", b"\n\n"),
-    ],
-)
-def test_what_is_no_whole_line_is_cut_off_the_file(tmp_path: Path, content: bytes, whole: bytes) -> None:
-    path = tmp_path / "lines.jsonl"
-    path.write_bytes(content)
-    assert whole_lines(path) == whole
-    assert path.read_bytes() == whole
-
-
-def test_a_file_that_is_not_there_has_no_lines_and_is_not_made(tmp_path: Path) -> None:
-    assert whole_lines(tmp_path / "none.jsonl") == b""
-    assert not list(tmp_path.iterdir())
-
-
-def test_whole_lines_are_read_without_permission_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "lines.jsonl"
-    path.write_bytes(b"{}\n")
-    monkeypatch.setattr(Path, "open", _reading_only(Path.open))
-    assert whole_lines(path) == b"{}\n"
-
-
-def _reading_only(opened: Callable[..., Any]) -> Callable[..., Any]:
-    def open_to_read(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        assert mode in ("r", "rb"), f"opened with {mode}"
-        return opened(path, mode, *arguments, **options)
-
-    return open_to_read
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from lostreg.cli.parser import (
     add_benchmark_options,
     add_max_side,
     add_method_options,
+    add_object_options,
     make_discoverer,
     open_benchmark,
 )
 from lostreg.cli.registers import REGISTERS_FILE, chosen_backbones, with_registers
+from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
@@ -39,13 +41,14 @@ def add_parser(commands: Subparsers) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder for predictions.jsonl and results.json; several backbones get a folder each in it",
+        help="folder for predictions.jsonl, maps.jsonl and results.json; several backbones get a folder each in it",
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     parser.add_argument("--plots", action="store_true", help="a picture per image, in OUT/plots")
     add_benchmark_options(parser)
     add_max_side(parser, None)
+    add_object_options(parser)
     add_method_options(parser, several_backbones=True)
     parser.set_defaults(run=run)
 
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, out: Path) -> "Evaluation":
-    from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, evaluate
+    from lostreg.evaluate import evaluate
 
     # Boxes of benchmarks refer to pixels as they are stored.
     discoverer = make_discoverer(args, backbone, exif=False)
@@ -86,6 +89,7 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
             out,
             overwrite=args.overwrite,
             strict=args.strict,
+            masks=args.masks is not None,
             extra={"limit": args.limit, "no_hard": args.no_hard},
             on_progress=on_progress,
             on_discovery=_plotter(out / "plots") if args.plots else None,
@@ -94,9 +98,13 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
     print(f"{backbone} on {benchmark.title}: 95 % interval {low:.2f} to {high:.2f}")
     if evaluation.auc is not None:
         print(f"a hit has the higher score than a miss in {100 * evaluation.auc:.0f} % of pairs (AUC)")
+    if evaluation.detection is not None:
+        print(evaluation.detection)
     if evaluation.unreadable:
         print(f"{evaluation.unreadable} images could not be read and count as misses (--overwrite tries them again)")
-    written = [PREDICTIONS_FILE, RESULTS_FILE] + ([f"plots of {evaluation.computed} images"] if args.plots else [])
+    written = [PREDICTIONS_FILE, MAPS_FILE, RESULTS_FILE] + (
+        [f"plots of {evaluation.computed} images"] if args.plots else []
+    )
     print(f"written to {out}: {', '.join(written)}")
     print(evaluation.score, flush=True)
     return evaluation

@@ -90,6 +90,17 @@ def unique_names(paths: Iterable[Path]) -> Iterator[str]:
         yield name
 
 
+def mask_paths(folder: Path, arguments: Iterable[str], paths: list[Path]) -> list[Path]:
+    """Where the mask of each image goes.
+
+    Raises:
+        OptionError: if the folder cannot be written, or masks could be taken for images there.
+    """
+    make_folder(folder)
+    refuse_among_images("--mask-dir", folder, arguments, paths)
+    return [folder / f"{name}.png" for name in unique_names(paths)]
+
+
 def refuse_among_images(option: str, folder: Path, arguments: Iterable[str], paths: Iterable[Path]) -> None:
     """Raise `OptionError` if pictures in a folder could replace images, or be taken for images the next time.
 

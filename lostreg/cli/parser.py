@@ -115,6 +115,48 @@ def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bo
     add_registers(group)
 
 
+def add_object_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say how many objects are looked for, and what is made of their masks."""
+    group = parser.add_argument_group("objects")
+    group.add_argument(
+        "--max-objects",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="look for up to N objects: what was found leaves the graph, and LOST runs again on the rest (default: 1)",
+    )
+    group.add_argument(
+        "--min-score",
+        type=unit_interval,
+        default=defaults.CLEAR_SCORE,
+        metavar="SCORE",
+        help="further objects with a lower score are left out and end the search; a first one is kept, and told to be "
+        f"`no clear object` (default: {defaults.CLEAR_SCORE})",
+    )
+    group.add_argument(
+        "--masks",
+        choices=("patches", "refined"),
+        help="write a mask for each box as COCO run-length encoding: the object's patches, or these sharpened on the "
+        "pixels (default: none)",
+    )
+    group.add_argument(
+        "--box-from",
+        choices=("patches", "mask"),
+        default="patches",
+        help="take boxes around the patches, or around the refined masks (default: patches)",
+    )
+
+
+def add_mask_folder(parser: argparse.ArgumentParser) -> None:
+    """The option that writes masks as pictures."""
+    parser.add_argument(
+        "--mask-dir",
+        type=Path,
+        metavar="DIR",
+        help="a PNG of each image's masks: 0 where there is no object, 1 on the first one, 2 on the second",
+    )
+
+
 def add_backbone_options(
     parser: argparse.ArgumentParser, *, feature: bool, lost: bool = True, registers: bool = False, several: bool = False
 ) -> None:
@@ -256,6 +298,7 @@ def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> 
         max_side=args.max_side,
         max_pixels=args.max_pixels,
         **_chosen(args),
+        **_objects(args),
         **options,
     )
 
@@ -268,6 +311,20 @@ def _chosen(args: argparse.Namespace) -> dict[str, Any]:
     if isinstance(chosen.get("bias"), Path):
         chosen["bias"] = Calibration.load(chosen["bias"])
     return chosen
+
+
+def _objects(args: argparse.Namespace) -> dict[str, Any]:
+    """What is wanted of each image, where the command lets the user say it."""
+    if not hasattr(args, "max_objects"):
+        return {}
+    if args.box_from == "mask" and args.masks != "refined":
+        raise OptionError("--box-from mask takes boxes from refined masks: add --masks refined")
+    return {
+        "max_objects": args.max_objects,
+        "min_score": args.min_score,
+        "refine": args.masks == "refined",
+        "box_from": args.box_from,
+    }
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:

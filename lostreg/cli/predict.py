@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lostreg import defaults
-from lostreg.cli.files import find_images, make_folder, refuse_among_images, unique_names
+from lostreg.cli.files import find_images, make_folder, mask_paths, refuse_among_images, unique_names
 from lostreg.cli.parser import (
     Subparsers,
     add_images,
+    add_mask_folder,
     add_max_side,
     add_method_options,
+    add_object_options,
     make_discoverer,
     tell,
-    unit_interval,
 )
 from lostreg.cli.registers import with_registers
 from lostreg.errors import ImageError, OptionError
@@ -30,9 +31,9 @@ def add_parser(commands: Subparsers) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "predict",
-        help="find the main object of images",
-        description="Find the main object of each image. An image that cannot be read is reported, the others "
-        "go on, and the exit code is 2 at the end.",
+        help="find the main objects of images",
+        description="Find the main object of each image, or several. An image that cannot be read is reported, "
+        "the others go on, and the exit code is 2 at the end.",
     )
     add_images(parser)
     parser.add_argument("--json", metavar="FILE|-", help="write predictions as JSON Lines; - is standard output")
@@ -43,23 +44,20 @@ def add_parser(commands: Subparsers) -> None:
         help="picture with box, seed and degree map: a file for one image, else a folder",
     )
     add_max_side(parser, defaults.MAX_SIDE)
-    parser.add_argument(
-        "--min-score",
-        type=unit_interval,
-        default=defaults.CLEAR_SCORE,
-        metavar="SCORE",
-        help="boxes with a lower score are marked `no clear object` in the table, and kept in every file "
-        f"(default: {defaults.CLEAR_SCORE})",
-    )
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
+    add_mask_folder(parser)
+    add_object_options(parser)
     add_method_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict; the exit code is 2 if any image could not be read."""
+    from lostreg.masks import save_mask_png
+
     paths = find_images(args.images)
     plots = _plot_paths(args.plot, args.images, paths) if args.plot else None
+    masks = mask_paths(args.mask_dir, args.images, paths) if args.mask_dir else None
     failed = 0
     with ExitStack() as stack:
         output = _open_json(args.json, stack) if args.json else None
@@ -73,26 +71,29 @@ def run(args: argparse.Namespace) -> int:
                 if args.strict:
                     raise outcome
                 failed += 1
-            _report(path, outcome, output, args.min_score)  # before the picture, so that a full disk costs no box
+            _report(path, outcome, output, args)  # before the picture, so that a full disk costs no box
             if plots and not isinstance(outcome, ImageError):
                 _plot(plots[index], path, outcome, args)
+            if masks and not isinstance(outcome, ImageError):
+                save_mask_png(masks[index], outcome)
     if failed and len(paths) > 1:
         tell(f"{failed} of {len(paths)} images could not be read")
     return 2 if failed else 0
 
 
-def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None, min_score: float) -> None:
+def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None, args: argparse.Namespace) -> None:
     from lostreg.predictions import from_discovery, from_error
 
     if isinstance(outcome, ImageError):
         tell(f"error: {outcome}")
         prediction = from_error(path.as_posix(), outcome)
     else:
-        prediction = from_discovery(path.as_posix(), outcome)
+        prediction = from_discovery(path.as_posix(), outcome, masks=args.masks is not None)
         if output is not sys.stdout:
-            box = [f"{value:.0f}" for value in outcome.xyxy[0]]
-            note = "" if outcome.scores[0] >= min_score else "  no clear object"
-            print(_row(path.as_posix().replace("\n", "\\n"), *box, f"{outcome.scores[0]:.2f}") + note, flush=True)
+            name = path.as_posix().replace("\n", "\\n")
+            for box, score in zip(outcome.xyxy, outcome.scores, strict=True):
+                note = "" if score >= args.min_score else "  no clear object"
+                print(_row(name, *(f"{value:.0f}" for value in box), f"{score:.2f}") + note, flush=True)
     if output:
         output.write(prediction.to_line() + "\n")
         output.flush()

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     predictions = read_predictions(args.predictions)
     benchmark = open_benchmark(args)
-    score, missing = score_predictions(predictions, benchmark)
+    score, missing, detection = score_predictions(predictions, benchmark)
     if missing:
         tell(f"{missing} of {len(benchmark)} images have no prediction and count as misses")
     unreadable = sum(prediction.error is not None for prediction in predictions)
@@ -35,5 +35,7 @@ def run(args: argparse.Namespace) -> int:
         tell(f"{unreadable} images could not be read when predicting and count as misses")
     low, high = score.wilson_interval()
     print(f"{benchmark.title}: 95 % interval {low:.2f} to {high:.2f}")
+    if detection:
+        print(detection)
     print(score)
     return 0

@@ -1,0 +1,97 @@
+"""The maps file of a run: JSON Lines beside the predictions, with what pictures of the results need and boxes lack."""
+
+import base64
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lostreg.datasets.base import ImageId
+from lostreg.errors import PredictionsError
+from lostreg.lines import as_line
+from lostreg.regions import Discovery
+
+
+@dataclass(frozen=True)
+class ImageMaps:
+    """One line of a maps file: one image that could be read.
+
+    Attributes:
+        image_id: as in the predictions file.
+        path: of the image file, absolute.
+        degrees: connections of each patch, shape (h, w), int64.
+        patch_width: of a patch, in pixels of the original image.
+        patch_height: of a patch, in pixels of the original image.
+        exif: whether the file's EXIF orientation was applied.
+        truth: ground-truth boxes, ``[x1, y1, x2, y2]`` in pixels; None where there is no ground truth.
+    """
+
+    image_id: ImageId
+    path: str
+    degrees: NDArray[np.int64]
+    patch_width: float
+    patch_height: float
+    exif: bool = True
+    truth: Sequence[Sequence[float]] | None = None
+
+    def to_line(self) -> str:
+        """The JSON object, without a line break; degrees are deflated little-endian uint32 in base64."""
+        packed = zlib.compress(self.degrees.astype("<u4").tobytes(), 6)
+        fields: dict[str, Any] = {
+            "image_id": self.image_id,
+            "path": self.path,
+            "grid": list(self.degrees.shape),
+            "patch": [round(self.patch_width, 6), round(self.patch_height, 6)],
+            "exif": self.exif,
+            "degrees": base64.b64encode(packed).decode("ascii"),
+        }
+        if self.truth is not None:
+            fields["truth"] = [[float(value) for value in box] for box in self.truth]
+        return as_line(fields)
+
+
+def maps_of(image_id: ImageId, path: Path, found: Discovery, truth: Any = None) -> ImageMaps:
+    """The line for one image's discovery.
+
+    Args:
+        image_id: as in the predictions file.
+        path: of the image file.
+        found: what was found in it.
+        truth: ground-truth boxes, shape (m, 4); None where there is no ground truth.
+    """
+    boxes = None if truth is None else np.asarray(truth, dtype=float).tolist()
+    return ImageMaps(
+        image_id, str(path.absolute()), found.degrees, found.patch_width, found.patch_height, found.exif, boxes
+    )
+
+
+def read_maps(path: Path) -> Iterator[ImageMaps]:
+    """The lines of a maps file, one by one; a last line that its writer did not finish is left out.
+
+    Raises:
+        PredictionsError: if the file cannot be read, or a line is malformed; it names the line.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    yield _parse(line, f"{path}, line {number}")
+    except OSError as error:
+        raise PredictionsError(f"cannot read the maps {path}: {error.strerror}") from error
+
+
+def _parse(line: bytes, where: str) -> ImageMaps:
+    try:
+        fields = json.loads(line)
+        rows, columns = fields["grid"]
+        content = zlib.decompress(base64.b64decode(fields["degrees"]))
+        degrees = np.frombuffer(content, dtype="<u4").reshape(rows, columns).astype(np.int64)
+        wide, high = fields["patch"]
+        return ImageMaps(fields["image_id"], fields["path"], degrees, wide, high, fields["exif"], fields.get("truth"))
+    except (ValueError, TypeError, KeyError, zlib.error, RecursionError) as error:
+        raise PredictionsError(f"{where}: expected maps as `lostreg discover` writes them ({error})") from error

@@ -1,0 +1,97 @@
+"""One image whose features stay at hand: LOST runs on them again and again, without another forward."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lostreg.backbones import Backbone
+from lostreg.bias import check_bias, resolve_normalize
+from lostreg.defaults import CLEAR_SCORE
+from lostreg.discoverer import Discoverer
+from lostreg.errors import ImageError
+from lostreg.images import ImageSource, PatchedPicture
+from lostreg.lost import ObjectMaps, object_maps, prepare
+from lostreg.regions import Discovery
+from lostreg.results import BoxFrom, ObjectOptions, discoveries
+
+
+class Study:
+    """The features of one image, for trying biases and numbers of objects on it.
+
+    Args:
+        discoverer: the backbone, the feature, and how images are read.
+        image: a file, a PIL image, or an RGB array (h, w, 3) of uint8.
+
+    Raises:
+        ImageError: if the image cannot be read, or memory does not suffice for it.
+    """
+
+    def __init__(self, discoverer: Discoverer, image: ImageSource) -> None:
+        (outcome,) = discoverer.stream_of(_Extraction(discoverer)).outcomes([image])
+        if isinstance(outcome, ImageError):
+            raise outcome
+        self.discoverer = discoverer
+        self.picture, self._features = outcome
+        self._source = image
+
+    def discover(
+        self,
+        *,
+        bias: float | Literal["auto"] | None = None,
+        max_objects: int = 1,
+        min_score: float = CLEAR_SCORE,
+        refine: bool = False,
+        box_from: BoxFrom = "patches",
+    ) -> Discovery:
+        """Run LOST on the features.
+
+        Args:
+            bias: Gram bias, or ``auto``; None takes the discoverer's.
+            max_objects: as for `Discoverer`, like the rest.
+            min_score: of further objects.
+            refine: whether masks are sharpened on the pixels.
+            box_from: ``patches`` or ``mask``.
+
+        Returns:
+            What a `Discoverer` with these options finds in the image.
+
+        Raises:
+            OptionError: if an option is out of its range.
+        """
+        discoverer = self.discoverer
+        if bias is None:
+            bias = discoverer.bias
+        check_bias(bias)
+        asked = ObjectOptions(max_objects, min_score, refine, box_from)
+        normalize = resolve_normalize(bias, discoverer.normalize or None, default=False)
+        features = prepare(self._features[None], normalize=normalize)
+        grid = self.picture.grid
+        maps = object_maps(features, grid, bias, discoverer.k_patches)
+        objects = ObjectMaps.unpack(maps.pack().cpu()).objects(features, grid)
+        patch_size = discoverer.backbone.spec.patch_size
+        (found,) = discoveries(objects, [self.picture], patch_size, discoverer.k_patches, asked)
+        return dataclasses.replace(found, source=self._source, exif=discoverer.exif)
+
+
+class _Extraction:
+    """The work of an `ImageStream` that stops at the features."""
+
+    def __init__(self, discoverer: Discoverer) -> None:
+        self.engine = discoverer.engine
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model that images go through."""
+        return self.engine.backbone
+
+    def start(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
+        """Features of a pack."""
+        return self.engine.forward(self.engine.transfer(pictures), [picture.size for picture in pictures])
+
+    def finish(self, started: list[Tensor], pictures: Sequence[PatchedPicture]) -> list[tuple[PatchedPicture, Tensor]]:
+        """Each image with its features, (N, D)."""
+        sizes = [picture.grid[0] * picture.grid[1] for picture in pictures]
+        return list(zip(pictures, torch.split(started[0], sizes), strict=True))

@@ -1,0 +1,39 @@
+import numpy as np
+import pytest
+from conftest import same, scene
+
+from lostreg import Discoverer
+from lostreg.backbones import Backbone
+from lostreg.engine import Engine
+from lostreg.errors import ImageError, OptionError
+from lostreg.study import Study
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": -0.3}, {"bias": "auto", "max_objects": 4, "min_score": 0.0}])
+def test_a_study_finds_what_a_discoverer_with_the_same_options_finds(backbone: Backbone, options: dict) -> None:
+    pixels = scene(3)
+    study = Study(Discoverer(backbone, device="cpu", normalize=True), pixels)
+    assert same(
+        study.discover(**options), Discoverer(backbone, device="cpu", normalize=True, **options).discover(pixels)
+    )
+
+
+def test_one_forward_serves_many_searches(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards = []
+    forward = Engine.forward
+    monkeypatch.setattr(Engine, "forward", lambda *args: forwards.append(1) or forward(*args))
+    study = Study(Discoverer(backbone, device="cpu"), scene(3))
+    found = [study.discover(bias=bias, max_objects=3) for bias in (-0.9, -0.5, 0.0, "auto")]
+    assert len(forwards) == 1
+    assert len({one.degrees.tobytes() for one in found}) > 1
+
+
+def test_bad_options_and_images_are_refused(backbone: Backbone) -> None:
+    discoverer = Discoverer(backbone, device="cpu")
+    with pytest.raises(ImageError, match="no such file"):
+        Study(discoverer, "missing.png")
+    study = Study(discoverer, np.zeros((30, 30, 3), np.uint8))
+    with pytest.raises(OptionError, match="bias must be"):
+        study.discover(bias=float("nan"))
+    with pytest.raises(OptionError, match="max_objects must be"):
+        study.discover(max_objects=0)
