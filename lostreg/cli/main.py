@@ -11,11 +11,39 @@ from pathlib import Path
 from typing import Any
 
 from lostreg import __version__
-from lostreg.cli import artifacts, attention, backbones, calibrate, datasets, evaluate, predict, registers, score, sweep
+from lostreg.cli import (
+    artifacts,
+    attention,
+    backbones,
+    calibrate,
+    datasets,
+    discover,
+    evaluate,
+    export,
+    predict,
+    registers,
+    report,
+    score,
+    sweep,
+)
 from lostreg.cli.parser import Parser, tell
 from lostreg.errors import LostregError, LostregWarning
 
-_COMMANDS = (predict, evaluate, score, calibrate, sweep, artifacts, attention, registers, backbones, datasets)
+_COMMANDS = (
+    predict,
+    discover,
+    export,
+    report,
+    evaluate,
+    score,
+    calibrate,
+    sweep,
+    artifacts,
+    attention,
+    registers,
+    backbones,
+    datasets,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,0 +1,91 @@
+"""``lostreg discover``: boxes for a whole collection of photos, into a folder that can be exported and looked at."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lostreg import defaults
+from lostreg.cli.files import refuse_among_images
+from lostreg.cli.parser import (
+    Subparsers,
+    add_max_side,
+    add_method_options,
+    add_object_options,
+    make_discoverer,
+)
+from lostreg.cli.progress import ProgressBar
+from lostreg.cli.registers import REGISTERS_FILE, with_registers
+
+if TYPE_CHECKING:
+    from lostreg.collection_run import Summary
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "discover",
+        help="find the objects of a collection of photos",
+        description="Find the objects of every photo of a folder, glob or list, however many there are. A run that was "
+        "stopped, by whatever, goes on where it was. Photos that cannot be read are listed in failed.csv. Then see "
+        "`lostreg report` and `lostreg export`.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="DIR|GLOB|LIST.txt",
+        help="a folder with all its subfolders, a glob in quotes, or a text file with a path a line",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for predictions.jsonl, maps.jsonl, failed.csv and results.json",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
+    parser.add_argument("--strict", action="store_true", help="stop at the first photo that cannot be read")
+    parser.add_argument(
+        "--mask-png",
+        action="store_true",
+        help="a PNG of each photo's masks, in OUT/masks: 0 where no object is, 1 on the first one, 2 on the second",
+    )
+    add_max_side(parser, defaults.MAX_SIDE)
+    add_object_options(parser)
+    add_method_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Discover; the exit code is 2 if no photo at all could be read."""
+    from lostreg.collection import find_collection
+    from lostreg.collection_run import discover_collection
+
+    collection = find_collection(args.source)
+    paths = (collection.path(name) for name in collection.names)
+    if args.mask_png:
+        refuse_among_images("--out", args.out, [args.source], paths)
+    discoverer = make_discoverer(args, args.backbone)
+    if args.test_time_registers is not None:
+        discoverer = with_registers(args, discoverer, list(paths), kept=args.out / REGISTERS_FILE)
+    with ProgressBar(args.backbone, len(collection)) as bar:
+        summary = discover_collection(
+            collection,
+            discoverer,
+            args.out,
+            overwrite=args.overwrite,
+            strict=args.strict,
+            masks=args.masks is not None,
+            mask_pictures=args.mask_png,
+            on_progress=lambda so_far: bar.advance(so_far.images),
+        )
+    print(_words(summary, args.min_score, args.out))
+    return 2 if summary.unreadable == summary.images else 0
+
+
+def _words(summary: "Summary", min_score: float, out: Path) -> str:
+    lines = [f"{summary.images:,} photos, {summary.boxes:,} boxes"]
+    lines.append(f"{summary.clear:,} with a clear object")
+    lines.append(f"{summary.unclear:,} with no clear object (a score below {min_score:g})")
+    lines.append(f"{summary.unreadable:,} could not be read" + (", see failed.csv" if summary.unreadable else ""))
+    if summary.known:
+        lines.append(f"{summary.known:,} of these had been done before")
+    return "\n".join([*lines, f"written to {out}"])

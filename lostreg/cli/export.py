@@ -1,0 +1,197 @@
+"""``lostreg export``: predictions in the formats of other tools; runs no model."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from lostreg import __version__, defaults
+from lostreg.cli.files import refuse_among_images
+from lostreg.cli.parser import Subparsers, as_finite, tell, unit_interval
+from lostreg.cli.progress import ProgressBar
+from lostreg.errors import OptionError
+
+if TYPE_CHECKING:
+    from lostreg.exports.items import Collection
+    from lostreg.exports.sources import ImageFinder
+
+_SUFFIXES: Final = {"coco": ".json", "csv": ".csv", "labelstudio": ".json"}
+_FOLDERS: Final = ("voc", "yolo")
+# What only some formats have; None where the user says nothing.
+_ONLY: Final = {
+    "label": ("coco", "voc", "yolo", "labelstudio"),
+    "keep_empty": ("coco", "voc", "yolo"),
+    "files": ("voc", "yolo"),
+    "val_share": ("yolo",),
+    "image_url": ("labelstudio",),
+}
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "export",
+        help="predictions as COCO, VOC, YOLO, CSV or Label Studio files",
+        description="Write predictions in the format of another tool. yolo is a folder that Ultralytics trains on, "
+        "voc one that `lostreg eval voc` reads, both with the images. coco, csv and labelstudio are one file; "
+        "labelstudio has its labelling configuration beside it, as .xml. Runs no model.",
+    )
+    parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="predictions file, or folder of a run")
+    parser.add_argument("--format", required=True, choices=("coco", "voc", "yolo", "csv", "labelstudio"))
+    parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="the file or folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file, or the folder of an earlier export")
+    parser.add_argument(
+        "--images", type=Path, metavar="DIR", help="where the images lie now (default: where the run found them)"
+    )
+    parser.add_argument(
+        "--min-score",
+        type=unit_interval,
+        default=0.0,
+        metavar="SCORE",
+        help=f"leave out boxes with a lower score; below {defaults.CLEAR_SCORE} there is no clear object (default: 0)",
+    )
+    parser.add_argument(
+        "--keep-empty",
+        action="store_true",
+        default=None,
+        help="coco, voc, yolo: keep images without a box, as images without objects (default: left out)",
+    )
+    parser.add_argument("--label", type=_label, help="name of the one class, csv has none (default: object)")
+    parser.add_argument(
+        "--files",
+        choices=("copy", "link", "none"),
+        help="voc, yolo: what becomes of the image files; link makes symbolic links, none leaves them out "
+        "(default: copy)",
+    )
+    parser.add_argument(
+        "--val-share", type=_share, metavar="SHARE", help="yolo: share of images for validation (default: 0.2)"
+    )
+    parser.add_argument(
+        "--image-url",
+        metavar="PREFIX",
+        help="labelstudio: what stands before each image's name (default: /data/local-files/?d=)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, check, write; the last line says what was exported."""
+    from lostreg.exports.items import gather
+    from lostreg.exports.sources import ImageFinder, is_unfinished, predictions_file
+    from lostreg.predictions import read_predictions
+
+    _check_options(args)
+    _check_out(args)
+    source = predictions_file(args.predictions)
+    predictions = read_predictions(source)
+    if is_unfinished(source):
+        tell(f"{source.parent} holds a run that did not come to its end: these are its images so far")
+    finder = ImageFinder(source, args.images)
+    collection = gather(predictions, finder, min_score=args.min_score, sized=args.format != "csv")
+    chosen = collection.with_boxes() if args.format in _ONLY["keep_empty"] and not args.keep_empty else collection
+    if not chosen.images and args.format != "csv":
+        raise OptionError(
+            f"nothing to export: of {len(predictions)} images {len(collection.unreadable)} could not be read, and "
+            f"{len(collection.images)} have no box with a score of at least {args.min_score:g}"
+        )
+    _write(args, chosen, finder)
+    _report(args, chosen, len(collection.images) - len(chosen.images))
+    return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    for option, formats in _ONLY.items():
+        if getattr(args, option) is not None and args.format not in formats:
+            raise OptionError(f"--{option.replace('_', '-')} is for {', '.join(formats)}, not for {args.format}")
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    from lostreg.exports.writing import check_file, check_folder
+
+    if args.format in _FOLDERS:
+        check_folder(args.out, overwrite=args.overwrite)
+    else:
+        check_file(args.out, _SUFFIXES[args.format], overwrite=args.overwrite)
+    if args.format == "labelstudio":
+        check_file(args.out.with_suffix(".xml"), ".xml", overwrite=args.overwrite)
+
+
+def _write(args: argparse.Namespace, chosen: "Collection", finder: "ImageFinder") -> None:
+    from lostreg.exports.coco import as_coco
+    from lostreg.exports.csv_table import as_csv
+    from lostreg.exports.labelstudio import as_tasks, labelling_config
+    from lostreg.exports.writing import as_text, write_whole
+
+    options = _given(args, "label")
+    if args.format in _FOLDERS:
+        _write_folder(args, chosen, finder)
+    elif args.format == "coco":
+        write_whole(args.out, as_text(as_coco(chosen, **options)))
+    elif args.format == "csv":
+        write_whole(args.out, as_csv(chosen))
+    else:
+        write_whole(args.out.with_suffix(".xml"), labelling_config(**options))
+        write_whole(args.out, as_text(as_tasks(chosen, **options, **_given(args, "image_url"))))
+
+
+def _write_folder(args: argparse.Namespace, chosen: "Collection", finder: "ImageFinder") -> None:
+    from lostreg.documents import write_json
+    from lostreg.exports.voc import write_voc
+    from lostreg.exports.writing import MARK, whole_folder
+    from lostreg.exports.yolo import write_yolo
+
+    _refuse_among_images(args.out, chosen, finder)
+    options = _given(args, "label", "val_share") | ({"placing": args.files} if args.files else {})
+    write = write_yolo if args.format == "yolo" else write_voc
+    with whole_folder(args.out) as folder, ProgressBar("export", len(chosen.images)) as bar:
+        encoded = write(folder, chosen, **options, advance=bar.advance)
+        about = {"kind": args.format, "lostreg": __version__, "images": len(chosen.images), "boxes": chosen.boxes}
+        write_json(folder / MARK, {"format": "lostreg export 1", **about, "min_score": args.min_score})
+    if encoded:
+        tell(
+            f"{encoded} images were encoded anew, upright, as JPEG or PNG: not all readers of {args.format} take them "
+            "as they are"
+        )
+
+
+def _refuse_among_images(out: Path, chosen: "Collection", finder: "ImageFinder") -> None:
+    """Raise if the export could be taken for images the next time, or replace them."""
+    paths = [image.source.path for image in chosen.images if image.source]
+    refuse_among_images("--out", out, [str(finder.folder)] if finder.folder else [], paths)
+    if any(path.resolve().is_relative_to(out.resolve()) for path in paths):
+        raise OptionError(f"--out {out} holds the images: give another folder")
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options that the user gave: the formats know what holds else."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _report(args: argparse.Namespace, chosen: "Collection", empty: int) -> None:
+    if chosen.clipped:
+        tell(f"{chosen.clipped} boxes reached beyond their images and were cut")
+    unclear = chosen.below(defaults.CLEAR_SCORE)
+    if unclear and args.format in _FOLDERS:  # which have no place for scores
+        tell(
+            f"{unclear} of {chosen.boxes} boxes have a score below {defaults.CLEAR_SCORE}, where there is no clear "
+            f"object: --min-score {defaults.CLEAR_SCORE} leaves them out"
+        )
+    notes = []
+    if chosen.unreadable:
+        notes.append(f"{len(chosen.unreadable)} unreadable" + ("" if args.format == "csv" else " left out"))
+    if empty:
+        notes.append(f"{empty} without a box left out")
+    note = f" ({', '.join(notes)})" if notes else ""
+    print(f"exported {len(chosen.images)} images, {chosen.boxes} boxes to {args.out}{note}")
+
+
+def _label(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"expected the name of a class, not {text!r}")
+    return text
+
+
+def _share(text: str) -> float:
+    value = as_finite(text)
+    if value is None or not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0 and below 1, not '{text}'")
+    return value

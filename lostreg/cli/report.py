@@ -1,0 +1,86 @@
+"""``lostreg report``: one page to look through the images of a run."""
+
+import argparse
+from pathlib import Path
+
+from lostreg.cli.files import check_writable
+from lostreg.cli.parser import Subparsers, positive_int, tell
+from lostreg.cli.progress import ProgressBar
+from lostreg.errors import OptionError
+
+_CHOICES = ("first", "lowest", "highest", "even")
+_LIMIT = 2000
+_PAGE = "report.html"
+_SUFFIXES = (".html", ".htm")
+
+
+def add_parser(commands: Subparsers) -> None:
+    """Add the command to the command line."""
+    parser = commands.add_parser(
+        "report",
+        help="one HTML page to look through a run's images",
+        description="Write one HTML page that shows every image of a run with its boxes, seeds, masks and degree map, "
+        "to sort, filter and look through. It needs no network, no server and no other file. The run may be "
+        "unfinished.",
+    )
+    parser.add_argument(
+        "run_folder", type=Path, metavar="DIR", help="the --out of `lostreg discover` or `lostreg eval`"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"the page, an .html file (default: DIR/{_PAGE})")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="where the images are now, by their ids: for folders that have moved, and for runs without maps.jsonl",
+    )
+    parser.add_argument(
+        "--limit",
+        type=positive_int,
+        default=_LIMIT,
+        metavar="N",
+        help=f"images on the page at most; 1000 photographs make about 50 MB (default: {_LIMIT})",
+    )
+    parser.add_argument(
+        "--choose",
+        choices=_CHOICES,
+        default=_CHOICES[0],
+        help="which images, where a run has more: the first, those with the lowest or highest scores, or evenly "
+        f"spread over the run (default: {_CHOICES[0]})",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the page."""
+    target = args.run_folder / _PAGE if args.out is None else args.out
+    if target.suffix.lower() not in _SUFFIXES:
+        raise OptionError(f"--out {target}: expected a file ending in {' or '.join(_SUFFIXES)}")
+    if args.images is not None and not args.images.is_dir():
+        raise OptionError(f"--images {args.images}: expected a folder")
+    from lostreg.gallery.build import write_gallery
+    from lostreg.gallery.run_folder import RunFolder
+
+    folder = RunFolder(args.run_folder, with_maps=args.images is None)
+    check_writable(target, "the page")
+    bar: ProgressBar | None = None
+
+    def advance(total: int) -> None:
+        nonlocal bar
+        bar = bar or ProgressBar("report", total)
+        bar.advance()
+
+    try:
+        written = write_gallery(
+            folder, target, images=args.images, limit=args.limit, choose=args.choose, on_progress=advance
+        )
+    finally:
+        if bar:
+            bar.close()
+    if written.gone:
+        tell(f"{written.gone} of {written.shown} image files cannot be read any more: placeholders stand for them")
+    if written.changed:
+        tell(f"{written.changed} of {written.shown} image files have another size than in the run")
+    if written.left_out:
+        tell(f"{written.left_out} of {written.shown + written.left_out} images are left out: see --limit and --choose")
+    print(f"written to {target}: {written.shown} images, {target.stat().st_size / 1e6:.1f} MB")
+    return 0

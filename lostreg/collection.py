@@ -1,0 +1,106 @@
+"""A collection of photos without ground truth: which files belong to it, and in what order."""
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lostreg.errors import OptionError
+from lostreg.images import SUFFIXES
+from lostreg.lines import as_line
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Image files, in a fixed order.
+
+    Attributes:
+        root: the folder that names are relative to.
+        names: of the files, relative to the root, with ``/`` between folders; a file elsewhere has its whole path.
+    """
+
+    root: Path
+    names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, name: str) -> Path:
+        """Where a file lies."""
+        return self.root / name
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names in order."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(as_line({"": name}).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def find_collection(source: str) -> Collection:
+    """The images that a folder, a glob or a list stands for.
+
+    Args:
+        source: a folder, which is searched with all its subfolders; a glob such as ``photos/**/*.jpg``; or a text file
+            with a path a line, relative to its own folder. Lines that are empty or begin with ``#`` are left out, and
+            so is what has been listed before.
+
+    Raises:
+        OptionError: if there is no such thing, or no image in it.
+    """
+    path = Path(source)
+    if source and path.is_dir():
+        return _collect(
+            path, sorted(_walk(path)), f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}"
+        )
+    if path.is_file():
+        if path.suffix.lower() in SUFFIXES:
+            raise OptionError(f"{path} is one image: expected a folder, a glob or a list; use `lostreg predict`")
+        return _collect(path.parent, _listed(path), f"{path} lists no images: expected a path a line")
+    if glob.has_magic(source):
+        root = _fixed_part(path)
+        found = sorted(name for name in glob.glob(source, recursive=True) if Path(name).is_file())  # noqa: PTH207
+        return _collect(root, [os.path.relpath(name, root) for name in found], f"no file matches '{source}'")
+    raise OptionError(f"{source!r}: no such folder or list; expected a folder, a glob or a file with a path a line")
+
+
+def _collect(root: Path, names: Iterable[str], nothing: str) -> Collection:
+    kept = tuple(dict.fromkeys(Path(name).as_posix() for name in names))
+    if not kept:
+        raise OptionError(nothing)
+    return Collection(root, kept)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Images of a folder and its subfolders, also those that are links, each folder once."""
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        inside = os.path.relpath(place, folder)
+        yield from (os.path.normpath(os.path.join(inside, name)) for name in files if name.lower().endswith(SUFFIXES))  # noqa: PTH118
+
+
+def _listed(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise OptionError(f"cannot read the list {path}: {error.strerror}") from error
+    if "\0" in text:
+        raise OptionError(f"{path} is no list of images: expected a text file with a path a line")
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """The folder in front of the first wildcard."""
+    fixed = Path()
+    for part in pattern.parts[:-1]:
+        if glob.has_magic(part):
+            break
+        fixed /= part
+    return fixed

@@ -1,0 +1,213 @@
+"""The run that finds the objects of a collection: appended to files that survive a kill, as `lostreg.evaluate` does it.
+
+Nothing grows in memory with the number of images but their names.
+"""
+
+import csv
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Final, TextIO
+
+from lostreg.collection import Collection
+from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
+from lostreg.discoverer import Discoverer
+from lostreg.documents import write_json
+from lostreg.errors import ImageError, PredictionsError
+from lostreg.lines import keep_lines
+from lostreg.maps import maps_of
+from lostreg.masks import save_mask_png
+from lostreg.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
+from lostreg.regions import Discovery
+from lostreg.runs import check_same_run, is_complete, locked, run_facts
+
+FAILED_FILE: Final = "failed.csv"
+MASKS_FOLDER: Final = "masks"
+
+
+@dataclass
+class Summary:
+    """Counts of a run over its images so far, those of an earlier run that it continues among them.
+
+    Attributes:
+        images: all images.
+        clear: images with a clear main object.
+        unclear: images whose main object has a lower score than was asked for.
+        unreadable: images that could not be read.
+        boxes: boxes in all.
+        known: images that an earlier run had done.
+        seconds: what the others took.
+    """
+
+    images: int = 0
+    clear: int = 0
+    unclear: int = 0
+    unreadable: int = 0
+    boxes: int = 0
+    known: int = 0
+    seconds: float = 0.0
+
+    def add(self, prediction: Prediction, min_score: float) -> None:
+        """Count one image."""
+        self.images += 1
+        self.boxes += len(prediction.boxes)
+        if prediction.error is not None:
+            self.unreadable += 1
+        elif prediction.scores and prediction.scores[0] >= min_score:
+            self.clear += 1
+        else:
+            self.unclear += 1
+
+
+def discover_collection(
+    collection: Collection,
+    discoverer: Discoverer,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    strict: bool = False,
+    masks: bool = False,
+    mask_pictures: bool = False,
+    on_progress: Callable[[Summary], None] | None = None,
+) -> Summary:
+    """Find the objects of every image of a collection, going on where an earlier run into the same folder stopped.
+
+    Args:
+        collection: the images.
+        discoverer: backbone and options.
+        out: folder for ``predictions.jsonl``, ``maps.jsonl``, ``failed.csv`` and ``results.json``; made if need be.
+        overwrite: whether to start anew instead of going on.
+        strict: whether to stop at the first image that cannot be read, instead of listing it.
+        masks: whether predictions hold masks.
+        mask_pictures: whether each image's masks are also written to ``masks``, as PNG.
+        on_progress: called after each image.
+
+    Returns:
+        Counts over all images.
+
+    Raises:
+        PredictionsError: if the folder cannot be written, is in use, or holds a run with other settings or images.
+        ImageError: with ``strict``, at the first image that cannot be read; what came before it is kept.
+    """
+    settings = {
+        "collection": {
+            "root": str(collection.root.absolute()),
+            "images": len(collection),
+            "fingerprint": collection.fingerprint(),
+        },
+        "options": {**discoverer.options, "masks": masks, "mask_pictures": mask_pictures},
+    }
+    with locked(out):
+        _check_folder(out, settings, overwrite=overwrite)
+        with (out / FAILED_FILE).open("w", encoding="utf-8", errors="surrogateescape", newline="") as failed:
+            run = _Run(collection, discoverer, out, _Counter(failed, discoverer.object_options.min_score))
+            run.take_over()
+            finished = run.summary.known == len(collection) and is_complete(out / RESULTS_FILE)
+            if not finished:
+                write_json(out / RESULTS_FILE, {"complete": False, **settings})
+            for _ in run.go_on(strict=strict, masks=masks, mask_pictures=mask_pictures):
+                if on_progress:
+                    on_progress(run.summary)
+        if not finished:
+            write_json(out / RESULTS_FILE, _results(run.summary, settings, discoverer))
+    return run.summary
+
+
+class _Counter:
+    """Counts images as they come in, and lists those that could not be read."""
+
+    def __init__(self, failed: TextIO, min_score: float) -> None:
+        self.summary = Summary()
+        self._min_score = min_score
+        self._failed = failed
+        self._table = csv.writer(failed, lineterminator="\n")
+        self._table.writerow(["image_id", "reason"])
+
+    def add(self, prediction: Prediction) -> None:
+        self.summary.add(prediction, self._min_score)
+        if prediction.error is not None:
+            self._table.writerow([prediction.image_id, prediction.error])
+            self._failed.flush()
+
+
+class _Run:
+    """A run into a folder that is its own."""
+
+    def __init__(self, collection: Collection, discoverer: Discoverer, out: Path, counter: _Counter) -> None:
+        self.collection = collection
+        self.discoverer = discoverer
+        self.out = out
+        self.counter = counter
+
+    @property
+    def summary(self) -> Summary:
+        return self.counter.summary
+
+    def take_over(self) -> None:
+        """Count what an earlier run has done, one line after the other."""
+        for prediction in recover_predictions(self.out / PREDICTIONS_FILE):
+            place = self.summary.images
+            if place >= len(self.collection) or prediction.image_id != self.collection.names[place]:
+                raise PredictionsError(
+                    f"{self.out / PREDICTIONS_FILE} does not follow the order of the images: it is not of this run; "
+                    "use --overwrite or another --out"
+                )
+            self.counter.add(prediction)
+        self.summary.known = self.summary.images
+        keep_lines(self.out / MAPS_FILE, self.summary.images - self.summary.unreadable)
+
+    def go_on(self, *, strict: bool, masks: bool, mask_pictures: bool) -> Iterator[None]:
+        """Compute what is missing, image by image."""
+        names = self.collection.names[self.summary.known :]
+        start = time.perf_counter()
+        with RunFiles(self.out) as files:
+            for name, outcome in zip(names, self._outcomes(), strict=True):
+                if isinstance(outcome, Discovery):
+                    prediction = from_discovery(name, outcome, masks=masks)
+                    maps = maps_of(name, self.collection.path(name), outcome)
+                    if mask_pictures:
+                        save_mask_png(mask_path(self.out, name), outcome)
+                elif strict:
+                    raise outcome
+                else:
+                    prediction, maps = from_error(name, outcome), None
+                files.add(prediction, maps)
+                self.counter.add(prediction)
+                self.summary.seconds = time.perf_counter() - start
+                yield
+
+    def _outcomes(self) -> Iterator[Discovery | ImageError]:
+        if self.summary.known == len(self.collection):
+            return iter(())
+        paths = (self.collection.path(name) for name in self.collection.names)
+        return self.discoverer.outcomes(paths, skip=self.summary.known)
+
+
+def mask_path(out: Path, name: str) -> Path:
+    """Where the picture of an image's masks goes: beneath the run's folder, wherever the image lies."""
+    parts = ["_" if part == ".." else part for part in PurePosixPath(name).parts if part != "/"]
+    return out.joinpath(MASKS_FOLDER, *parts[:-1], parts[-1] + ".png")
+
+
+def _check_folder(out: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
+    """Make sure that the folder belongs to this run; the images may lie elsewhere by now."""
+    files = [out / name for name in (PREDICTIONS_FILE, RESULTS_FILE, MAPS_FILE)]
+    if overwrite:
+        for file in files:
+            file.unlink(missing_ok=True)
+    elif any(file.exists() for file in files[:2]):
+        check_same_run(out / RESULTS_FILE, settings, apart=("root",))
+
+
+def _results(summary: Summary, settings: dict[str, Any], discoverer: Discoverer) -> dict[str, Any]:
+    return {
+        "complete": True,
+        "images": summary.images,
+        "clear": summary.clear,
+        "unclear": summary.unclear,
+        "unreadable": summary.unreadable,
+        "boxes": summary.boxes,
+        **settings,
+        **run_facts(summary.images - summary.known, summary.seconds, discoverer.backbone.device),
+    }

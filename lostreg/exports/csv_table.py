@@ -1,0 +1,38 @@
+"""CSV: one row a box, and one for each image without."""
+
+import csv
+import io
+from typing import Any, Final
+
+from lostreg.exports.items import Collection
+
+COLUMNS: Final = ("image_id", "width", "height", "x1", "y1", "x2", "y2", "score", "seed_row", "seed_col", "error")
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+def as_csv(collection: Collection) -> str:
+    """The table, its lines ended as RFC 4180 has it.
+
+    Text that a spreadsheet would take for a formula has an apostrophe in front, and so has text that begins with one:
+    whoever takes the first apostrophe off has the id as it was.
+
+    Args:
+        collection: what is exported; its unreadable images come last, with their errors.
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(COLUMNS)
+    for image in collection.images:
+        size = (image.width or "", image.height or "")
+        for box in image.boxes:
+            score = "" if box.score is None else box.score
+            writer.writerow([_text(image.image_id), *size, *box.xyxy, score, *(box.seed or ("", "")), ""])
+        if not image.boxes:
+            writer.writerow([_text(image.image_id), *size, *[""] * 8])
+    for line in collection.unreadable:
+        writer.writerow([_text(line.image_id), *[""] * 9, _text(str(line.error))])
+    return buffer.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _text(value: Any) -> Any:
+    return "'" + value if isinstance(value, str) and value.startswith(_FORMULA) else value

@@ -1,0 +1,132 @@
+"""Image files in an exported folder: copied or linked where its readers take them as they are, else encoded anew."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from PIL import ExifTags, Image, TiffImagePlugin
+
+from lostreg.errors import PredictionsError
+from lostreg.exports.items import ExportImage
+from lostreg.exports.sources import Source
+from lostreg.images import SIDEWAYS, decoding, open_file, read_image
+
+Placing = Literal["copy", "link", "none"]
+
+_ANY_SIZE: Final = 1 << 62  # what was searched has passed the limit before
+_SUFFIXES: Final = {
+    "JPEG": (".jpg", ".jpeg"),
+    "MPO": (".jpg", ".jpeg"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+}
+_JPEG: Final = ("JPEG", "MPO")
+_JPEG_END: Final = b"\xff\xd9"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What those who read a format take as it is.
+
+    Attributes:
+        kinds: of files, by Pillow's names.
+        turns: whether JPEG files are turned as their EXIF orientation says.
+    """
+
+    kinds: tuple[str, ...]
+    turns: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of an image file.
+
+    Attributes:
+        path: of the file.
+        suffix: of the new file.
+        exif: whether boxes are in pixels turned as the file's EXIF orientation says.
+        encode: whether it must be encoded anew.
+        private: whether readers may mend the file in place, so that it must not be a link.
+    """
+
+    path: Path
+    suffix: str
+    exif: bool
+    encode: bool
+    private: bool = False
+
+
+def plan(image: ExportImage, reader: Reader) -> Plan:
+    """Look at the head of an image file, and say what is to become of it.
+
+    Raises:
+        ImageError: if it cannot be read.
+        PredictionsError: if it was not found, or is of another size than the predictions say.
+    """
+    if image.source is None:
+        raise PredictionsError(f"no file found for image {image.image_id!r}: --images DIR says where the images lie")
+    path = image.source.path
+    if not path.exists():
+        raise PredictionsError(f"{path} is not there: --images DIR says where the images lie now")
+    with decoding(str(path)), open_file(path, _ANY_SIZE) as file:
+        kind, frames, mode = file.format or "", getattr(file, "n_frames", 1), file.mode
+        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
+        exif = _is_turned(image, image.source, _stored_size(file), orientation)
+    is_plain = kind in reader.kinds and (kind == "MPO" or frames == 1) and (kind != "TIFF" or mode in ("RGB", "L"))
+    is_upright = orientation not in range(2, 9) or (kind in _JPEG and exif and reader.turns)
+    if not (is_plain and is_upright):
+        return Plan(path, ".jpg" if kind in _JPEG else ".png", exif, encode=True)
+    suffix = path.suffix if path.suffix.lower() in _SUFFIXES[kind] else _SUFFIXES[kind][0]
+    return Plan(path, suffix, exif, encode=False, private=kind == "JPEG" and not _ends_well(path))
+
+
+def plan_all(images: Sequence[ExportImage], reader: Reader, placing: Placing) -> list[Plan | None]:
+    """The plans of all images, before anything is written; none where the files are left out."""
+    return [None if placing == "none" else plan(image, reader) for image in images]
+
+
+def _stored_size(file: Image.Image) -> tuple[int, int]:
+    """Some versions of Pillow give the size of a TIFF file turned, that of others as stored."""
+    if isinstance(file, TiffImagePlugin.TiffImageFile):
+        return file.tag_v2[ExifTags.Base.ImageWidth], file.tag_v2[ExifTags.Base.ImageLength]
+    return file.size
+
+
+def _is_turned(image: ExportImage, source: Source, stored: tuple[int, int], orientation: int) -> bool:
+    """Whether the boxes are in turned pixels: as recorded, else as the size says, else yes."""
+    turned = stored[::-1] if orientation in SIDEWAYS else stored
+    size = image.width, image.height
+    sizes = {True: (turned,), False: (stored,), None: (turned, stored)}[source.exif]
+    if size not in sizes:
+        raise PredictionsError(
+            f"{source.path} has {sizes[0][0]}x{sizes[0][1]} pixels, but the predictions say {size[0]}x{size[1]}: "
+            "not the image that was searched"
+        )
+    return size == turned if source.exif is None else source.exif
+
+
+def _ends_well(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-2, 2)
+        return file.read() == _JPEG_END
+
+
+def place(what: Plan, target: Path, how: Placing) -> None:
+    """Make the new file.
+
+    Raises:
+        ImageError: if the image cannot be decoded.
+        OSError: if the file cannot be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if what.encode:
+        pixels = read_image(what.path, exif=what.exif, max_pixels=_ANY_SIZE).pixels
+        Image.fromarray(pixels).save(target, quality=95, subsampling=0)
+    elif how == "link" and not what.private:
+        target.symlink_to(what.path.resolve())
+    else:
+        shutil.copyfile(what.path, target)

@@ -1,0 +1,98 @@
+"""PASCAL VOC: a folder with an XML file an image, the images, and the list of them."""
+
+import math
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from lostreg.exports.items import Box, Collection, ExportImage
+from lostreg.exports.names import Names, printable
+from lostreg.exports.pictures import Placing, Reader, place, plan_all
+from lostreg.exports.writing import put
+
+READER: Final = Reader(kinds=("JPEG", "MPO", "PNG"), turns=False)
+SPLIT: Final = "trainval"
+
+
+def write_voc(
+    folder: Path,
+    collection: Collection,
+    *,
+    label: str = "object",
+    placing: Placing = "copy",
+    advance: Callable[[], None] = lambda: None,
+) -> int:
+    """Fill a folder in VOC layout, as `lostreg eval voc` reads it.
+
+    Folders of the images become part of their names. Corners are whole, 1-based and inclusive.
+
+    Args:
+        folder: that is filled.
+        collection: what is exported.
+        label: of every object.
+        placing: what becomes of the image files.
+        advance: called after each image.
+
+    Returns:
+        How many images were encoded anew: those that are no JPEG or PNG files, or have an EXIF orientation.
+
+    Raises:
+        ImageError: if an image cannot be read.
+        PredictionsError: if an image is missing or another.
+        OSError: if something cannot be written.
+    """
+    names = Names(flat=True)
+    plans = plan_all(collection.images, READER, placing)
+    stems = []
+    for image, what in zip(collection.images, plans, strict=True):
+        stem = names.stem(image.name)
+        suffix = what.suffix if what else Path(image.name).suffix or ".jpg"
+        if what:
+            place(what, folder / "JPEGImages" / (stem + suffix), placing)
+        put(folder / "Annotations" / f"{stem}.xml", _xml(image, stem + suffix, label))
+        stems.append(stem)
+        advance()
+    put(folder / "ImageSets" / "Main" / f"{SPLIT}.txt", "".join(f"{stem}\n" for stem in stems))
+    return sum(what.encode for what in plans if what)
+
+
+def whole_corners(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """A box in whole, 1-based, inclusive corners: each edge goes to the nearest, and one pixel stays.
+
+    Args:
+        box: pixels, exclusive right and bottom edges, within the image.
+        width: of the image.
+        height: of the image.
+    """
+    left, right = _whole_edges(box[0], box[2], width)
+    top, bottom = _whole_edges(box[1], box[3], height)
+    return left + 1, top + 1, right, bottom
+
+
+def _whole_edges(low: float, high: float, size: int) -> tuple[int, int]:
+    first, end = math.floor(low + 0.5), math.floor(high + 0.5)
+    if first < end:
+        return first, end
+    middle = min(math.floor((low + high) / 2), size - 1)
+    return middle, middle + 1
+
+
+def _xml(image: ExportImage, filename: str, label: str) -> str:
+    root = ET.Element("annotation")
+    _add(root, {"folder": "JPEGImages", "filename": filename})
+    _add(ET.SubElement(root, "source"), {"database": "lostreg", "image": printable(image.name)})
+    _add(ET.SubElement(root, "size"), {"width": image.width, "height": image.height, "depth": 3})
+    _add(root, {"segmented": 0})
+    for box in image.boxes:
+        item = ET.SubElement(root, "object")
+        _add(item, {"name": label, "pose": "Unspecified", "truncated": 0, "difficult": 0})
+        corners = whole_corners(box.xyxy, image.width, image.height)
+        _add(ET.SubElement(item, "bndbox"), dict(zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)))
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _add(parent: ET.Element, fields: dict[str, str | int]) -> None:
+    for name, value in fields.items():
+        ET.SubElement(parent, name).text = str(value)

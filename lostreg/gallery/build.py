@@ -1,0 +1,159 @@
+"""Writing the page: images decoded in a few threads, each in the file before many more are read."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal, TextIO, TypeAlias, get_args
+
+import numpy as np
+
+from lostreg.errors import OptionError
+from lostreg.gallery.entries import Entry, make_entry
+from lostreg.gallery.page import page_head, page_item, page_tail
+from lostreg.gallery.run_folder import RunFolder, Shown, Survey
+
+Choice: TypeAlias = Literal["first", "lowest", "highest", "even"]
+CHOICES: Final[tuple[Choice, ...]] = get_args(Choice)
+LIMIT: Final = 2000
+_THREADS: Final = 4
+_SORTS: Final = {"first": "run", "lowest": "low", "highest": "high", "even": "run"}
+_WORDS: Final = {
+    "first": "the first of the run",
+    "lowest": "those with the lowest scores",
+    "highest": "those with the highest scores",
+    "even": "evenly spread over the run",
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What went into a page.
+
+    Attributes:
+        shown: images on it.
+        left_out: images with boxes that were not chosen.
+        gone: images on it whose files cannot be read any more.
+        changed: images on it whose files have another size than in the run.
+        survey: counts of the whole run.
+    """
+
+    shown: int
+    left_out: int
+    gone: int
+    changed: int
+    survey: Survey
+
+
+def write_gallery(
+    run: RunFolder,
+    target: Path,
+    *,
+    images: Path | None = None,
+    limit: int = LIMIT,
+    choose: Choice = "first",
+    on_progress: Callable[[int], None] | None = None,
+) -> Written:
+    """Write a run's page, beside the target first, so that a reader meets the old page or the new.
+
+    Args:
+        run: the folder.
+        target: the file; its folder is made if need be.
+        images: where the images are now; None takes the recorded paths.
+        limit: images on the page at most, at least 1.
+        choose: which, where there are more.
+        on_progress: called after each image with how many there will be in all.
+
+    Raises:
+        OptionError: if the limit is below 1, or the page cannot be written.
+        PredictionsError: if the run's files hold nothing or are malformed.
+    """
+    survey = run.survey()
+    chosen = choose_images(survey.scores, limit, choose)
+    beside = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("w", encoding="utf-8", newline="\n") as file:
+                left_out = len(survey.scores) - len(chosen)
+                file.write(page_head(run, survey, left_out, _WORDS[choose]))
+                gone, changed = _write_items(file, run, chosen, images, on_progress)
+                file.write(page_tail(gone, changed, _SORTS[choose]))
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise OptionError(f"cannot write {target}: {error.strerror}") from error
+    return Written(len(chosen), left_out, gone, changed, survey)
+
+
+def choose_images(scores: list[tuple[int, float | None]], limit: int, choose: Choice) -> set[int]:
+    """Numbers of the images to show.
+
+    Args:
+        scores: number and score of each; None counts as neither low nor high and comes last.
+        limit: how many at most, at least 1.
+        choose: which, where there are more.
+
+    Raises:
+        OptionError: if the limit is below 1 or the choice is unknown.
+    """
+    if limit < 1 or choose not in CHOICES:
+        raise OptionError(f"expected a limit of at least 1 and one of {', '.join(CHOICES)}, not {limit} and {choose}")
+    if len(scores) <= limit:
+        return {number for number, _ in scores}
+    if choose == "even":
+        places = (np.arange(limit) * len(scores)) // limit
+        return {scores[place][0] for place in places.tolist()}
+    if choose != "first":
+        sign = 1 if choose == "lowest" else -1
+        scores = sorted(scores, key=lambda pair: float("inf") if pair[1] is None else sign * pair[1])
+    return {number for number, _ in scores[:limit]}
+
+
+def _write_items(
+    file: TextIO,
+    run: RunFolder,
+    chosen: set[int],
+    images: Path | None,
+    on_progress: Callable[[int], None] | None,
+) -> tuple[int, int]:
+    gone = changed = 0
+    read = partial(make_entry, images=images, exif=run.exif, max_pixels=run.max_pixels)
+    for entry in _read_ahead(read, _wanted(run, chosen)):
+        file.write(page_item(entry))
+        gone += not entry.jpeg
+        changed += bool(entry.jpeg) and "note" in entry.card
+        if on_progress:
+            on_progress(len(chosen))
+    return gone, changed
+
+
+def _wanted(run: RunFolder, chosen: set[int]) -> Iterator[Shown]:
+    left = len(chosen)
+    for shown in run if left else ():
+        if shown.number in chosen:
+            yield shown
+            left -= 1
+            if not left:
+                return
+
+
+def _read_ahead(read: Callable[[Shown], Entry], wanted: Iterator[Shown]) -> Iterator[Entry]:
+    """The entries in order, a few of them read ahead in threads."""
+    threads = min(_THREADS, os.cpu_count() or 1)
+    waiting: deque[Future[Entry]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for shown in wanted:
+                waiting.append(pool.submit(read, shown))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

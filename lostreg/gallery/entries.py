@@ -1,0 +1,144 @@
+"""What a page holds of one image: a small JPEG, what is drawn on it, and the maps that its large view needs."""
+
+import base64
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from lostreg.errors import ImageError
+from lostreg.gallery.masks import small_mask
+from lostreg.gallery.run_folder import Shown, clean_scores
+from lostreg.images import SUFFIXES, read_image
+from lostreg.maps import ImageMaps
+from lostreg.predictions import Prediction
+
+SIDE: Final = 480
+QUALITY: Final = 75
+_COCO_DIGITS: Final = 12
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image as the page holds it.
+
+    Attributes:
+        card: what the overview needs, for JSON.
+        maps: what only the large view needs, for JSON.
+        jpeg: the picture; empty where its file cannot be read any more.
+    """
+
+    card: dict[str, Any]
+    maps: dict[str, Any]
+    jpeg: bytes
+
+
+def make_entry(shown: Shown, images: Path | None, *, exif: bool, max_pixels: int) -> Entry:
+    """Read one image's file, if it is still there, and gather what was found in it.
+
+    Args:
+        shown: the image.
+        images: the folder that ids are relative to; None takes the recorded paths.
+        exif: whether the image is turned as its EXIF orientation says, where no maps tell.
+        max_pixels: a file with more pixels is not decoded.
+    """
+    prediction, maps = shown.prediction, shown.maps
+    jpeg, actual, note = b"", None, "no line in the maps file says where the image is"
+    path = find_image(prediction.image_id, maps, images)
+    if path is not None:
+        try:
+            picture = read_image(path, max_side=SIDE, exif=maps.exif if maps else exif, max_pixels=max_pixels)
+            jpeg, actual, note = _encode(picture.pixels), (picture.width, picture.height), ""
+        except ImageError as error:
+            note = str(error).replace(str(path), path.name)
+    width, height = size = _size(prediction) or actual or _reach(prediction)
+    if actual and actual != size:
+        note = f"the file has changed since the run: it was {width}x{height} and is {actual[0]}x{actual[1]}"
+    return Entry(_card(shown, size, note), _maps(prediction, maps), jpeg)
+
+
+def find_image(image_id: str | int, maps: ImageMaps | None, images: Path | None) -> Path | None:
+    """Where an image should be; None where nothing says so.
+
+    Args:
+        image_id: as in the predictions file.
+        maps: its line of the maps file, with the path at the time of the run.
+        images: the folder to look in instead: for the id as a file's name, with a suffix or without, then for the
+            recorded file's name.
+    """
+    if images is None:
+        return Path(maps.path) if maps else None
+    stems = [str(image_id)] + ([f"{image_id:0{_COCO_DIGITS}d}"] if isinstance(image_id, int) else [])
+    names = [str(image_id), *(stem + suffix for stem in stems for suffix in SUFFIXES)]
+    names += [Path(maps.path).name] if maps else []
+    return next((images / name for name in names if _is_file(images / name)), images / str(image_id))
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # names that are too long, or hold a null character
+        return False
+
+
+def _encode(pixels: NDArray[np.uint8]) -> bytes:
+    options = [cv2.IMWRITE_JPEG_QUALITY, QUALITY, cv2.IMWRITE_JPEG_OPTIMIZE, 1]
+    return cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)[1].tobytes()
+
+
+def _card(shown: Shown, size: tuple[int, int], note: str) -> dict[str, Any]:
+    prediction, maps = shown.prediction, shown.maps
+    fields: dict[str, Any] = {
+        "number": shown.number,
+        "name": readable(str(prediction.image_id)),
+        "size": list(size),
+        "boxes": [[round(value, 2) for value in box] for box in prediction.boxes],
+        "scores": clean_scores(prediction),
+        "seeds": _seeds(prediction),
+    }
+    if maps is not None:
+        fields["patch"] = [maps.patch_width, maps.patch_height]
+        fields["truth"] = maps.truth
+        fields["hit"] = shown.hit
+    if note:
+        fields["note"] = readable(note)
+    return fields
+
+
+def _maps(prediction: Prediction, maps: ImageMaps | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if maps is not None:
+        kind = "<u2" if maps.degrees.max(initial=0) < 1 << 16 else "<u4"
+        fields["grid"] = list(maps.degrees.shape)
+        fields["degrees"] = base64.b64encode(maps.degrees.astype(kind).tobytes()).decode("ascii")
+    if isinstance(prediction.masks, list):
+        fields["masks"] = [small_mask(mask) for mask in prediction.masks[: len(prediction.boxes)]]
+    return fields
+
+
+def _seeds(prediction: Prediction) -> list[list[int]]:
+    seeds = prediction.seeds if isinstance(prediction.seeds, list | tuple) else ()
+    return [list(seed) for seed in seeds] if all(_is_pair(seed) for seed in seeds) else []
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(part) is int for part in value)
+
+
+def _size(prediction: Prediction) -> tuple[int, int] | None:
+    width, height = prediction.width, prediction.height
+    return (width, height) if all(type(side) is int and side > 0 for side in (width, height)) else None
+
+
+def _reach(prediction: Prediction) -> tuple[int, int]:
+    """How far the boxes reach, for an image whose size is not known."""
+    right, bottom = np.ceil(np.array(prediction.boxes)[:, 2:].max(axis=0)).clip(1, 1e6).astype(int).tolist()
+    return right, bottom
+
+
+def readable(text: str) -> str:
+    """A text that can be written: a file name that is not UTF-8 has lone surrogates, shown as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

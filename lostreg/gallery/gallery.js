@@ -1,0 +1,349 @@
+"use strict";
+(() => {
+  const SVG = "http://www.w3.org/2000/svg";
+  const COLOURS = [[68, 10, 85], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]];
+  const FIRST_TINT = [31, 224, 122], OTHER_TINT = [77, 181, 255], TINT_ALPHA = 120;
+  const NAMES = new Intl.Collator(undefined, { numeric: true });
+  const byId = (id) => document.getElementById(id);
+
+  const facts = JSON.parse(byId("facts").textContent);
+  const items = Array.from(document.querySelectorAll("script.card-data"), (node) => JSON.parse(node.textContent));
+  const byNumber = new Map(items.map((item) => [item.number, item]));
+  const controls = Object.fromEntries(
+    ["sort", "verdict", "clearness", "least", "find"].map((name) => [name, byId(name)]));
+  let shown = [];
+  let open = null;
+
+  // Small builders
+
+  function element(name, attributes = {}, ...children) {
+    const made = document.createElement(name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.append(...children);
+    return made;
+  }
+
+  function shape(name, attributes = {}, ...children) {
+    const made = document.createElementNS(SVG, name);
+    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+    made.append(...children);
+    return made;
+  }
+
+  function rectangle(box, attributes) {
+    const [x1, y1, x2, y2] = box;
+    const size = { width: Math.max(0, x2 - x1), height: Math.max(0, y2 - y1) };
+    return shape("rect", { x: x1, y: y1, ...size, ...attributes });
+  }
+
+  // What is known of an image, in words
+
+  const counted = (count, name) => `${count} ${name}${count === 1 ? "" : name.endsWith("x") ? "es" : "s"}`;
+  const score = (item) => item.scores[0] ?? null;
+  const hasTruth = (item) => typeof item.hit === "boolean";
+  const verdict = (item) => (item.hit ? "hit" : "miss");
+  const written = (value) => (value === null ? "no score" : value.toFixed(2));
+  const isUnclear = (item) => score(item) !== null && score(item) < Number(controls.least.value);
+
+  function summary(item) {
+    return [item.name, counted(item.boxes.length, "box"), score(item) === null ? "no score" : `score ${written(score(item))}`]
+      .concat(hasTruth(item) ? [verdict(item)] : [], item.note ? [item.note] : []).join(", ");
+  }
+
+  // Pictures: base64 in the page until somebody comes near, then a blob until they leave
+
+  function bytesOf(base64) {
+    const text = atob(base64), bytes = new Uint8Array(text.length);
+    for (let index = 0; index < bytes.length; index += 1) bytes[index] = text.charCodeAt(index);
+    return bytes;
+  }
+
+  function pictureUrl(item) {
+    const text = byId(`jpeg-${item.number}`).textContent;
+    if (!text) return null;
+    return URL.createObjectURL(new Blob([bytesOf(text)], { type: "image/jpeg" }));
+  }
+
+  function picture(item) {
+    const url = pictureUrl(item);
+    if (url === null) return element("span", { class: "lost" }, item.note || "no picture");
+    return element("img", { src: url, alt: summary(item), decoding: "async", draggable: "false" });
+  }
+
+  function release(holder) {
+    for (const image of holder.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+    holder.replaceChildren();
+  }
+
+  // What is drawn over a picture
+
+  function boxShape(item, index, large) {
+    const group = shape("g", index ? {} : { class: "first" });
+    group.append(rectangle(item.boxes[index], { class: "halo" }), rectangle(item.boxes[index], { class: "box" }));
+    if (large) group.append(...numberShapes(item, index));
+    return group;
+  }
+
+  function numberShapes(item, index) {
+    const unit = Math.max(...item.size) / 100, text = String(index + 1);
+    const high = 4 * unit, wide = (1.6 + 2 * text.length) * unit;
+    const x = Math.max(0, Math.min(item.boxes[index][0], item.size[0] - wide));
+    const y = Math.max(0, Math.min(item.boxes[index][1], item.size[1] - high));
+    return [
+      shape("rect", { class: "label", x, y, width: wide, height: high }),
+      shape("text", { x: x + wide / 2, y: y + 3.1 * unit, "font-size": 3.2 * unit, "text-anchor": "middle" }, text),
+    ];
+  }
+
+  function overlay(item, large) {
+    const [width, height] = item.size;
+    const top = shape("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
+    if (large && item.truth) {
+      top.append(shape("g", { class: "truth" }, ...item.truth.map((box) => rectangle(box, {}))));
+    }
+    const order = item.boxes.map((_, index) => index).reverse();
+    top.append(shape("g", { class: "boxes" }, ...order.map((index) => boxShape(item, index, large))));
+    if (large && item.patch) top.append(shape("g", { class: "seeds" }, ...item.seeds.map((at) => seedShape(item, at))));
+    return top;
+  }
+
+  function seedShape(item, [row, column]) {
+    const [wide, high] = item.patch, [width, height] = item.size;
+    const right = Math.min(width, (column + 1) * wide), bottom = Math.min(height, (row + 1) * high);
+    return rectangle([column * wide, row * high, right, bottom], {});
+  }
+
+  // The grid
+
+  const cards = new Map(items.map((item) => [item, makeCard(item)]));
+
+  function makeCard(item) {
+    const about = element("span", { class: "about" }, element("bdi", { title: item.name }, item.name));
+    if (hasTruth(item)) about.append(element("span", { class: verdict(item) }, verdict(item)));
+    if (item.boxes.length > 1) about.append(element("small", {}, `${item.boxes.length} boxes`));
+    about.append(element("b", {}, written(score(item))));
+    const thumb = element("span", { class: "thumb" });
+    const button = element("button", { type: "button", class: "card", "aria-label": summary(item) }, thumb, about);
+    button.addEventListener("click", () => show(item));
+    const card = element("li", { "data-number": item.number }, button);
+    card.item = item;
+    return card;
+  }
+
+  const near = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
+      const thumb = target.querySelector(".thumb");
+      if (isIntersecting === thumb.hasChildNodes()) continue;
+      if (isIntersecting) thumb.append(picture(target.item), overlay(target.item, false));
+      else release(thumb);
+    }
+  }, { rootMargin: "700px 0px" });
+
+  const ORDERS = {
+    run: (a, b) => a.number - b.number,
+    name: (a, b) => NAMES.compare(a.name, b.name) || a.number - b.number,
+    high: (a, b) => (score(b) ?? -1) - (score(a) ?? -1) || a.number - b.number,
+    low: (a, b) => (score(a) ?? 2) - (score(b) ?? 2) || a.number - b.number,
+  };
+
+  function fits(item) {
+    const wanted = controls.verdict.value, clearness = controls.clearness.value;
+    if (wanted !== "all" && !(hasTruth(item) && verdict(item) === wanted)) return false;
+    if (clearness !== "any" && isUnclear(item) !== (clearness === "unclear")) return false;
+    return item.name.toLowerCase().includes(controls.find.value.trim().toLowerCase());
+  }
+
+  function arrange() {
+    shown = items.filter(fits).sort(ORDERS[controls.sort.value]);
+    byId("least-shown").textContent = Number(controls.least.value).toFixed(2);
+    for (const item of items) cards.get(item).classList.toggle("unclear", isUnclear(item));
+    byId("grid").replaceChildren(...shown.map((item) => cards.get(item)));
+    byId("none").hidden = shown.length > 0 || !items.length;
+    byId("count").textContent = shown.length === items.length
+      ? counted(items.length, "image") : `${shown.length} of ${counted(items.length, "image")}`;
+  }
+
+  // The large view
+
+  const view = byId("view");
+  const photo = byId("photo").firstElementChild, degrees = byId("degrees").firstElementChild;
+
+  function show(item) {
+    open = item;
+    const maps = JSON.parse(byId(`maps-${item.number}`).textContent);
+    describe(item);
+    for (const panel of [photo, degrees]) {
+      release(panel);
+      panel.style.setProperty("--ratio", item.size[0] / item.size[1]);
+    }
+    photo.append(picture(item), ...maskCanvases(maps.masks ?? []), overlay(item, true));
+    byId("degrees").hidden = !maps.degrees;
+    if (maps.degrees) drawDegrees(item, maps);
+    offer({ truth: hasTruth(item), seeds: Boolean(item.patch), masks: Boolean(maps.masks), degrees: Boolean(maps.degrees) });
+    fillTable(item);
+    history.replaceState(null, "", `#${item.number}`);
+    if (!view.open) view.showModal();
+    view.scrollTop = 0;
+  }
+
+  function describe(item) {
+    byId("view-name").replaceChildren(element("bdi", {}, item.name));
+    if (hasTruth(item)) byId("view-name").append(" ", element("span", { class: verdict(item) }, verdict(item)));
+    if (isUnclear(item)) byId("view-name").append(" ", element("small", {}, "no clear object"));
+    const place = shown.indexOf(item);
+    byId("view-place").textContent = place < 0 ? "" : `${place + 1} of ${shown.length}`;
+    byId("view-note").hidden = !item.note;
+    byId("view-note").textContent = item.note ?? "";
+  }
+
+  function offer(there) {
+    for (const label of document.querySelectorAll(".layers label")) {
+      label.hidden = there[label.dataset.layer] === false;
+    }
+  }
+
+  function maskCanvases(masks) {
+    const made = [];
+    masks.forEach((mask, index) => {
+      if (mask) made.unshift(maskCanvas(mask, index ? OTHER_TINT : FIRST_TINT));
+    });
+    return made;
+  }
+
+  function maskCanvas({ size: [height, width], runs }, tint) {
+    const canvas = element("canvas", { class: "mask", width, height, "aria-hidden": "true" });
+    const context = canvas.getContext("2d"), image = context.createImageData(width, height);
+    let place = 0;
+    runs.forEach((length, index) => {
+      for (const end = place + length; place < end; place += 1) {
+        if (index % 2) image.data.set([...tint, TINT_ALPHA], 4 * ((place % height) * width + Math.floor(place / height)));
+      }
+    });
+    context.putImageData(image, 0, 0);
+    return canvas;
+  }
+
+  function readDegrees({ grid: [rows, columns], degrees: text }) {
+    const bytes = bytesOf(text);
+    const wide = bytes.length / (rows * columns), data = new DataView(bytes.buffer);
+    return Array.from({ length: rows * columns }, (_, index) =>
+      wide === 2 ? data.getUint16(2 * index, true) : data.getUint32(4 * index, true));
+  }
+
+  function colour(share) {
+    const place = share * (COLOURS.length - 1), low = Math.min(Math.floor(place), COLOURS.length - 2);
+    return COLOURS[low].map((value, index) => value + (COLOURS[low + 1][index] - value) * (place - low));
+  }
+
+  function drawDegrees(item, maps) {
+    const [rows, columns] = maps.grid, values = readDegrees(maps);
+    const lowest = values.reduce((a, b) => Math.min(a, b)), highest = values.reduce((a, b) => Math.max(a, b));
+    const label = `Degree map of ${item.name}: ${rows} by ${columns} patches, from ${lowest} to ${highest}`;
+    const canvas = element("canvas", { class: "map", width: columns, height: rows, role: "img", "aria-label": label });
+    const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
+    const span = Math.max(1, highest - lowest);
+    values.forEach((value, index) => image.data.set([...colour((value - lowest) / span), 255], 4 * index));
+    context.putImageData(image, 0, 0);
+    canvas.style.width = `${(100 * columns * item.patch[0]) / item.size[0]}%`;
+    canvas.style.height = `${(100 * rows * item.patch[1]) / item.size[1]}%`;
+    degrees.append(canvas, overlay(item, true));
+    byId("lowest").textContent = `degree ${lowest}`;
+    byId("highest").textContent = `${highest} of ${values.length - 1}`;
+    byId("under").textContent = "";
+    degrees.onpointermove = (event) => {
+      const frame = canvas.getBoundingClientRect();
+      const column = Math.floor(((event.clientX - frame.left) / frame.width) * columns);
+      const row = Math.floor(((event.clientY - frame.top) / frame.height) * rows);
+      const value = column >= 0 && column < columns ? values[row * columns + column] : undefined;
+      byId("under").textContent = value === undefined ? "" : `row ${row}, column ${column}: ${value}`;
+    };
+    degrees.onpointerleave = () => { byId("under").textContent = ""; };
+  }
+
+  const area = ([x1, y1, x2, y2]) => Math.max(0, x2 - x1) * Math.max(0, y2 - y1);
+
+  function overlap(a, b) {
+    const common = area([Math.max(a[0], b[0]), Math.max(a[1], b[1]), Math.min(a[2], b[2]), Math.min(a[3], b[3])]);
+    const union = area(a) + area(b) - common;
+    return union > 0 ? common / union : 0;
+  }
+
+  function fillTable(item) {
+    for (const cell of byId("boxes").querySelectorAll(".judged")) cell.hidden = !item.truth;
+    byId("boxes").tBodies[0].replaceChildren(...item.boxes.map((box, index) => {
+      const share = (100 * area(box)) / (item.size[0] * item.size[1]);
+      const row = element("tr", {}, element("th", { scope: "row" }, element("i", { class: "key" }), String(index + 1)));
+      const cells = [written(item.scores[index]), box.map((value) => Math.round(value)).join(", "), `${share.toFixed(0)} %`];
+      if (item.truth) cells.push(item.truth.reduce((best, one) => Math.max(best, overlap(box, one)), 0).toFixed(2));
+      row.append(...cells.map((text) => element("td", {}, text)));
+      return row;
+    }));
+  }
+
+  function step(by) {
+    if (!shown.length) return;
+    const place = shown.indexOf(open);
+    show(shown[place < 0 ? 0 : (place + by + shown.length) % shown.length]);
+  }
+
+  function showFromAddress() {
+    const item = byNumber.get(Number(location.hash.slice(1)));
+    if (item && item !== open) show(item);
+    else if (!item && view.open) view.close();
+  }
+
+  // Events
+
+  byId("bar").addEventListener("submit", (event) => event.preventDefault());
+  byId("bar").addEventListener("input", arrange);
+  byId("reset").addEventListener("click", () => {
+    controls.verdict.value = "all";
+    controls.clearness.value = "any";
+    controls.find.value = "";
+    arrange();
+  });
+  byId("previous").addEventListener("click", () => step(-1));
+  byId("next").addEventListener("click", () => step(1));
+  byId("close").addEventListener("click", () => view.close());
+  view.addEventListener("click", (event) => {
+    const { left, right, top, bottom } = view.getBoundingClientRect(), { clientX: x, clientY: y } = event;
+    if (event.target === view && (x < left || x > right || y < top || y > bottom)) view.close();
+  });
+  view.addEventListener("keydown", (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (by) {
+      event.preventDefault();
+      step(by);
+    }
+  });
+  view.addEventListener("close", () => {
+    const card = cards.get(open);
+    open = null;
+    for (const panel of [photo, degrees]) release(panel);
+    history.replaceState(null, "", location.pathname + location.search);
+    if (card?.isConnected) {
+      card.scrollIntoView({ block: "nearest" });
+      card.firstElementChild.focus({ preventScroll: true });
+    }
+  });
+  for (const label of document.querySelectorAll(".layers label")) {
+    label.addEventListener("change", (event) => {
+      view.classList.toggle(`without-${label.dataset.layer}`, !event.target.checked);
+    });
+  }
+  window.addEventListener("hashchange", showFromAddress);
+
+  // Beginning
+
+  byId("judged").hidden = !items.some(hasTruth);
+  const told = [];
+  if (facts.gone) told.push(`${facts.gone} of ${items.length} image files could not be read any more.`);
+  if (facts.changed) told.push(`${facts.changed} of ${items.length} image files have changed since the run.`);
+  byId("gone").hidden = !told.length;
+  byId("gone").textContent = told.join(" ");
+  controls.sort.value = facts.sort;
+  arrange();
+  for (const card of cards.values()) near.observe(card);
+  showFromAddress();
+})();

@@ -1,0 +1,294 @@
+"""Each format, read back by someone else's reader: nothing is lost but what the format has no place for."""
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from exporting import BROKEN, HEIGHT, NAMES, WIDTH, collect, collection_of, line, write_run
+from hypothesis import given
+from hypothesis import strategies as st
+from pycocotools import mask as coco_masks
+from pycocotools.coco import COCO
+
+from lostreg.datasets.voc import load_voc
+from lostreg.exports.coco import as_coco
+from lostreg.exports.csv_table import COLUMNS, as_csv
+from lostreg.exports.items import Collection
+from lostreg.exports.labelstudio import as_tasks, labelling_config
+from lostreg.exports.voc import whole_corners, write_voc
+from lostreg.exports.writing import as_text, write_whole
+from lostreg.exports.yolo import choose_val, write_yolo
+
+BOXES = [[6, 4, 30.5, 28.125], [0, 0, WIDTH, HEIGHT]]
+UNUSUAL = st.text(st.characters(exclude_categories=()), min_size=1, max_size=12)
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> Collection:
+    return collect(write_run(tmp_path) / "predictions.jsonl")
+
+
+def masks() -> list[dict[str, Any]]:
+    """A mask for each box, as a predictions file has them."""
+    pixels = np.zeros((HEIGHT, WIDTH, 2), np.uint8, order="F")
+    pixels[4:28, 6:30, 0] = 1
+    pixels[::2, :, 1] = 1  # many parts
+    return [{**rle, "counts": rle["counts"].decode()} for rle in coco_masks.encode(pixels)]
+
+
+# COCO
+
+
+def test_pycocotools_reads_boxes_scores_and_masks_as_they_were(tmp_path: Path) -> None:
+    found = collection_of(tmp_path, line("a.jpg", masks=masks()), line("b.jpg"))
+    write_whole(tmp_path / "coco.json", as_text(as_coco(found, "thing")))
+    coco = COCO(tmp_path / "coco.json")
+    assert coco.getImgIds() == [1, 2]
+    assert coco.loadCats(coco.getCatIds())[0]["name"] == "thing"
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=[1]))
+    assert [[x, y, x + w, y + h] for x, y, w, h in (one["bbox"] for one in annotations)] == BOXES
+    assert [one["score"] for one in annotations] == [0.75, 0.125]
+    for annotation, mask in zip(annotations, masks(), strict=True):
+        assert np.array_equal(coco.annToMask(annotation), coco_masks.decode(mask))
+        assert annotation["area"] == coco_masks.area(mask)
+    assert len(coco.loadRes(coco.dataset["annotations"]).anns) == 4
+
+
+def test_supervision_reads_the_coco_file_of_a_run(tmp_path: Path, collection: Collection) -> None:
+    supervision = pytest.importorskip("supervision")
+    write_whole(tmp_path / "coco.json", as_text(as_coco(collection)))
+    read = supervision.DetectionDataset.from_coco(str(tmp_path / "photos"), str(tmp_path / "coco.json"))
+    assert {Path(path).relative_to(tmp_path / "photos").as_posix() for path in read.image_paths} == set(NAMES)
+    assert all(np.array_equal(found.xyxy, BOXES) for found in read.annotations.values())
+
+
+def test_supervision_reads_masks_of_several_parts(tmp_path: Path) -> None:
+    supervision = pytest.importorskip("supervision")
+    found = collection_of(tmp_path, line("a.jpg", masks=masks()))
+    write_whole(tmp_path / "coco.json", as_text(as_coco(found)))
+    read = supervision.DetectionDataset.from_coco(str(tmp_path), str(tmp_path / "coco.json"))
+    (detections,) = read.annotations.values()
+    assert np.array_equal(detections.mask, np.stack([coco_masks.decode(mask) for mask in masks()]).astype(bool))
+
+
+def test_whole_numbers_stay_the_ids_of_images(tmp_path: Path) -> None:
+    found = as_coco(collection_of(tmp_path, line(139), line(25)))
+    assert [image["id"] for image in found["images"]] == [139, 25]
+    assert [one["image_id"] for one in found["annotations"]] == [139, 139, 25, 25]
+    mixed = as_coco(collection_of(tmp_path, line(139), line("a.jpg")))
+    assert [image["id"] for image in mixed["images"]] == [1, 2]
+
+
+# VOC
+
+
+def test_our_own_reader_and_supervision_read_voc(tmp_path: Path, collection: Collection) -> None:
+    write_voc(tmp_path / "voc", collection, label="thing <&>")
+    benchmark = load_voc(tmp_path / "voc")
+    assert len(benchmark) == len(NAMES)
+    assert all(np.array_equal(example.boxes, [[6, 4, 31, 28], BOXES[1]]) for example in benchmark.examples)
+    assert all(example.path.is_file() for example in benchmark.examples)
+    supervision = pytest.importorskip("supervision")
+    folders = [str(tmp_path / "voc" / folder) for folder in ("JPEGImages", "Annotations")]
+    read = supervision.DetectionDataset.from_pascal_voc(*folders)
+    assert read.classes == ["thing <&>"]
+    assert len(read) == len(NAMES)
+    assert all(np.array_equal(found.xyxy, [[6, 4, 31, 28], BOXES[1]]) for found in read.annotations.values())
+
+
+def test_stems_of_voc_stay_what_they_are(tmp_path: Path) -> None:
+    write_voc(tmp_path / "voc", collection_of(tmp_path, line("000005")), placing="none")
+    assert [example.image_id for example in load_voc(tmp_path / "voc").examples] == ["000005"]
+
+
+@given(
+    edges=st.tuples(*[st.floats(0, 1) for _ in range(4)]), width=st.integers(1, 10_000), height=st.integers(1, 10_000)
+)
+def test_whole_corners_lie_within_the_image_and_half_a_pixel_off(
+    edges: tuple[float, ...], width: int, height: int
+) -> None:
+    x1, x2 = sorted((edges[0] * width, edges[2] * width))
+    y1, y2 = sorted((edges[1] * height, edges[3] * height))
+    xmin, ymin, xmax, ymax = whole_corners((x1, y1, x2, y2), width, height)
+    assert 1 <= xmin <= xmax <= width
+    assert 1 <= ymin <= ymax <= height
+    # 0.5 pixels off at most, or 1 where the box would vanish.
+    for edge, whole, other in ((x1, xmin - 1, x2), (x2, xmax, x1), (y1, ymin - 1, y2), (y2, ymax, y1)):
+        assert abs(edge - whole) <= (0.5 if abs(edge - other) > 1 else 1)
+
+
+# YOLO
+
+
+def rows(label: Path, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """Boxes of a label file, in pixels."""
+    numbers = np.loadtxt(label, ndmin=2)[:, 1:]
+    centre, size = numbers[:, :2], numbers[:, 2:]
+    return np.hstack([centre - size / 2, centre + size / 2]) * [width, height, width, height]
+
+
+def test_every_image_has_its_label_where_ultralytics_looks(tmp_path: Path, collection: Collection) -> None:
+    write_yolo(tmp_path / "images" / "yolo", collection)
+    images = [path for path in (tmp_path / "images/yolo/images").rglob("*") if path.is_file()]
+    assert len(images) == len(NAMES)
+    labels = set()
+    for image in images:
+        # The last folder called images becomes labels; what follows the last dot becomes txt.
+        label = Path("/labels/".join(str(image).rsplit("/images/", 1)).rsplit(".", 1)[0] + ".txt")
+        assert np.abs(rows(label) - BOXES).max() < 1e-4
+        assert not any(part.startswith(".") for part in image.relative_to(tmp_path).parts)
+        assert cv2.imread(str(image)) is not None
+        labels.add(label)
+    assert len(labels) == len(NAMES)
+
+
+def test_labels_belong_to_their_images(tmp_path: Path) -> None:
+    run = write_run(tmp_path, ["a.jpg", "a.png", "b/a.jpg"])
+    found = collect(run / "predictions.jsonl")
+    write_yolo(tmp_path / "yolo", found, val_share=0)
+    for name, source in (("a.jpg", "a.jpg"), ("a-2.png", "a.png"), ("b/a.jpg", "b/a.jpg")):
+        copied = tmp_path / "yolo/images/train" / name
+        assert copied.read_bytes() == (tmp_path / "photos" / source).read_bytes()
+
+
+def test_supervision_reads_yolo(tmp_path: Path, collection: Collection) -> None:
+    supervision = pytest.importorskip("supervision")
+    write_yolo(tmp_path / "yolo", collection, label="no", val_share=0)
+    read = supervision.DetectionDataset.from_yolo(
+        str(tmp_path / "yolo/images/train"), str(tmp_path / "yolo/labels/train"), str(tmp_path / "yolo/data.yaml")
+    )
+    assert read.classes == ["no"]
+    assert len(read) == sum("/" not in name for name in NAMES)  # it looks into no folder below
+    assert all(np.abs(found.xyxy - BOXES).max() < 1e-3 for found in read.annotations.values())
+
+
+@pytest.mark.parametrize("label", ["object", "no", "a: b # c", '"', "Tür", "1"])
+def test_the_data_file_is_yaml_with_the_label_as_text(tmp_path: Path, label: str) -> None:
+    found = collection_of(tmp_path, line("a.jpg"), line("b.jpg"))
+    write_yolo(tmp_path / "yolo", found, label=label, placing="none")
+    data = yaml.safe_load((tmp_path / "yolo/data.yaml").read_text(encoding="utf-8"))
+    assert data == {"train": "images/train", "val": "images/val", "names": {0: label}}
+
+
+def test_without_images_to_validate_with_those_to_train_with_do_both(tmp_path: Path) -> None:
+    write_yolo(tmp_path / "yolo", collection_of(tmp_path, line("a.jpg")), placing="none")
+    assert yaml.safe_load((tmp_path / "yolo/data.yaml").read_text())["val"] == "images/train"
+
+
+@given(ids=st.lists(UNUSUAL, unique=True, min_size=2, max_size=30), share=st.floats(0.01, 0.99))
+def test_both_parts_of_a_split_have_images(ids: list[str], share: float) -> None:
+    assert 0 < len(choose_val(ids, share)) < len(ids)
+
+
+def test_a_split_stays_when_images_are_added() -> None:
+    ids = [f"{number}.jpg" for number in range(1000)]
+    small, large = choose_val(ids[:500], 0.2), choose_val(ids, 0.2)
+    assert small == {index for index in large if index < 500}
+    assert 150 < len(large) < 250
+    assert choose_val(ids, 0) == set()
+
+
+# CSV
+
+
+def parse(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def test_a_table_has_a_row_for_each_box_and_one_for_each_image_without(tmp_path: Path) -> None:
+    found = collection_of(
+        tmp_path,
+        line("a.jpg"),
+        line("b.jpg", scores=[0, 0]),
+        {"image_id": "c.jpg", "boxes": [], "error": "=c.jpg: gone"},
+        min_score=0.1,
+        sized=False,
+    )
+    table = parse(as_csv(found))
+    assert tuple(table[0]) == COLUMNS
+    assert [[float(row[key]) for key in ("x1", "y1", "x2", "y2")] for row in table[:2]] == BOXES
+    assert [table[0][key] for key in ("width", "height", "score", "seed_row", "seed_col")] == [
+        "60",
+        "40",
+        "0.75",
+        "1",
+        "2",
+    ]
+    assert [row["image_id"] for row in table] == ["a.jpg", "a.jpg", "b.jpg", "c.jpg"]
+    assert table[2]["x1"] == table[2]["error"] == ""
+    assert table[3]["error"] == "'=c.jpg: gone"
+
+
+@given(image_id=UNUSUAL)
+def test_no_cell_is_a_formula_and_ids_come_back(image_id: str) -> None:
+    prediction = {"image_id": image_id, "boxes": [], "error": "gone"}
+    found = Collection((), tuple(_predictions(prediction)))
+    text = as_csv(found)
+    cell = parse(text)[0]["image_id"]
+    assert not cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert cell.removeprefix("'") == image_id.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _predictions(fields: dict[str, Any]) -> list[Any]:
+    from lostreg.predictions import Prediction
+
+    return [Prediction(**fields)]
+
+
+# Label Studio
+
+
+def test_tasks_hold_boxes_in_percent_and_point_at_their_images(tmp_path: Path, collection: Collection) -> None:
+    tasks = json.loads(as_text(as_tasks(collection)))
+    for task, name in zip(tasks, NAMES, strict=True):
+        prefix, path = task["data"]["image"].split("?d=")
+        assert prefix == "/data/local-files/"
+        assert unquote(path, errors="surrogateescape") == name
+        (prediction,) = task["predictions"]
+        assert prediction["score"] == 0.75
+        assert len({region["id"] for region in prediction["result"]}) == 2
+        for region, box in zip(prediction["result"], BOXES, strict=True):
+            assert (region["type"], region["from_name"], region["to_name"]) == ("rectanglelabels", "label", "image")
+            assert (region["original_width"], region["original_height"]) == (WIDTH, HEIGHT)
+            assert region["value"]["rectanglelabels"] == ["object"]
+            x, y, wide, high = (region["value"][key] for key in ("x", "y", "width", "height"))
+            corners = np.array([x, y, x + wide, y + high]) / 100 * [WIDTH, HEIGHT, WIDTH, HEIGHT]
+            assert corners == pytest.approx(box)
+
+
+def test_the_configuration_names_what_the_tasks_use(tmp_path: Path) -> None:
+    from xml.etree import ElementTree
+
+    config = ElementTree.fromstring(labelling_config('a "b" <&>'))
+    (task,) = as_tasks(collection_of(tmp_path, line()), 'a "b" <&>', "https://example.org/")
+    region = task["predictions"][0]["result"][0]
+    image, rectangles = config.find("Image"), config.find("RectangleLabels")
+    assert image is not None
+    assert rectangles is not None
+    assert task["data"][str(image.get("value")).removeprefix("$")] == "https://example.org/a.jpg"
+    assert (rectangles.get("name"), rectangles.get("toName")) == (region["from_name"], region["to_name"])
+    assert [one.get("value") for one in rectangles] == region["value"]["rectanglelabels"]
+
+
+@pytest.mark.parametrize("image_id", [BROKEN, "a\nb.jpg", "a\x01.jpg", "\ufffe.jpg", "x" * 300 + ".jpg", "]]>.jpg"])
+def test_no_name_is_too_strange_for_any_format(tmp_path: Path, image_id: str) -> None:
+    found = collection_of(tmp_path, line(image_id))
+    write_voc(tmp_path / "voc", found, placing="none")
+    write_yolo(tmp_path / "yolo", found, placing="none")
+    assert len(load_voc(tmp_path / "voc")) == 1
+    assert len(list((tmp_path / "yolo/labels").rglob("*.txt"))) == 1
+    for number, text in enumerate((as_text(as_coco(found)), as_text(as_tasks(found)), as_csv(found))):
+        write_whole(tmp_path / f"{number}.txt", text)
+        assert (tmp_path / f"{number}.txt").stat().st_size > 100
+    assert json.loads(as_text(as_coco(found)))["images"][0]["file_name"] == image_id
+    assert os.fsencode(unquote(as_tasks(found)[0]["data"]["image"], errors="surrogateescape")).endswith(
+        os.fsencode(image_id)
+    )

@@ -1,0 +1,338 @@
+"""The page in a browser."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import console_errors, needs_browser, open_browser
+from fabricate_run import GRID, HEIGHT, PATCH, TRUTH, WIDTH, write_run
+from pycocotools import mask as coco
+
+from lostreg.gallery.build import write_gallery
+from lostreg.gallery.run_folder import RunFolder
+
+pytestmark = needs_browser
+
+COUNT = 12
+NASTY = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\"> \udce9.jpg"
+SEVERAL = {
+    "boxes": [[40, 20, 92, 88], [5, 5, 30, 40], [100, 70, 149, 109]],
+    "scores": [0.6, 0.3, 0.1],
+    "seeds": [[2, 4], [1, 0], [7, 10]],
+}
+
+
+def mask_of(columns: slice) -> dict[str, Any]:
+    pixels = np.zeros((HEIGHT, WIDTH), np.uint8, order="F")
+    pixels[20:80, columns] = 1
+    found = coco.encode(pixels)
+    return {"size": list(found["size"]), "counts": found["counts"].decode()}
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    driver = open_browser(tmp_path_factory.mktemp("browser"))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run with ground truth: even numbers are hits; masks on the second image, three boxes on the third."""
+    place = tmp_path_factory.mktemp("judged")
+    names = [f"trip {number % 3}/{number}.jpg" for number in range(COUNT)]
+    names[5] = NASTY
+    changes = {1: {"masks": [mask_of(slice(30, 90))]}, 2: SEVERAL}
+    run = write_run(place / "run", names, truth=TRUTH, changes=changes)
+    (place / "photos/im0011.jpg").unlink()
+    return write(run)
+
+
+def write(run: Path) -> str:
+    write_gallery(RunFolder(run), run / "report.html")
+    return (run / "report.html").as_uri()
+
+
+@pytest.fixture
+def page(driver: Any, address: str) -> Iterator[Any]:
+    """The page as it opens; a test that leaves errors in the console fails."""
+    driver.get("about:blank")
+    driver.get(address)
+    yield driver
+    assert console_errors(driver) == []
+
+
+def find(driver: Any, selector: str) -> list[Any]:
+    found: list[Any] = driver.find_elements("css selector", selector)
+    return found
+
+
+def numbers(driver: Any) -> list[int]:
+    """What the grid shows, in order."""
+    script = "return [...document.querySelectorAll('#grid li')].map((card) => Number(card.dataset.number))"
+    found: list[int] = driver.execute_script(script)
+    return found
+
+
+def choose(driver: Any, name: str, value: str) -> None:
+    """As a person would, with the events that a browser sends."""
+    script = (
+        "const control = document.getElementById(arguments[0]); control.value = arguments[1];"
+        "control.dispatchEvent(new Event('input', { bubbles: true }))"
+    )
+    driver.execute_script(script, name, value)
+
+
+def press(driver: Any, key: str) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    ActionChains(driver).send_keys(getattr(Keys, key)).perform()
+
+
+def until(driver: Any, script: str) -> Any:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(driver, 60).until(lambda _: driver.execute_script(f"return {script}"))
+
+
+def is_open(driver: Any) -> bool:
+    return bool(driver.execute_script("return document.getElementById('view').open"))
+
+
+def attributes(elements: list[Any], *names: str) -> list[list[float]]:
+    return [[float(element.get_attribute(name)) for name in names] for element in elements]
+
+
+def test_the_page_opens_with_every_image(page: Any) -> None:
+    assert numbers(page) == list(range(1, COUNT + 1))
+    assert page.title == "run - lostreg report"
+    until(
+        page, "[...document.querySelectorAll('#grid img')].filter((image) => image.naturalWidth === 150).length === 11"
+    )
+    assert find(page, "#count")[0].text == "12 images"
+    assert attributes(find(page, "#grid li:nth-child(1) .box"), "x", "y", "width", "height") == [[40, 20, 52, 68]]
+    assert len(find(page, "#grid li:nth-child(3) .box")) == 3
+    assert "im0011.jpg: no such file" in find(page, "#grid li:last-child")[0].text
+    assert find(page, "#gone")[0].text == "1 of 12 image files could not be read any more."
+    texts = [image.get_attribute("alt") for image in find(page, "#grid img")]
+    assert texts[0] == "trip 0/0.jpg, 1 box, score 0.00, hit"
+    assert texts[2] == "trip 2/2.jpg, 3 boxes, score 0.60, hit"
+
+
+def test_names_are_text(page: Any) -> None:
+    shown = NASTY.encode("utf-8", "backslashreplace").decode()
+    assert find(page, "#grid li:nth-child(6) bdi")[0].get_attribute("textContent") == shown
+    find(page, "#grid li:nth-child(6) .card")[0].click()
+    assert find(page, "#view-name bdi")[0].get_attribute("textContent") == shown
+    assert page.title == "run - lostreg report"
+
+
+def test_images_are_sorted(page: Any) -> None:
+    scores = {number + 1: (number * 37 % 101) / 100 for number in range(COUNT)} | {3: 0.6}
+    for order, expected in (
+        ("high", sorted(scores, key=lambda number: -scores[number])),
+        ("low", sorted(scores, key=lambda number: scores[number])),
+        ("run", sorted(scores)),
+    ):
+        choose(page, "sort", order)
+        assert numbers(page) == expected
+    choose(page, "sort", "name")
+    names = [name.get_attribute("textContent") for name in find(page, "#grid bdi") if "script" not in name.text]
+    assert [name for name in names if name.startswith("trip")] == [
+        f"trip {trip}/{number}.jpg"
+        for trip in range(3)
+        for number in range(COUNT)
+        if number % 3 == trip and number != 5
+    ]
+
+
+def test_images_are_filtered(page: Any) -> None:
+    choose(page, "verdict", "hit")
+    assert numbers(page) == [1, 3, 5, 7, 9, 11]
+    choose(page, "verdict", "miss")
+    assert numbers(page) == [2, 4, 6, 8, 10, 12]
+    choose(page, "clearness", "unclear")
+    assert numbers(page) == [4, 12]  # scores 0.10 and 0.03
+    choose(page, "least", "0.4")
+    assert numbers(page) == [2, 4, 10, 12]  # 0.37 and 0.30 too
+    assert find(page, "#least-shown")[0].text == "0.40"
+    choose(page, "clearness", "clear")
+    assert numbers(page) == [6, 8]
+    choose(page, "clearness", "any")
+    choose(page, "verdict", "all")
+    choose(page, "find", "TRIP 1/")
+    assert numbers(page) == [2, 5, 8, 11]
+    assert find(page, "#count")[0].text == "4 of 12 images"
+    choose(page, "find", "nowhere")
+    assert numbers(page) == []
+    find(page, "#reset")[0].click()
+    assert numbers(page) == list(range(1, COUNT + 1))
+
+
+def test_a_click_opens_the_large_view(page: Any) -> None:
+    find(page, "#grid li:nth-child(3) .card")[0].click()
+    assert is_open(page)
+    assert page.current_url.endswith("#3")
+    assert find(page, "#view-name")[0].text.split() == ["trip", "2/2.jpg", "hit"]
+    boxes = attributes(find(page, "#photo .box"), "x", "y", "width", "height")
+    assert boxes == [[x, y, right - x, bottom - y] for x, y, right, bottom in reversed(SEVERAL["boxes"])]
+    assert attributes(find(page, "#photo .first .box"), "x", "y") == [[40, 20]]
+    assert [text.get_attribute("textContent") for text in find(page, "#photo text")] == ["3", "2", "1"]
+    truth = attributes(find(page, "#photo .truth rect"), "x", "y", "width", "height")
+    assert truth == [[40, 20, 50, 70]]
+    seeds = attributes(find(page, "#photo .seeds rect"), "x", "y", "width", "height")
+    right = 10 * PATCH
+    assert seeds == [[56, 28, 14, 14], [0, 14, 14, 14], [right, 98, WIDTH - right, HEIGHT - 98]]
+    until(page, "document.querySelector('#photo img').naturalWidth === 150")
+    rows = [row.text for row in find(page, "#boxes tbody tr")]
+    assert rows[0].split() == ["1", "0.60", "40,", "20,", "92,", "88", "21", "%", f"{3400 / 3636:.2f}"]
+    assert len(rows) == 3
+
+
+def test_the_degree_map_lies_over_its_patches(page: Any) -> None:
+    find(page, "#grid li:nth-child(1) .card")[0].click()
+    script = (
+        "const canvas = document.querySelector('#degrees canvas');"
+        "const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;"
+        "const frame = document.querySelector('#degrees .panel').getBoundingClientRect();"
+        "const own = canvas.getBoundingClientRect();"
+        "return [canvas.width, canvas.height, [...data], own.width / frame.width, own.height / frame.height]"
+    )
+    width, height, data, wide, high = page.execute_script(script)
+    assert (height, width) == GRID
+    pixels = np.array(data).reshape(height * width, 4)
+    assert pixels[0].tolist() == [68, 10, 85, 255]
+    assert pixels[-1].tolist() == [253, 231, 37, 255]
+    brightness = pixels[:, :3] @ [0.299, 0.587, 0.114]
+    assert (np.diff(brightness) > 0).mean() > 0.95  # degrees rise from patch to patch
+    assert wide == pytest.approx(GRID[1] * PATCH / WIDTH, abs=0.01)
+    assert high == pytest.approx(GRID[0] * PATCH / HEIGHT, abs=0.01)
+    assert find(page, "#lowest")[0].text == "degree 0"
+    assert find(page, "#highest")[0].text == "87 of 87"
+    assert len(find(page, "#degrees .seeds rect")) == 1
+
+
+def test_a_mask_is_laid_over_the_picture(page: Any) -> None:
+    find(page, "#grid li:nth-child(2) .card")[0].click()
+    script = (
+        "const canvas = document.querySelector('#photo canvas.mask');"
+        "const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;"
+        "return [canvas.width, canvas.height, [...data].filter((_, index) => index % 4 === 3)]"
+    )
+    width, height, alpha = page.execute_script(script)
+    expected = np.zeros((HEIGHT, WIDTH), bool)
+    expected[20:80, 30:90] = True
+    assert np.array_equal(np.array(alpha).reshape(height, width) > 0, expected)
+
+
+def test_layers_are_turned_off_and_stay_off(page: Any) -> None:
+    find(page, "#grid li:nth-child(2) .card")[0].click()
+    layers = {label.get_attribute("data-layer"): label for label in find(page, ".layers label")}
+    drawn = {
+        "boxes": "#photo .boxes .box",
+        "truth": "#photo .truth rect",
+        "seeds": "#photo .seeds rect",
+        "masks": "#photo canvas.mask",
+        "degrees": "#degrees canvas",
+    }
+    assert layers.keys() == drawn.keys()
+    for layer, selector in drawn.items():
+        assert find(page, selector)[0].is_displayed(), layer
+        layers[layer].click()
+        assert not find(page, selector)[0].is_displayed(), layer
+    press(page, "ARROW_RIGHT")
+    assert not any(find(page, selector)[0].is_displayed() for layer, selector in drawn.items() if layer != "masks")
+    assert not layers["masks"].is_displayed()  # the next image has none
+    assert layers["boxes"].is_displayed()
+
+
+def test_keys_lead_through_what_is_shown(page: Any) -> None:
+    choose(page, "verdict", "hit")
+    choose(page, "sort", "high")
+    order = numbers(page)
+    card = find(page, "#grid li:nth-child(1) .card")[0]
+    page.execute_script("arguments[0].focus()", card)
+    press(page, "ENTER")
+    for expected in itertools.chain(order, order[:1]):
+        assert page.current_url.endswith(f"#{expected}")
+        press(page, "ARROW_RIGHT")
+    for expected in (order[0], order[-1]):  # from the second one, around the end
+        press(page, "ARROW_LEFT")
+        assert page.current_url.endswith(f"#{expected}")
+    assert find(page, "#view-place")[0].text == "6 of 6"
+    press(page, "ESCAPE")
+    until(page, f"document.activeElement.parentElement.dataset.number === '{order[-1]}'")
+    assert not is_open(page)
+    assert "#" not in page.current_url
+
+
+def test_an_address_opens_its_image(page: Any, address: str) -> None:
+    page.get("about:blank")
+    page.get(f"{address}#4")
+    assert is_open(page)
+    assert find(page, "#view-name bdi")[0].text == "trip 0/3.jpg"
+    page.execute_script("location.hash = '#12'")
+    until(page, "document.querySelector('#view-note').textContent === 'im0011.jpg: no such file'")
+    assert find(page, "#photo .box")
+    assert not find(page, "#photo img")
+    page.execute_script("location.hash = ''")
+    until(page, "!document.getElementById('view').open")
+    page.get("about:blank")
+    page.get(f"{address}#99")
+    assert not is_open(page)
+
+
+@pytest.mark.parametrize("width", [360, 640])
+def test_narrow_windows_need_no_scrolling_sideways(page: Any, width: int) -> None:
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    )
+    try:
+        assert page.execute_script("return document.documentElement.scrollWidth") <= width
+        find(page, "#grid li:nth-child(3) .card")[0].click()
+        assert page.execute_script(
+            "const view = document.getElementById('view'); return view.scrollWidth <= view.clientWidth"
+        )
+        photo, degrees = (find(page, f"#{name} .panel")[0].rect for name in ("photo", "degrees"))
+        assert degrees["y"] >= photo["y"] + photo["height"]
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_dark_and_light_are_as_the_reader_has_them(page: Any) -> None:
+    colours = []
+    for scheme in ("light", "dark"):
+        features = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", features)
+        colours.append(page.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert colours == ["rgb(255, 255, 255)", "rgb(20, 22, 26)"]
+
+
+def test_without_ground_truth_nothing_is_judged(driver: Any, tmp_path: Path) -> None:
+    driver.get(write(write_run(tmp_path / "run", ["a", "b"])))
+    assert not find(driver, "#verdict")[0].is_displayed()
+    find(driver, "#grid li:nth-child(1) .card")[0].click()
+    assert not find(driver, "#boxes .judged")[0].is_displayed()
+    assert not find(driver, "[data-layer=truth]")[0].is_displayed()
+    assert find(driver, "#view-name")[0].text == "a no clear object"
+    assert console_errors(driver) == []
+
+
+def test_a_thousand_images_are_decoded_where_somebody_looks(driver: Any, tmp_path: Path) -> None:
+    driver.get(write(write_run(tmp_path / "run", [f"{number:04}.jpg" for number in range(1000)])))
+    assert numbers(driver) == list(range(1, 1001))
+    until(driver, "document.querySelector('#grid li:nth-child(1) img')?.complete")
+    assert 0 < len(find(driver, "#grid img")) < 200
+    assert not find(driver, "#grid li:last-child img")
+    driver.execute_script("document.querySelector('#grid li:last-child').scrollIntoView()")
+    until(driver, "document.querySelector('#grid li:last-child img')?.naturalWidth === 150")
+    until(driver, "!document.querySelector('#grid li:nth-child(1) img')")  # let go of what is far away
+    assert len(find(driver, "#grid img")) < 200
+    find(driver, "#grid li:last-child .card")[0].click()
+    assert find(driver, "#view-name bdi")[0].text == "0999.jpg"
+    assert console_errors(driver) == []

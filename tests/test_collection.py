@@ -1,0 +1,101 @@
+"""Which files a folder, a glob and a list stand for, and what they are called."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lostreg.collection import Collection, find_collection
+from lostreg.errors import OptionError
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for name in ("b.jpg", "a.PNG", "trip one/ä b.jpg", "trip two/b.jpg", "notes.txt", "trip one/deep/c.webp"):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    return tmp_path / "photos"
+
+
+def test_a_folder_stands_for_its_images_with_their_subfolders(photos: Path) -> None:
+    found = find_collection(str(photos))
+    assert found.names == ("a.PNG", "b.jpg", "trip one/deep/c.webp", "trip one/ä b.jpg", "trip two/b.jpg")
+    assert found.root == photos
+    assert found.path(found.names[2]) == photos / "trip one" / "deep" / "c.webp"
+
+
+def test_names_do_not_depend_on_where_the_folder_is_seen_from(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = find_collection(str(photos))
+    monkeypatch.chdir(photos)
+    found = find_collection(".")
+    assert found.names == expected.names
+    assert found.fingerprint() == expected.fingerprint()
+
+
+def test_links_in_a_circle_end(photos: Path) -> None:
+    (photos / "trip two" / "up").symlink_to(photos)
+    assert len(find_collection(str(photos))) == 5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("**/*.jpg", ("b.jpg", "trip one/ä b.jpg", "trip two/b.jpg")),
+        ("trip*/b.jpg", ("trip two/b.jpg",)),
+        ("trip one/*", ("ä b.jpg",)),
+    ],
+)
+def test_a_glob_is_told_from_the_folder_before_its_wildcards(
+    photos: Path, pattern: str, names: tuple[str, ...]
+) -> None:
+    found = find_collection(f"{photos}/{pattern}")
+    assert found.names == names
+    assert all(found.path(name).is_file() for name in found.names)
+
+
+def test_a_list_is_relative_to_its_own_folder(photos: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere.png"
+    listed = photos / "list.txt"
+    listed.write_text(f"\ufeff# the best\ntrip two/b.jpg\r\n\n./b.jpg\nb.jpg\n{other}\n", encoding="utf-8")
+    found = find_collection(str(listed))
+    assert found.names == ("trip two/b.jpg", "b.jpg", other.as_posix())
+    assert [found.path(name) for name in found.names] == [photos / "trip two/b.jpg", photos / "b.jpg", other]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that are no text exist on POSIX only")
+def test_names_need_not_be_text(photos: Path) -> None:
+    (photos / os.fsdecode(b"\xff.jpg")).write_bytes(b"")
+    found = find_collection(str(photos))
+    assert all(found.path(name).exists() for name in found.names)
+    assert len(found.fingerprint()) == 64
+    (photos / "list.txt").write_bytes(b"\xff.jpg\n")
+    assert find_collection(str(photos / "list.txt")).names == (os.fsdecode(b"\xff.jpg"),)
+
+
+def test_another_order_is_another_collection() -> None:
+    assert Collection(Path(), ("a", "b")).fingerprint() != Collection(Path(), ("b", "a")).fingerprint()
+    assert Collection(Path(), ("a", "b")).fingerprint() == Collection(Path("x"), ("a", "b")).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere", "'nowhere': no such folder or list"),
+        ("photos/*.gif", "no file matches"),
+        ("photos/b.jpg", "is one image: expected a folder, a glob or a list"),
+        ("empty", "no images in empty: expected files ending in .jpg"),
+        ("empty.txt", "lists no images"),
+        ("binary.txt", "is no list of images"),
+        ("", "no such folder or list"),
+    ],
+)
+def test_what_holds_no_images_is_refused(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, source: str, message: str
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    Path("empty").mkdir()
+    Path("empty.txt").write_text("# nothing\n\n")
+    Path("binary.txt").write_bytes(b"\x00\x01")
+    with pytest.raises(OptionError, match=message.replace("*", r"\*")):
+        find_collection(source)

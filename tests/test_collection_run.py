@@ -1,0 +1,196 @@
+"""Runs over collections: what is written, what is not computed twice, and what a broken photo costs."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import scene
+from PIL import Image
+
+from lostreg import Discoverer
+from lostreg.backbones import Backbone
+from lostreg.collection import Collection, find_collection
+from lostreg.collection_run import Summary, discover_collection, mask_path
+from lostreg.errors import ImageError, PredictionsError
+from lostreg.maps import read_maps
+from lostreg.masks import decode_rle
+from lostreg.predictions import Prediction, read_predictions
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FILES = ("predictions.jsonl", "maps.jsonl", "failed.csv")
+
+
+@pytest.fixture
+def discoverer(backbone: Backbone) -> Discoverer:
+    return Discoverer(backbone, device="cpu", batch_size=2, max_objects=3, min_score=0.05)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Collection:
+    folder = tmp_path / "photos"
+    for number in range(7):
+        path = folder / ("a" if number % 2 else "b") / f"photo {number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene(number, 98, 70)).save(path)
+    (folder / "a" / "photo 3.png").write_text("no picture")
+    return find_collection(str(folder))
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {name: (out / name).read_bytes() for name in FILES}
+
+
+def settings(out: Path) -> dict[str, object]:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_every_photo_is_accounted_for(photos: Collection, discoverer: Discoverer, tmp_path: Path) -> None:
+    seen: list[int] = []
+    out = tmp_path / "out"
+    summary = discover_collection(photos, discoverer, out, on_progress=lambda now: seen.append(now.images))
+    found = read_predictions(out / "predictions.jsonl")
+    assert [one.image_id for one in found] == list(photos.names)
+    assert (summary.images, summary.unreadable, summary.known) == (7, 1, 0)
+    assert summary.clear + summary.unclear == 6
+    assert summary.boxes == sum(len(one.boxes) for one in found) > 6
+    assert seen == [1, 2, 3, 4, 5, 6, 7]
+    with (out / "failed.csv").open(newline="") as file:
+        assert [row["image_id"] for row in csv.DictReader(file)] == ["a/photo 3.png"]
+    maps = list(read_maps(out / "maps.jsonl"))
+    assert [one.image_id for one in maps] == [one.image_id for one in found if one.error is None]
+    expected = discoverer.discover(photos.path(photos.names[0]))
+    np.testing.assert_array_equal(maps[0].degrees, expected.degrees)
+    assert (maps[0].patch_width, maps[0].patch_height) == (expected.patch_width, expected.patch_height)
+    assert maps[0].path == str(photos.path(photos.names[0]))
+    assert maps[0].truth is None
+    recorded = settings(out)
+    assert recorded["complete"] is True
+    assert (recorded["images"], recorded["unreadable"], recorded["boxes"]) == (7, 1, summary.boxes)
+    assert recorded["options"]["max_objects"] == 3
+
+
+@pytest.mark.parametrize("cut", ["at a line", "within a line", "maps ahead", "everything done"])
+def test_a_run_goes_on_where_it_was(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path, cut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    discover_collection(photos, discoverer, whole)
+    discover_collection(photos, discoverer, out)
+    lines = {name: (out / name).read_bytes().splitlines(keepends=True) for name in FILES[:2]}
+    if cut != "everything done":
+        known, maps = 4, 3 + (cut == "maps ahead")  # the second photo is the broken one
+        (out / "predictions.jsonl").write_bytes(b"".join(lines["predictions.jsonl"][:known]))
+        (out / "maps.jsonl").write_bytes(b"".join(lines["maps.jsonl"][:maps]))
+        if cut == "within a line":
+            with (out / "predictions.jsonl").open("ab") as file:
+                file.write(lines["predictions.jsonl"][known][:20])
+            with (out / "maps.jsonl").open("ab") as file:
+                file.write(lines["maps.jsonl"][maps][:20])
+        (out / "results.json").write_text(json.dumps({**settings(out), "complete": False}))
+    measured = settings(out)
+    summary = discover_collection(photos, discoverer, out)
+    assert contents(out) == contents(whole)
+    assert summary.known == (7 if cut == "everything done" else 4)
+    assert (settings(out) == measured) == (cut == "everything done")
+    assert settings(out)["complete"] is True
+
+
+def test_other_options_or_photos_are_refused_and_a_moved_folder_is_not(
+    photos: Collection, discoverer: Discoverer, backbone: Backbone, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    discover_collection(photos, discoverer, out)
+    before = contents(out)
+    other = Discoverer(backbone, device="cpu", batch_size=2)
+    with pytest.raises(PredictionsError, match="max_objects was 3 and is now 1"):
+        discover_collection(photos, other, out)
+    with pytest.raises(PredictionsError, match="images was 7 and is now 6"):
+        discover_collection(Collection(photos.root, photos.names[1:]), discoverer, out)
+    assert contents(out) == before
+    moved = tmp_path / "moved"
+    photos.root.rename(moved)
+    assert discover_collection(find_collection(str(moved)), discoverer, out).known == 7
+    assert discover_collection(find_collection(str(moved)), other, out, overwrite=True).known == 0
+    assert contents(out) != before
+
+
+def test_a_file_of_another_run_is_refused(photos: Collection, discoverer: Discoverer, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    discover_collection(photos, discoverer, out)
+    path = out / "predictions.jsonl"
+    first, second, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([second, first, *rest]))
+    with pytest.raises(PredictionsError, match="does not follow the order of the images"):
+        discover_collection(photos, discoverer, out)
+
+
+def test_strict_stops_at_a_broken_photo_and_keeps_what_came_before(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    with pytest.raises(ImageError, match=r"photo 3\.png: not a readable image"):
+        discover_collection(photos, discoverer, tmp_path / "out", strict=True)
+    kept = read_predictions(tmp_path / "out" / "predictions.jsonl")
+    assert [one.image_id for one in kept] == list(photos.names[:1])
+
+
+def test_masks_are_written_as_run_lengths_and_as_pictures(
+    photos: Collection, backbone: Backbone, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    discoverer = Discoverer(backbone, device="cpu", max_objects=3, min_score=0.0, refine=True)
+    discover_collection(photos, discoverer, out, masks=True, mask_pictures=True)
+    several = 0
+    for one in read_predictions(out / "predictions.jsonl"):
+        if one.error is not None:
+            assert not mask_path(out, str(one.image_id)).exists()
+            continue
+        picture = np.asarray(Image.open(mask_path(out, str(one.image_id))))
+        assert picture.shape == (70, 98)
+        for number, mask in enumerate(one.masks or (), start=1):
+            np.testing.assert_array_equal(picture == number, decode_rle(mask))
+        assert picture.max() == len(one.boxes) == len(one.masks or ())
+        several += len(one.boxes) > 1
+    assert several
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that are no text exist on POSIX only")
+def test_a_broken_photo_whose_name_is_no_text_is_listed_by_its_bytes(discoverer: Discoverer, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / os.fsdecode(b"\xff.jpg")).write_text("no picture")
+    Image.fromarray(scene(1)).save(folder / "b.png")
+    summary = discover_collection(find_collection(str(folder)), discoverer, tmp_path / "out")
+    assert (summary.images, summary.unreadable) == (2, 1)
+    assert b"\n\xff.jpg," in (tmp_path / "out" / "failed.csv").read_bytes()
+    assert discover_collection(find_collection(str(folder)), discoverer, tmp_path / "out").known == 2
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "/srv/photos/a.jpg", "../a.jpg", "a/../../../b.jpg"])
+def test_mask_pictures_stay_beneath_the_folder(tmp_path: Path, name: str) -> None:
+    path = mask_path(tmp_path / "out", name)
+    assert path.resolve().is_relative_to(tmp_path / "out" / "masks")
+    assert path.name.endswith(".jpg.png")
+
+
+def test_counts_tell_clear_from_unclear() -> None:
+    def counted(predictions: Iterator[Prediction]) -> Summary:
+        summary = Summary()
+        for one in predictions:
+            summary.add(one, 0.25)
+        return summary
+
+    boxes = [[0, 0, 1, 1], [0, 0, 2, 2]]
+    summary = counted(
+        iter(
+            [
+                Prediction("a", boxes, scores=[0.25, 0.9]),
+                Prediction("b", boxes[:1], scores=[0.2]),
+                Prediction("c", (), error="?"),
+            ]
+        )
+    )
+    assert (summary.images, summary.clear, summary.unclear, summary.unreadable, summary.boxes) == (3, 1, 1, 1, 3)
