@@ -546,3 +546,10 @@ def test_samples_differ_by_seed_and_favour_no_image() -> None:
 def test_samples_of_nothing_are_refused(images: list[int], count: int, seed: int, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         draw_sample(images, count, seed)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([8, 14, 16]))
+def test_patches_become_the_image_again(height: int, width: int, patch: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
+    assert np.array_equal(cut_patches(Picture(pixels, width, height), patch).pixels, pixels)

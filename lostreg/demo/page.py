@@ -1,0 +1,335 @@
+"""The demo's page: what stands where, and which change asks for what."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import gradio as gr
+
+from lostreg.backbone_table import BackboneSpec
+from lostreg.demo.looks import ATTENTION, DEGREES, INTRO, OBJECTS, START, TITLE, caption, panel
+from lostreg.demo.panels import draw_attention, draw_degrees, draw_objects
+from lostreg.demo.session import MAX_OBJECTS, MAX_REGISTERS, Choice, DemoSettings, Models, View, Visitor
+from lostreg.demo.words import box_json, box_table, hint, problem, verdict
+from lostreg.errors import ImageError, LostregError
+
+_SHOWN_BY_BROWSERS: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+_IDLE_SECONDS: Final = 1800  # after which a visitor's features are let go
+_WAITING: Final = 20
+_UNEXPECTED: Final = "Something unexpected happened; the log of the server says what."
+_FEATURES: Final = [("keys (k)", "k"), ("queries (q)", "q"), ("values (v)", "v"), ("output (out)", "out")]
+
+
+class Page:
+    """The page of one demo.
+
+    Args:
+        settings: of the demo.
+        uploads: folder into which Gradio puts what visitors send; nothing else is read.
+    """
+
+    def __init__(self, settings: DemoSettings, uploads: Path, models: Models | None = None) -> None:
+        self.settings = settings
+        self.models = models or Models(settings)
+        self._uploads = uploads.resolve()
+        with gr.Blocks(title="lostreg demo", analytics_enabled=False, delete_cache=(600, 2 * _IDLE_SECONDS)) as blocks:
+            self._lay_out()
+            self._connect()
+        blocks.state_session_capacity = 40  # visitors whose features are kept
+        self.blocks = blocks.queue(default_concurrency_limit=1, max_size=_WAITING)
+
+    def _lay_out(self) -> None:
+        self.visitor = gr.State(time_to_live=_IDLE_SECONDS)
+        gr.HTML(f'<div id="intro"><h1>{TITLE}</h1>{INTRO}</div>', padding=False)
+        with gr.Row(elem_id="layout"):
+            with gr.Column(elem_id="photo-side"):
+                self.photo = gr.Image(
+                    label="Photo",
+                    sources=["upload", "clipboard"],
+                    type="filepath",
+                    image_mode=None,
+                    height=260,
+                    buttons=[],
+                    elem_id="photo",
+                )
+                _take_uploads_alone(self.photo, self._uploads)
+            with gr.Column(elem_id="answer-side"):
+                self._lay_out_answer()
+            with gr.Column(elem_id="options-side"):
+                self._lay_out_options()
+
+    def _lay_out_answer(self) -> None:
+        self.told = gr.HTML(hint(START), elem_id="told", padding=False)
+        self.picture = panel("The photo with boxes and masks", "picture")
+        gr.HTML(caption(OBJECTS), padding=False)
+        with gr.Row():
+            with gr.Column(min_width=240, elem_classes="panel"):
+                self.degrees = panel("Degree map", "degrees")
+                gr.HTML(caption(DEGREES), padding=False)
+            with gr.Column(min_width=240, elem_classes="panel"):
+                self.attention = panel("Attention map", "attention")
+                self.attention_told = gr.HTML(caption(ATTENTION), padding=False)
+        self.table = gr.HTML(elem_id="boxes", padding=False)
+        with gr.Accordion("The boxes as JSON, to copy", open=False):
+            self.json = gr.Code(language="json", label="One line of a predictions file", interactive=False)
+
+    def _lay_out_options(self) -> None:
+        self.automatic = gr.Checkbox(
+            True, label="Choose the bias", info="Tries a few and keeps the clearest object.", elem_id="automatic"
+        )
+        self.bias = gr.Slider(
+            -1,
+            1,
+            value=0,
+            step=0.01,
+            label="Bias",
+            info="Lower: fewer patches count as alike, and the object shrinks.",
+            buttons=[],
+            elem_id="bias",
+        )
+        self.objects = gr.Slider(
+            1, MAX_OBJECTS, value=1, step=1, label="Objects, at most", buttons=[], elem_id="objects"
+        )
+        self.masks = gr.Radio(
+            [("patches", "patches"), ("refined on the pixels", "refined")],
+            value="patches",
+            label="Mask",
+            elem_id="masks",
+        )
+        with gr.Accordion("Model", open=True):
+            self._lay_out_model()
+
+    def _lay_out_model(self) -> None:
+        first = self.models.get(self.settings.backbones[0]).backbone
+        self.backbone = gr.Dropdown(
+            list(self.settings.backbones),
+            value=first.spec.name,
+            label="Backbone",
+            info=_about(first.spec),
+            elem_id="backbone",
+            filterable=False,
+        )
+        self.feature = gr.Dropdown(
+            _FEATURES,
+            value=first.spec.feature,
+            label="Feature",
+            info="What is compared between patches.",
+            elem_id="feature",
+            filterable=False,
+        )
+        self.layer = gr.Dropdown(
+            _layers(first.depth),
+            value=first.depth - 1,
+            label="Layer",
+            info="Where it is taken from.",
+            elem_id="layer",
+            filterable=False,
+        )
+        self.registers = gr.Dropdown(
+            [("none", 0), *((str(count), count) for count in range(1, MAX_REGISTERS + 1))],
+            value=self._registers_of(first.spec.name),
+            label="Test-time registers",
+            info="Blank tokens that take up what would make outliers.",
+            visible=self.settings.has_registers(first.spec.name),
+            elem_id="registers",
+            filterable=False,
+        )
+
+    def _connect(self) -> None:
+        choice = [self.backbone, self.feature, self.layer, self.registers]
+        view = [self.automatic, self.bias, self.objects, self.masks]
+        answer = [self.told, self.picture, self.degrees, self.table, self.json, self.bias]
+        whole = [self.visitor, *answer, self.photo]
+        attention = [self.attention, self.attention_told]
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        model: dict[str, Any] = {"api_visibility": "private", "concurrency_id": "model", "concurrency_limit": 1}
+
+        def look_after(event: Any) -> None:
+            """The forward, then the answer, then the attention."""
+            shown = event.then(self.run, [self.visitor, *choice, *view], whole, show_progress_on=self.picture, **model)
+            shown.then(self.attend, [self.visitor, *choice], attention, show_progress_on=self.attention, **model)
+
+        look_after(self.photo.upload(self.receive, [self.photo, self.visitor], self.visitor, preprocess=False, **quiet))
+        self.photo.clear(self.forget, self.visitor, [*whole, *attention], **quiet)
+        look_after(
+            self.backbone.input(
+                self.choose_backbone,
+                self.backbone,
+                [self.backbone, self.feature, self.layer, self.registers, self.told],
+                show_progress_on=self.picture,
+                **model,
+            )
+        )
+        changed = [self.feature.input, self.layer.input, self.registers.input]
+        look_after(gr.on(changed, lambda: None, None, None, trigger_mode="always_last", **quiet))
+        steady = {**model, "show_progress": "hidden", "trigger_mode": "always_last"}
+        redrawn = [self.visitor, *answer]
+        by_hand = [self.visitor, self.bias, self.objects, self.masks]
+        self.bias.input(self.redraw_by_hand, by_hand, [*redrawn[:-1], self.automatic], **steady)
+        others = [self.automatic.input, self.objects.input, self.masks.input]
+        gr.on(others, self.redraw, [self.visitor, *view], redrawn, **steady)
+
+    def receive(self, file: Any, visitor: Visitor | None) -> Visitor:
+        """Take note of an uploaded photo; it is read later.
+
+        Args:
+            file: as Gradio describes it.
+            visitor: None at the first visit.
+        """
+        visitor = visitor or Visitor()
+        path = Path(str((file or {}).get("path") or ""))
+        if path.is_file() and path.resolve().is_relative_to(self._uploads):
+            visitor.take(path, Path(str(file.get("orig_name") or path.name)).name)
+        else:
+            visitor.take(None, "")
+        return visitor
+
+    def forget(self, visitor: Visitor | None) -> list[Any]:
+        """The page as it was before the photo."""
+        visitor = visitor or Visitor()
+        visitor.take(None, "")
+        return [visitor, *_nothing(hint(START)), gr.skip(), None, gr.skip()]
+
+    def choose_backbone(
+        self,
+        backbone: str,
+        progress: Callable[..., Any] = gr.Progress(),  # noqa: B008
+    ) -> list[Any]:
+        """Load a backbone, and offer what it has."""
+        try:
+            progress(0.3, desc=f"Loading {backbone}")
+            found = self.models.get(backbone).backbone
+        except Exception as error:
+            return [gr.update(info=""), *[gr.skip()] * 3, _explain(error)]
+        depth = found.depth
+        return [
+            gr.update(info=_about(found.spec)),
+            found.spec.feature,
+            gr.update(choices=_layers(depth), value=depth - 1),
+            gr.update(visible=self.settings.has_registers(backbone), value=self._registers_of(backbone)),
+            gr.skip(),
+        ]
+
+    def run(
+        self,
+        visitor: Visitor | None,
+        backbone: str,
+        feature: Any,
+        layer: int,
+        registers: int,
+        automatic: bool,
+        bias: float,
+        objects: int,
+        masks: Any,
+        progress: Callable[..., Any] = gr.Progress(),  # noqa: B008
+    ) -> list[Any]:
+        """Look at the photo with the chosen model and show what was found."""
+        visitor = visitor or Visitor()
+        if visitor.photo is None:
+            return [visitor, *_nothing(hint(START)), gr.skip()]
+        try:
+            visitor.look(
+                self.models,
+                self._choice(backbone, feature, layer, registers),
+                lambda text: progress(0.3, desc=text),
+            )
+            answer = self._answer(visitor, automatic, bias, objects, masks)
+        except Exception as error:
+            unreadable = isinstance(error, ImageError)
+            return [visitor, *_nothing(_explain(error, visitor)), None if unreadable else gr.skip()]
+        return [visitor, *answer, self._preview(visitor)]
+
+    def redraw(self, visitor: Visitor | None, automatic: bool, bias: float, objects: int, masks: Any) -> list[Any]:
+        """Run LOST again on the same features: no forward."""
+        visitor = visitor or Visitor()
+        if visitor.study is None:  # the last photo or model failed, and why is still being told
+            return [visitor, *(gr.skip() for _ in range(6))]
+        try:
+            return [visitor, *self._answer(visitor, automatic, bias, objects, masks)]
+        except Exception as error:
+            return [visitor, *_nothing(_explain(error, visitor))]
+
+    def redraw_by_hand(self, visitor: Visitor | None, bias: float, objects: int, masks: Any) -> list[Any]:
+        """The same with the bias of the slider: it is left where it is, and no bias is chosen any more."""
+        return [*self.redraw(visitor, False, bias, objects, masks)[:-1], False]
+
+    def attend(self, visitor: Visitor | None, backbone: str, feature: Any, layer: int, registers: int) -> list[Any]:
+        """What the first token attends to, once the answer is shown."""
+        if visitor is None or visitor.study is None or visitor.found is None:
+            return [None, gr.skip()]
+        try:
+            found = visitor.attention(self.models, self._choice(backbone, feature, layer, registers))
+            drawn = draw_attention(visitor.study.picture.pixels, visitor.found, found.mean[0])
+        except LostregError as error:
+            return [None, caption(str(error))]
+        except Exception as error:
+            _explain(error)
+            return [None, caption(_UNEXPECTED)]
+        share = 100 * float(found.mean[0].sum())
+        text = (
+            f"<b>Attention of {found.names[0]}</b> in the last layer, over its heads: bright is much. {share:.0f} % of "
+        )
+        return [drawn, caption(text + "it is on patches. For comparison: LOST does not use it.")]
+
+    def _answer(self, visitor: Visitor, automatic: bool, bias: float, objects: int, masks: Any) -> list[Any]:
+        found = visitor.discover(View("auto" if automatic else float(bias), int(objects), masks))
+        assert visitor.study is not None  # noqa: S101 - discover saw to it
+        pixels = visitor.study.picture.pixels
+        return [
+            verdict(found, int(objects)),
+            draw_objects(pixels, found),
+            draw_degrees(pixels, found),
+            box_table(found),
+            box_json(visitor.name, found),
+            round(found.bias, 2),
+        ]
+
+    def _preview(self, visitor: Visitor) -> Any:
+        """The photo again where browsers cannot show the file that was sent, such as TIFF."""
+        if visitor.study is None or Path(visitor.name).suffix.lower() in _SHOWN_BY_BROWSERS:
+            return gr.skip()
+        return visitor.study.picture.pixels
+
+    def _choice(self, backbone: str, feature: Any, layer: int, registers: int) -> Choice:
+        return Choice(backbone, feature, int(layer), int(registers) if self.settings.has_registers(backbone) else 0)
+
+    def _registers_of(self, backbone: str) -> int:
+        neurons = self.settings.neurons
+        return min(neurons.count, MAX_REGISTERS) if neurons and self.settings.has_registers(backbone) else 0
+
+
+def _take_uploads_alone(photo: gr.Image, uploads: Path) -> None:
+    """Refuse every path and address that did not come from an upload, before Gradio copies or fetches it."""
+    move = photo.async_move_resource_to_block_cache
+
+    async def checked(source: str | Path | None) -> str | None:
+        if source is not None and not Path(source).resolve().is_relative_to(uploads):
+            raise gr.Error("Only photos that were uploaded here can be used.", print_exception=False)
+        return await move(source)
+
+    photo.async_move_resource_to_block_cache = checked  # type: ignore[assignment, method-assign]
+
+
+def _about(spec: BackboneSpec) -> str:
+    return f"The network that looks: {spec.training}."
+
+
+def _layers(depth: int) -> list[tuple[str, int]]:
+    return [(f"{layer} (last)" if layer == depth - 1 else str(layer), layer) for layer in reversed(range(depth))]
+
+
+def _nothing(told: str) -> list[Any]:
+    """No answer, only words."""
+    return [told, None, None, "", "", gr.skip()]
+
+
+def _explain(error: Exception, visitor: Visitor | None = None) -> str:
+    """A message for the visitor; what is no mistake of theirs goes to the server's log."""
+    if not isinstance(error, LostregError):
+        logging.getLogger(__name__).error("the demo could not answer", exc_info=error)
+        return problem(_UNEXPECTED)
+    message = str(error)
+    if visitor and visitor.photo:  # no path of the server, but the name that the visitor knows
+        message = message.replace(str(visitor.photo), visitor.name)
+    return problem(message)

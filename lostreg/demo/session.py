@@ -1,0 +1,232 @@
+"""What the demo keeps: models for all visitors, and for each visitor the features of the last photos."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+from lostreg.attention import AttentionMaps, attention_maps
+from lostreg.backbone_table import Feature
+from lostreg.defaults import MAX_PIXELS, MAX_SIDE, Precision
+from lostreg.discoverer import Discoverer
+from lostreg.errors import ImageError, OptionError
+from lostreg.regions import Discovery
+from lostreg.registers import RegisterNeurons
+from lostreg.study import Study
+
+KEPT_MODELS: Final = 2
+KEPT_STUDIES: Final = 2  # of each visitor
+MAX_OBJECTS: Final = 10
+MAX_REGISTERS: Final = 8
+
+Tell = Callable[[str], None]
+Masks = Literal["patches", "refined"]
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the operator of the demo decides.
+
+    Attributes:
+        backbones: names that visitors choose from; the first is loaded at once.
+        device: see `Discoverer`.
+        precision: of the backbones.
+        max_side: longer photos are scaled down to this side.
+        max_pixels: photos with more are refused before they are decoded.
+        max_upload_mb: larger files are refused.
+        neurons: register neurons of one of the backbones; None hides test-time registers.
+    """
+
+    backbones: tuple[str, ...]
+    device: str = "auto"
+    precision: Precision = "fp32"
+    max_side: int | None = MAX_SIDE
+    max_pixels: int = MAX_PIXELS
+    max_upload_mb: int = 20
+    neurons: RegisterNeurons | None = None
+
+    def has_registers(self, backbone: str) -> bool:
+        """Whether test-time registers can be added to a backbone."""
+        return self.neurons is not None and self.neurons.backbone in ("", backbone)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The options that need a forward.
+
+    Attributes:
+        backbone: its name.
+        feature: ``q``, ``k``, ``v`` or ``out``.
+        layer: block index from 0, or from the end when negative.
+        registers: blank tokens added to the photo; 0 for none.
+    """
+
+    backbone: str
+    feature: Feature
+    layer: int = -1
+    registers: int = 0
+
+
+@dataclass(frozen=True)
+class View:
+    """The options that need none: LOST runs again on the same features.
+
+    Attributes:
+        bias: Gram bias, or ``auto``.
+        objects: how many to look for, at most.
+        masks: whole patches, or sharpened on the pixels.
+    """
+
+    bias: float | Literal["auto"] = "auto"
+    objects: int = 1
+    masks: Masks = "patches"
+
+
+class Models:
+    """Discoverers by backbone, the last few that were used.
+
+    Args:
+        settings: of the demo.
+        limit: how many stay loaded.
+    """
+
+    def __init__(self, settings: DemoSettings, limit: int = KEPT_MODELS) -> None:
+        self.settings = settings
+        self._limit = limit
+        self._loaded: OrderedDict[str, Discoverer] = OrderedDict()
+
+    def get(self, name: str) -> Discoverer:
+        """The backbone with its default feature, loaded if need be.
+
+        Raises:
+            OptionError: if the demo does not offer it.
+            BackboneError: if its weights cannot be had.
+        """
+        if name not in self.settings.backbones:
+            raise OptionError(f"backbone must be one of {', '.join(self.settings.backbones)}, not '{name}'")
+        if name not in self._loaded:
+            while len(self._loaded) >= self._limit:  # first, so that both never need room at once
+                self._loaded.popitem(last=False)
+            self._loaded[name] = self._discoverer(name)
+        self._loaded.move_to_end(name)
+        return self._loaded[name]
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether it would be given at once."""
+        return name in self._loaded
+
+    def discoverer(self, choice: Choice) -> Discoverer:
+        """What a choice describes, on the shared backbone.
+
+        Raises:
+            OptionError: if the backbone has no such layer or feature, or registers cannot be added.
+            BackboneError: if its weights cannot be had.
+        """
+        shared = self.get(choice.backbone)
+        made = self._discoverer(shared.backbone, feature=choice.feature, layer=choice.layer)
+        if not choice.registers:
+            return made
+        neurons = self.settings.neurons
+        if neurons is None or not 0 < choice.registers <= MAX_REGISTERS:
+            raise OptionError(f"expected 0 to {MAX_REGISTERS} blank tokens, and neurons for them")
+        return made.with_registers(replace(neurons, count=choice.registers))
+
+    def _discoverer(self, backbone: "str | object", **options: object) -> Discoverer:
+        settings = self.settings
+        return Discoverer(
+            backbone,  # type: ignore[arg-type]
+            bias="auto",
+            device=settings.device,
+            precision=settings.precision,
+            max_side=settings.max_side,
+            max_pixels=settings.max_pixels,
+            **options,  # type: ignore[arg-type]
+        )
+
+
+@dataclass
+class Visitor:
+    """One visitor's photo, and what was computed for it.
+
+    Attributes:
+        photo: the uploaded file; None before the first.
+        name: of the file, as the visitor knows it.
+        study: what is looked at; None where there is nothing to show.
+        found: in it, with the last view.
+    """
+
+    photo: Path | None = None
+    name: str = ""
+    study: Study | None = None
+    found: Discovery | None = None
+    _studies: OrderedDict[tuple[Path, Choice], Study] = field(default_factory=OrderedDict)
+    _attention: OrderedDict[tuple[Path, str, int], AttentionMaps] = field(default_factory=OrderedDict)
+
+    def take(self, photo: Path | None, name: str) -> None:
+        """A new photo, or none."""
+        self.photo, self.name, self.study, self.found = photo, name, None, None
+
+    def look(self, models: Models, choice: Choice, tell: Tell) -> Study:
+        """The features of the photo for a choice: one forward, or none where they are kept.
+
+        Raises:
+            OptionError: if there is no photo, or the choice does not fit the backbone.
+            BackboneError: if the backbone cannot be loaded.
+            ImageError: if the photo cannot be read.
+        """
+        self.study = self.found = None  # whatever fails from here on, no old answer stands beside the new choice
+        photo = self._photo()
+        key = (photo, choice)
+        if key not in self._studies:
+            if not models.is_loaded(choice.backbone):
+                tell(f"Loading {choice.backbone}")
+                models.get(choice.backbone)
+            tell("Looking at the photo")
+            self._studies[key] = Study(models.discoverer(choice), photo)
+        _trim(self._studies, key)
+        self.study = self._studies[key]
+        return self.study
+
+    def discover(self, view: View) -> Discovery:
+        """LOST on the kept features, kept as `found`: no forward.
+
+        Raises:
+            OptionError: if there is nothing to search, or an option is out of its range.
+        """
+        if self.study is None:
+            raise OptionError("there is no photo here any more: please drop it again")
+        if not 1 <= view.objects <= MAX_OBJECTS:
+            raise OptionError(f"expected 1 to {MAX_OBJECTS} objects, not {view.objects}")
+        self.found = self.study.discover(bias=view.bias, max_objects=view.objects, refine=view.masks == "refined")
+        return self.found
+
+    def attention(self, models: Models, choice: Choice) -> AttentionMaps:
+        """What the tokens in front of the patches attend to in the last layer.
+
+        Raises:
+            OptionError: if there is no photo, or the backbone has no such token.
+            ImageError: if the photo cannot be read.
+        """
+        photo = self._photo()
+        key = (photo, choice.backbone, choice.registers)
+        if key not in self._attention:
+            (found,) = attention_maps([photo], models.discoverer(choice))
+            if isinstance(found, ImageError):
+                raise found
+            self._attention[key] = found[0]
+        _trim(self._attention, key)
+        return self._attention[key]
+
+    def _photo(self) -> Path:
+        if self.photo is None:
+            raise OptionError("there is no photo here yet: please drop one")
+        return self.photo
+
+
+def _trim(kept: OrderedDict[Key, Value], used: Key) -> None:
+    kept.move_to_end(used)
+    while len(kept) > KEPT_STUDIES:
+        kept.popitem(last=False)

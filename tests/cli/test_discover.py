@@ -1,0 +1,215 @@
+"""``lostreg discover`` as a person with a folder of photos meets it, and the object options of its siblings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import scene
+from fabricate import png_header, write_voc
+from PIL import Image
+
+from lostreg.backbones import Backbone, build_backbone, find_spec
+from lostreg.cli.main import main
+from lostreg.masks import decode_rle
+from lostreg.predictions import read_predictions
+
+FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]
+_small: list[Backbone] = []
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, **_: Any) -> Backbone:
+        if not _small:
+            torch.manual_seed(0)
+            _small.append(build_backbone(find_spec(name), depth=2))
+        return _small[0]
+
+    monkeypatch.setattr("lostreg.discoverer.load_backbone", load)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Mixed photos: two of one name, broken ones, CMYK, one far too large, a turned one, names of all kinds."""
+    folder = tmp_path / "my photos"
+    for name in ("a.jpg", "summer 2025/a.jpg", "été/ä ö.png", "日本.webp"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene(len(name), 98, 70)).save(path)
+    Image.fromarray(scene(3)).convert("CMYK").save(folder / "cmyk.jpg")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(scene(4, 98, 70)).save(folder / "turned.jpg", exif=turned)
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "broken.png").write_text("no picture")
+    png_header(folder / "huge.png", 60_000, 60_000)
+    (folder / "notes.txt").write_text("not a photo")
+    return folder
+
+
+def discover(source: object, out: Path, *options: str) -> int:
+    return main(["discover", str(source), "--out", str(out), *options, *FAST])
+
+
+def test_every_readable_photo_gets_boxes_and_the_others_a_reason(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert discover(photos, out, "--max-objects", "4", "--min-score", "0.05") == 0
+    found = {one.image_id: one for one in read_predictions(out / "predictions.jsonl")}
+    broken = {"empty.jpg", "broken.png", "huge.png"}
+    assert set(found) == {"a.jpg", "summer 2025/a.jpg", "été/ä ö.png", "日本.webp", "cmyk.jpg", "turned.jpg"} | broken
+    assert {name for name, one in found.items() if one.error is not None} == broken
+    assert all(1 <= len(one.boxes) <= 4 for name, one in found.items() if name not in broken)
+    assert (found["turned.jpg"].width, found["turned.jpg"].height) == (70, 98)
+    reasons = (out / "failed.csv").read_text(encoding="utf-8").splitlines()
+    assert reasons[0] == "image_id,reason"
+    assert len(reasons) == 4
+    assert any("huge.png" in line and "60000x60000" in line for line in reasons)
+    boxes = sum(len(one.boxes) for one in found.values())
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"9 photos, {boxes} boxes"
+    assert printed[3:] == ["3 could not be read, see failed.csv", f"written to {out}"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
+def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_voc(tmp_path / "voc", 16) / "JPEGImages"
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    lostreg = str(Path(sys.executable).with_name("lostreg"))
+    options = ["--batch-size", "1", "--max-objects", "2", "--min-score", "0.1"]
+    command = ["discover", str(root), "--out", str(killed), *FAST, *options]
+    process = subprocess.Popen([lostreg, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (killed / "predictions.jsonl").exists() or (killed / "predictions.jsonl").stat().st_size < 400:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "the run wrote nothing"
+            time.sleep(0.005)
+    finally:
+        process.kill()
+        process.wait()
+    survived = (killed / "predictions.jsonl").read_bytes()
+    for target in (killed, whole):  # the rest in processes of their own, with the real weights
+        subprocess.run([lostreg, *command[:3], str(target), *command[4:]], check=True, capture_output=True)
+    for name in ("predictions.jsonl", "maps.jsonl", "failed.csv"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert (killed / "predictions.jsonl").read_bytes().startswith(survived[: survived.rfind(b"\n") + 1])
+    assert json.loads((killed / "results.json").read_text())["run"]["computed"] < 16
+
+
+def test_out_may_lie_among_the_photos_as_long_as_it_holds_no_pictures(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(photos)
+    assert discover(".", Path("out")) == 0
+    assert discover(".", Path("out")) == 0
+    assert "9 of these had been done before" in capsys.readouterr().out
+    assert discover(".", Path("other"), "--mask-png") == 2
+    assert "--out other is among the images: give another folder" in capsys.readouterr().err
+    assert not Path("other").exists()
+
+
+def test_a_collection_without_a_readable_photo_is_an_error(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{photos}/broken.png\n{photos}/nowhere.jpg\n", encoding="utf-8")
+    assert discover(listed, tmp_path / "out") == 2
+    assert capsys.readouterr().out.splitlines()[0] == "2 photos, 0 boxes"
+    assert "nowhere.jpg: no such file" in (tmp_path / "out" / "failed.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-objects", "0"], "expected an integer of at least 1"),
+        (["--min-score", "2"], "expected a number in [0, 1], not '2'"),
+        (["--box-from", "mask"], "add --masks refined"),
+        (["--box-from", "mask", "--masks", "patches"], "add --masks refined"),
+        (["--masks", "sharp"], "invalid choice"),
+        (["--strict"], "not a readable image"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    try:
+        code = discover(photos, tmp_path / "out", *options)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_out_that_is_a_file_or_in_use_is_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert discover(photos, tmp_path / "file") == 2
+    assert "expected a folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+    assert discover(tmp_path / "nowhere", tmp_path / "out") == 2
+    assert "no such folder or list" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_predict_tells_several_objects_in_a_row_each(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--max-objects", "3", "--min-score", "0.01", "--masks", "refined", "--mask-dir", str(tmp_path / "masks")]
+    target = tmp_path / "boxes.jsonl"
+    assert main(["predict", str(photos / "a.jpg"), *options, "--json", str(target), *FAST]) == 0
+    (found,) = read_predictions(target)
+    assert 2 <= len(found.boxes) <= 3
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [float(row.split()[-1]) for row in rows] == pytest.approx(found.scores, abs=0.0051)
+    picture = np.asarray(Image.open(tmp_path / "masks" / "a.png"))
+    for number, mask in enumerate(found.masks or (), start=1):
+        np.testing.assert_array_equal(decode_rle(mask), picture == number)
+    assert main(["predict", str(photos / "a.jpg"), "--json", str(target), *FAST]) == 0
+    (alone,) = read_predictions(target)
+    assert (alone.masks, alone.boxes) == (None, found.boxes[:1])
+
+
+def test_masks_do_not_go_among_the_images(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(photos), "--mask-dir", str(photos / "masks"), *FAST]) == 2
+    assert "--mask-dir" in capsys.readouterr().err
+
+
+def test_eval_with_several_objects_has_the_corloc_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_voc(tmp_path / "voc", 5)
+    last = []
+    for number in ("1", "4"):
+        out = tmp_path / number
+        options = ["--max-objects", number, "--min-score", "0.01", "--masks", "patches"]
+        assert main(["eval", "voc", "--root", str(root), "--out", str(out), *options, *FAST]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        last.append(printed[-1])
+        assert main(["score", str(out / "predictions.jsonl"), "voc", "--root", str(root)]) == 0
+        scored = capsys.readouterr().out.splitlines()
+        assert scored[-1] == printed[-1]
+        (line,) = [line for line in printed if line.startswith("all objects")]
+        assert line in scored
+        results = json.loads((out / "results.json").read_text())
+        assert f"AP50 {results['detection']['ap50']:.2f}" in line
+        found = read_predictions(out / "predictions.jsonl")
+        assert max(len(one.boxes) for one in found) == (1 if number == "1" else 4)
+        for one in found:
+            for box, mask in zip(one.boxes, one.masks or (), strict=True):
+                rows, columns = np.nonzero(decode_rle(mask))
+                assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == list(box)
+    assert last[0] == last[1]
+    assert os.path.getsize(tmp_path / "4" / "maps.jsonl")  # noqa: PTH202

@@ -1,0 +1,53 @@
+"""A demo with small random backbones, served from a thread of the test."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from lostreg.backbones import Backbone, build_backbone, find_spec
+from lostreg.demo.server import address_of, listen, make_server, upload_folder
+from lostreg.demo.session import DemoSettings, Models
+from lostreg.registers import RegisterNeurons
+
+FIRST, SECOND, NO_TOKEN = "imgfocus_vits14", "dinov2_vits14_reg", "siglip2_vitb16"
+NEURONS = RegisterNeurons(((0, 3), (1, 5)), count=2, backbone=FIRST)
+_small: dict[str, Backbone] = {}
+
+
+def small(name: str, **_: Any) -> Backbone:
+    """Two random blocks."""
+    if name not in _small:
+        torch.manual_seed(0)
+        _small[name] = build_backbone(find_spec(name), depth=2)
+    return _small[name]
+
+
+@contextmanager
+def small_models(**options: Any) -> Iterator[Models]:
+    """Models of a demo on this machine's CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lostreg.discoverer.load_backbone", small)
+        yield Models(DemoSettings(**{"backbones": (FIRST, SECOND, NO_TOKEN), "device": "cpu", **options}))
+
+
+@contextmanager
+def served(**options: Any) -> Iterator[str]:
+    """The address of a demo that is ready."""
+    with small_models(**options) as models, upload_folder() as uploads:
+        bound = listen("127.0.0.1", 0)
+        server = make_server(models.settings, uploads, models)
+        ready = threading.Event()
+        server.on_ready = ready.set
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+        thread.start()
+        try:
+            assert ready.wait(60)
+            yield address_of(bound)
+        finally:
+            server.should_exit = True
+            thread.join(60)
+            bound.close()

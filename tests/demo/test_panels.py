@@ -1,0 +1,102 @@
+"""The demo's pictures."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lostreg.demo.panels import SEED, colour_of, draw_attention, draw_degrees, draw_objects
+from lostreg.regions import Discovery
+
+
+def discovery(width: int = 1400, height: int = 700, patch: float = 140.0) -> Discovery:
+    """Two objects on a grid of 5 x 10 patches: left and right."""
+    masks = np.zeros((2, 5, 10), bool)
+    masks[0, 1:3, 1:3] = masks[1, 2:4, 6:9] = True
+    return Discovery(
+        xyxy=np.array([[1, 1, 3, 3], [6, 2, 9, 4]], np.float32) * patch,
+        scores=np.array([0.6, 0.3], np.float32),
+        seeds=np.array([[1, 1], [2, 6]]),
+        biases=np.array([-0.2, -0.2], np.float32),
+        masks=masks,
+        degrees=np.arange(50).reshape(5, 10),
+        width=width,
+        height=height,
+        patch_width=patch,
+        patch_height=patch,
+    )
+
+
+GREY = np.full((350, 700, 3), 128, np.uint8)
+
+
+def close(pixel: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    return bool(np.abs(pixel.astype(int) - colour).max() <= 3)
+
+
+def test_boxes_masks_and_seeds_lie_where_they_were_found() -> None:
+    panel = draw_objects(GREY, discovery())
+    assert panel.shape == (350, 700, 3)
+    assert close(panel[175, 70], colour_of(0))  # the box's left edge
+    assert close(panel[280, 500], colour_of(1))  # the other's lower edge
+    tinted = panel[180, 175]
+    assert not close(tinted, (128, 128, 128))
+    assert tinted[1] > tinted[0]  # a green tint
+    assert close(panel[320, 600], (128, 128, 128))  # nothing was found there
+    assert any(close(pixel, SEED) for pixel in panel[105, 60:80])
+    assert (GREY == 128).all()  # the photo itself is left alone
+
+
+def test_refined_masks_take_the_place_of_patches() -> None:
+    refined = np.zeros((2, 50, 100), bool)
+    refined[0, 40:50, 90:100] = True
+    panel = draw_objects(GREY, dataclasses.replace(discovery(), refined=refined))
+    assert not close(panel[330, 670], (128, 128, 128))
+    assert close(panel[180, 175], (128, 128, 128))
+
+
+def test_the_degree_map_has_a_colour_a_patch() -> None:
+    panel = draw_degrees(GREY, discovery())
+    centres = panel[35::70, 35::70].reshape(-1, 3)
+    assert len(np.unique(centres, axis=0)) == 50
+    assert close(centres[0], (68, 1, 84))  # viridis from its dark end
+    assert close(centres[-1], (253, 231, 37))
+    even = dataclasses.replace(discovery(), degrees=np.full((5, 10), 7))
+    assert len(np.unique(draw_degrees(GREY, even)[290:].reshape(-1, 3), axis=0)) == 1
+
+
+def test_attention_starts_at_nothing() -> None:
+    attention = np.full((5, 10), 0.5, np.float32)
+    attention[0, 0] = 1
+    panel = draw_attention(GREY, discovery(), attention)
+    assert close(panel[35, 35], (253, 231, 37))
+    assert not close(panel[300, 300], (68, 1, 84))  # half as much is not drawn as none
+
+
+@pytest.mark.parametrize(("shape", "longer"), [((35, 70, 3), 640), ((350, 700, 3), 700), ((2000, 4000, 3), 1024)])
+def test_panels_are_neither_tiny_nor_huge(shape: tuple[int, int, int], longer: int) -> None:
+    panels = [
+        draw_objects(np.zeros(shape, np.uint8), discovery()),
+        draw_degrees(np.zeros(shape, np.uint8), discovery()),
+    ]
+    assert {panel.shape for panel in panels} == {(longer // 2, longer, 3)}
+
+
+def test_a_line_of_pixels_can_be_drawn() -> None:
+    one = Discovery(
+        xyxy=np.array([[0, 0, 3000, 1]], np.float32),
+        scores=np.zeros(1, np.float32),
+        seeds=np.array([[0, 2]]),
+        biases=np.zeros(1, np.float32),
+        masks=np.ones((1, 1, 10), bool),
+        degrees=np.zeros((1, 10), np.int64),
+        width=3000,
+        height=1,
+        patch_width=300,
+        patch_height=300,
+    )
+    assert draw_objects(np.zeros((1, 1024, 3), np.uint8), one).shape == (1, 1024, 3)
+
+
+def test_ten_objects_have_ten_colours() -> None:
+    assert len({colour_of(index) for index in range(10)}) == 10

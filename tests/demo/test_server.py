@@ -1,0 +1,236 @@
+"""What the demo's server gives out, and what not, asked over HTTP."""
+
+import http.client
+import json
+import os
+import secrets
+import socket
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from serving import served
+
+from lostreg.demo.server import address_of, is_local, listen, upload_folder
+from lostreg.errors import OptionError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SECRET = "nothing that a visitor may see"
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with served(max_upload_mb=1) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def uploads(address: str) -> Path:
+    return Path(os.environ["GRADIO_TEMP_DIR"])
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "secret.png"
+    path.write_text(SECRET)
+    return path
+
+
+def ask(
+    address: str, path: str, method: str = "GET", body: bytes | None = None, **headers: str
+) -> tuple[int, bytes, dict[str, str]]:
+    """A request whose path goes out as it is written: no client tidies it up."""
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(address).netloc, timeout=30)
+    try:
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, response.read(), {name.lower(): value for name, value in response.getheaders()}
+    finally:
+        connection.close()
+
+
+def upload(address: str, content: bytes, name: str = "photo.jpg") -> tuple[int, bytes]:
+    mark = "----mark"
+    head = f'--{mark}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
+    body = head + content + f"\r\n--{mark}--\r\n".encode()
+    return ask(
+        address, "/gradio_api/upload", "POST", body, **{"Content-Type": f"multipart/form-data; boundary={mark}"}
+    )[:2]
+
+
+def call(address: str, function: str, data: list[Any]) -> dict[str, Any]:
+    """What the page's own code does: join the queue, then wait for the end of one event."""
+    config = json.loads(ask(address, "/config")[1])
+    (index,) = {item["id"] for item in config["dependencies"] if item["api_name"] == function}
+    session = secrets.token_hex(8)
+    body = json.dumps({"data": data, "fn_index": index, "session_hash": session}).encode()
+    status, _, _ = ask(address, "/gradio_api/queue/join", "POST", body, **{"Content-Type": "application/json"})
+    assert status == 200
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(address).netloc, timeout=60)
+    try:
+        connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
+        for line in connection.getresponse():
+            message = json.loads(line.removeprefix(b"data:")) if line.startswith(b"data:") else {}
+            if message.get("msg") == "process_completed":
+                return dict(message)
+    finally:
+        connection.close()
+    raise AssertionError("the event never ended")
+
+
+def test_the_page_is_served_and_may_fetch_nothing_from_elsewhere(address: str) -> None:
+    status, page, headers = ask(address, "/")
+    assert status == 200
+    assert b"lostreg demo" in page
+    assert "default-src 'self'" in headers["content-security-policy"]
+    assert "connect-src 'self'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+    status, style, _ = ask(address, "/theme.css")
+    assert status == 200
+    assert not any(mark in style for mark in (b"url(http", b"url('http", b'url("http', b"url(//", b"@import"))
+    assert b"system-ui" in style
+
+
+def test_no_file_of_the_server_is_given_out(address: str, uploads: Path, secret: Path) -> None:
+    link = uploads / "link.png"
+    link.symlink_to(secret)
+    quoted = urllib.parse.quote(str(secret), safe="")
+    relative = os.path.relpath(secret)
+    paths = [
+        f"/gradio_api/file={secret}",
+        f"/gradio_api/file={quoted}",
+        f"/gradio_api/file={urllib.parse.quote(quoted, safe='')}",
+        f"/gradio_api/file={relative}",
+        f"/gradio_api/file={uploads}/../../..{secret}",
+        f"/gradio_api/file={link}",
+        f"/gradio_api/file={uploads}",
+        f"/gradio_api/file=file://{secret}",
+        f"/gradio_api/file/{secret}",
+        f"/file={secret}",
+        f"/file/{secret}",
+        f"/static/../../../../../../../../../../../..{secret}",
+        f"/static/..%2f..%2f..%2f..%2f..%2f..%2f..%2f..%2f..{quoted}",
+        f"/assets/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e/%2e%2e{secret}",
+        f"/assets/{quoted}",
+        f"/static/{quoted}",
+        f"/custom_component/1/client/component/..{quoted}",
+        f"/gradio_api/custom_component/1/client/component/..{quoted}",
+    ]
+    for path in paths:
+        for method in ("GET", "HEAD"):
+            status, body, _ = ask(address, path, method)
+            assert status in (403, 404, 405), path
+            assert SECRET.encode() not in body, path
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=http://127.0.0.1:9/x.png",
+        "/gradio_api/file=https://example.com/x.png",
+        "/gradio_api/proxy=http://127.0.0.1:9/",
+        "/gradio_api/proxy=https://x.hf.space/",
+        "/proxy=http://127.0.0.1:9/",
+        "/gradio_api/runs",
+        "/gradio_api/deep_link?session_hash=x",
+        "/gradio_api/openapi.json",
+        "/monitoring",
+        "/openapi.json",
+        "/docs",
+        "/gradio_api/mcp/sse",
+        "/gradio_api/vibe-code",
+    ],
+)
+def test_what_the_page_does_not_need_is_not_answered(address: str, path: str) -> None:
+    assert ask(address, path)[0] == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/gradio_api/call/run", "/gradio_api/run/run", "/gradio_api/api/run", "/gradio_api/run/predict", "/login", "/"],
+)
+def test_functions_are_called_through_the_queue_alone(address: str, path: str) -> None:
+    assert ask(address, path, "POST", b"{}", **{"Content-Type": "application/json"})[0] == 404
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH"])
+def test_other_methods_are_refused(address: str, method: str) -> None:
+    assert ask(address, "/gradio_api/upload", method)[0] == 404
+
+
+def test_a_path_or_address_instead_of_a_photo_is_refused_and_copied_nowhere(
+    address: str, uploads: Path, secret: Path
+) -> None:
+    for path in (str(secret), os.path.relpath(secret), f"{uploads}/../../..{secret}", "http://127.0.0.1:9/x.png"):
+        done = call(address, "receive", [{"path": path, "meta": {"_type": "gradio.FileData"}}, None])
+        assert done["success"] is False, path
+        assert SECRET not in json.dumps(done)
+        assert "Traceback" not in json.dumps(done)
+    copied = [file for file in uploads.rglob("*") if file.is_file() and not file.is_symlink()]
+    assert not any(SECRET.encode() in file.read_bytes() for file in copied)
+
+
+def test_an_upload_is_taken_kept_private_and_given_back(address: str, uploads: Path, photo: Path) -> None:
+    status, body = upload(address, photo.read_bytes(), "../../photo.jpg")
+    assert status == 200
+    (kept,) = json.loads(body)
+    assert Path(kept).is_relative_to(uploads)
+    assert ask(address, f"/gradio_api/file={kept}")[1] == photo.read_bytes()
+    assert uploads.stat().st_mode & 0o077 == 0
+    done = call(address, "receive", [{"path": kept, "meta": {"_type": "gradio.FileData"}}, None])
+    assert done["success"] is True
+
+
+def test_large_files_and_messages_are_refused(address: str, uploads: Path) -> None:
+    before = sorted(uploads.rglob("*"))
+    for size in ((1 << 20) + 1, 3 << 20):
+        assert upload(address, bytes(size))[0] == 413
+    assert sorted(path for path in uploads.rglob("*") if path.is_file()) == [path for path in before if path.is_file()]
+    kind = {"Content-Type": "application/json"}
+    assert ask(address, "/gradio_api/queue/join", "POST", bytes(1 << 19), **kind)[0] == 413
+    chunked = {"Transfer-Encoding": "chunked", **kind}
+    assert ask(address, "/gradio_api/queue/join", "POST", b"2\r\n{}\r\n0\r\n\r\n", **chunked)[0] == 411
+
+
+def test_the_upload_folder_goes_with_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "/chosen/before")
+    with upload_folder() as folder:
+        assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
+        (folder / "photo.jpg").touch()
+    assert not folder.exists()
+    assert os.environ["GRADIO_TEMP_DIR"] == "/chosen/before"
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with listen("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        assert address_of(bound) == f"http://127.0.0.1:{port}"
+        with pytest.raises(OptionError, match=f"port {port} of 127.0.0.1 is in use: give another --port"):
+            listen("127.0.0.1", port)
+
+
+def test_a_host_that_is_not_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match=r"--host 192\.0\.2\.1 is no address of this machine"):
+        listen("192.0.2.1", 0)
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(OptionError, match="expected a name or address of this machine"):
+        listen("no.such.name", 0)
+
+
+def test_only_loopback_is_local() -> None:
+    assert all(is_local(host) for host in ("127.0.0.1", "localhost", "::1", "127.0.1.1"))
+    assert not any(is_local(host) for host in ("0.0.0.0", "::", "192.168.0.2", "example.com"))
+
+
+def test_an_address_for_all_is_shown_as_one_that_can_be_opened() -> None:
+    with listen("0.0.0.0", 0) as bound:
+        assert address_of(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"

@@ -1,0 +1,49 @@
+"""The demo's words."""
+
+import dataclasses
+import json
+
+import numpy as np
+from test_panels import discovery
+
+from lostreg.demo.words import box_json, box_table, hint, problem, verdict
+from lostreg.predictions import from_discovery
+
+
+def scored(*scores: float) -> str:
+    return verdict(dataclasses.replace(discovery(), scores=np.array(scores, np.float32)), 2)
+
+
+def test_the_verdict_counts_what_is_clear() -> None:
+    assert "<b>2 objects found.</b> Scores: 0.60, 0.30." in scored(0.6, 0.3)
+    assert "<b>1 object found.</b> Score: 0.60; 1 more under 0.25" in scored(0.6, 0.249)
+    assert "<b>No clear object.</b> The best box has a score of 0.20, under 0.25" in scored(0.1, 0.2)
+    assert "1 object found" in scored(0.25, 0.1)  # the limit itself is clear
+
+
+def test_the_verdict_says_where_fewer_were_found_than_asked_for() -> None:
+    assert "You asked for up to 5" in verdict(discovery(), 5)
+    assert "You asked" not in verdict(discovery(), 2)
+
+
+def test_the_table_has_a_row_a_box_and_marks_the_unclear() -> None:
+    table = box_table(dataclasses.replace(discovery(), scores=np.array([0.6, 0.1], np.float32)))
+    first, second = table.split("<tbody>")[1].split("</tr>")[:2]
+    assert "<td>140</td><td>140</td><td>420</td><td>420</td><td>0.60</td><td></td>" in first
+    assert "<td>840</td><td>280</td><td>1260</td><td>560</td><td>0.10</td><td>no clear object</td>" in second
+
+
+def test_the_json_is_a_line_of_a_predictions_file() -> None:
+    name = 'a "b"\n<c>.jpg'
+    text = box_json(name, discovery())
+    expected = json.loads(from_discovery(name, discovery()).to_line())
+    expected.pop("masks", None)
+    assert json.loads(text) == expected
+    assert expected["image_id"] == name
+    assert text.count("\n") == len(expected) + 1  # a field a line
+
+
+def test_words_from_outside_are_no_html() -> None:
+    for text in (problem("<script>x</script>"), hint("<script>x</script>")):
+        assert "<script>" not in text
+        assert "&lt;script&gt;" in text
