@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lostreg.regions import Discovery
     from lostreg.register_search import find_registers
     from lostreg.registers import RegisterNeurons
+    from lostreg.study import Study
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "LostResult",
     "LostregError",
     "RegisterNeurons",
+    "Study",
     "artifacts",
     "attention_maps",
     "calibrate",
@@ -62,6 +64,7 @@ _HOMES = {
     "Discovery": "regions",
     "find_registers": "register_search",
     "RegisterNeurons": "registers",
+    "Study": "study",
 }
 
 

@@ -1,4 +1,4 @@
-"""Write the generated parts of the documentation: figures in README.md, eval/README.md and docs/bias.md; docs/cli.md.
+"""Write the generated parts of the documentation: figures in README.md, eval/README.md and docs; docs/cli.md.
 
 python scripts/update_docs.py           writes them
 python scripts/update_docs.py --check   exits with 1 if they are out of date
@@ -151,6 +151,74 @@ def bias_parts(results: Path) -> dict[str, str]:
     }
 
 
+def photo_parts(results: Path) -> dict[str, str]:
+    """The measured parts of docs/photos.md, by marker, as Markdown."""
+
+    def read(name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        return content
+
+    sample = "coco-sample-imgfocus_vits14-k"
+    runs = [("1", sample), ("5", f"{sample}-5"), ("5, `--min-score 0`", f"{sample}-5-all")]
+    scores = ("ar_first", "ar", "recall50_first", "recall50", "ap", "ap50")
+    objects = [
+        (title, f"{found['corloc']:.2f}", *(f"{found['detection'][name]:.2f}" for name in scores))
+        for title, found in ((title, read(name)) for title, name in runs)
+    ]
+    memory = [(f"{row['images']:,}", f"{row['peak_mb']:,.0f}") for row in read("discover-memory")["rows"]]
+    return {
+        "objects": "The 286 images of the COCO sample, `imgfocus_vits14` at its defaults, in percent; every object of "
+        "COCO counts, of no class, crowds as COCO has them:\n\n"
+        + _table(
+            (
+                "`--max-objects`",
+                "corloc",
+                "AR, first box",
+                "AR, all boxes",
+                "recall at IoU 0.5, first",
+                "all",
+                "AP",
+                "AP50",
+            ),
+            objects,
+        ),
+        "masks": mask_table(read("masks-coco-sample")),
+        "memory": _table(("photos", "peak memory (MB)"), memory),
+    }
+
+
+def mask_table(found: dict[str, Any]) -> str:
+    """Masks and their boxes as rows, from what `scripts/mask_quality.py` wrote."""
+
+    def gain(part: dict[str, Any]) -> str:
+        low, high = part["gain_95"]
+        return f"{part['mean']:.1f} ({part['gain']:+.1f}, {low:+.1f} to {high:+.1f})"
+
+    names = {"patches": "patches", "watershed": "refined (watershed)", "grabcut": "GrabCut", "smooth": "smooth outline"}
+    rows = []
+    for name, title in names.items():
+        parts = [found[name][half][measure] for measure in ("iou", "corloc") for half in ("reporting", "all")]
+        shown = [f"{part['mean']:.1f}" if name == "patches" else gain(part) for part in parts]
+        time = f"{found[name]['median_ms']:.0f}" if "median_ms" in found[name] else "-"
+        rows.append((title, *shown, time))
+    counts = [
+        found["patches"][half][measure]["images"] for measure in ("iou", "corloc") for half in ("reporting", "all")
+    ]
+    masks, every_mask, boxes, every_box = counts
+    headings = (
+        "",
+        f"mean IoU, reporting half ({masks} images)",
+        f"all {every_mask}",
+        f"corloc of the boxes, reporting half ({boxes})",
+        f"all {every_box}",
+        "ms",
+    )
+    return (
+        "Against the best-fitting polygon, on the images of the COCO sample that have polygons, in percent:\n\n"
+        + _table(headings, rows)
+    )
+
+
 def sweep_row(path: Path) -> tuple[str, ...]:
     """What a sweep came to, as cells."""
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -221,7 +289,7 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: the current folder)")
     args = parser.parse_args()
     readme, reference = args.root / "README.md", args.root / "docs" / "cli.md"
-    bias = args.root / "docs" / "bias.md"
+    bias, photos = args.root / "docs" / "bias.md", args.root / "docs" / "photos.md"
     figures, results = args.root / "eval" / "README.md", args.root / "eval" / "results"
     wanted = {
         readme: in_markers(
@@ -232,9 +300,11 @@ def main() -> int:
         figures: in_markers(figures.read_text(encoding="utf-8"), "benchmark", benchmark_details(results)),
         reference: cli_reference(),
         bias: bias.read_text(encoding="utf-8"),
+        photos: photos.read_text(encoding="utf-8"),
     }
-    for name, content in bias_parts(results).items():
-        wanted[bias] = in_markers(wanted[bias], name, content)
+    for page, parts in ((bias, bias_parts(results)), (photos, photo_parts(results))):
+        for name, content in parts.items():
+            wanted[page] = in_markers(wanted[page], name, content)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if args.check:

@@ -192,6 +192,12 @@ def test_options_are_plain_values_that_say_what_was_chosen(backbone: Backbone) -
     [
         ({"feature": "z"}, "feature must be one of q, k, v, out, not 'z'"),
         ({"k_patches": 0}, "k_patches must be an integer of at least 1, not 0"),
+        ({"max_objects": 0}, "max_objects must be an integer of at least 1, not 0"),
+        ({"max_objects": 2.0}, "max_objects must be an integer of at least 1, not 2.0"),
+        ({"min_score": 1.5}, r"min_score must be a number in \[0, 1\], not 1.5"),
+        ({"min_score": float("nan")}, r"min_score must be a number in \[0, 1\], not nan"),
+        ({"box_from": "seeds"}, "box_from must be one of patches, mask, not 'seeds'"),
+        ({"box_from": "mask"}, "ask for refined masks, too"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, not 0"),
         ({"max_pixels": 0}, "max_pixels must be an integer of at least 1, not 0"),
         ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, not 2.5"),
@@ -276,3 +282,54 @@ def test_a_gpu_takes_more_images_at_once(backbone: Backbone, monkeypatch: pytest
     monkeypatch.setattr("lostreg.discoverer._place", lambda backbone, device, dtype: backbone)
     assert Discoverer(backbone, device="cuda").batch_size == 32
     assert Discoverer(backbone, device="cuda", batch_size=5).batch_size == 5
+
+
+def test_a_discovery_knows_the_file_it_was_made_in(discoverer: Discoverer, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(7)]
+    for number, path in enumerate(paths):
+        Image.fromarray(scene(number)).save(path)
+    assert [one.source for one in discoverer.discover_many(iter(paths))] == paths
+    assert [one.source for one in discoverer.outcomes(paths, skip=5)] == paths[5:]
+    pixels = scene(2)
+    assert discoverer.discover(pixels).source is pixels
+    assert [one.source for one in discoverer.discover_many([pixels])] == [None]  # which would keep it in memory
+
+
+def test_a_bar_is_shown_on_request_and_changes_nothing(
+    discoverer: Discoverer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = scenes(3)
+    expected = list(discoverer.discover_many(images))
+    assert capsys.readouterr().err == ""
+    shown = list(discoverer.discover_many(images, progress=True))
+    assert "3/3" in capsys.readouterr().err
+    assert all(same(one, other) for one, other in zip(shown, expected, strict=True))
+    list(discoverer.discover_many(iter(images), progress=True))
+    assert "3img" in capsys.readouterr().err
+
+
+def test_several_objects_come_in_pixels_and_the_first_is_that_of_a_search_for_one(backbone: Backbone) -> None:
+    one = Discoverer(backbone, device="cpu")
+    several = Discoverer(backbone, device="cpu", max_objects=4, min_score=0.0)
+    counts = set()
+    for first, more in zip(one.discover_many(scenes(8)), several.discover_many(scenes(8)), strict=True):
+        counts.add(len(more))
+        for name in ("xyxy", "scores", "seeds", "biases", "masks"):
+            np.testing.assert_array_equal(getattr(more, name)[:1], getattr(first, name))
+        np.testing.assert_array_equal(more.degrees, first.degrees)
+        for index, box in enumerate(more.xyxy):
+            rows, columns = np.nonzero(more.pixel_mask(index))
+            assert [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1] == box.tolist()
+    assert max(counts) > 1
+
+
+def test_boxes_may_be_those_of_the_refined_masks(backbone: Backbone) -> None:
+    patches = Discoverer(backbone, device="cpu", refine=True)
+    refined = Discoverer(backbone, device="cpu", refine=True, box_from="mask")
+    moved = 0
+    for first, second in zip(patches.discover_many(scenes(8)), refined.discover_many(scenes(8)), strict=True):
+        np.testing.assert_array_equal(first.refined, second.refined)
+        rows, columns = np.nonzero(second.pixel_mask())
+        assert second.xyxy.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
+        moved += first.xyxy.tolist() != second.xyxy.tolist()
+    assert moved

@@ -4,10 +4,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from lostreg.attention import AttentionMaps, attention_maps
 from lostreg.backbone_table import Feature
+from lostreg.backbones import Backbone
 from lostreg.defaults import MAX_PIXELS, MAX_SIDE, Precision
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, OptionError
@@ -134,16 +135,16 @@ class Models:
             raise OptionError(f"expected 0 to {MAX_REGISTERS} blank tokens, and neurons for them")
         return made.with_registers(replace(neurons, count=choice.registers))
 
-    def _discoverer(self, backbone: "str | object", **options: object) -> Discoverer:
+    def _discoverer(self, backbone: str | Backbone, **options: Any) -> Discoverer:
         settings = self.settings
         return Discoverer(
-            backbone,  # type: ignore[arg-type]
+            backbone,
             bias="auto",
             device=settings.device,
             precision=settings.precision,
             max_side=settings.max_side,
             max_pixels=settings.max_pixels,
-            **options,  # type: ignore[arg-type]
+            **options,
         )
 
 
