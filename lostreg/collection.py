@@ -52,9 +52,8 @@ def find_collection(source: str) -> Collection:
     """
     path = Path(source)
     if source and path.is_dir():
-        return _collect(
-            path, sorted(_walk(path)), f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}"
-        )
+        inside = sorted(os.path.relpath(file, path) for file in walk_files(path) if file.lower().endswith(SUFFIXES))
+        return _collect(path, inside, f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}")
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
             raise OptionError(f"{path} is one image: expected a folder, a glob or a list; use `lostreg predict`")
@@ -73,8 +72,8 @@ def _collect(root: Path, names: Iterable[str], nothing: str) -> Collection:
     return Collection(root, kept)
 
 
-def _walk(folder: Path) -> Iterator[str]:
-    """Images of a folder and its subfolders, also those that are links, each folder once."""
+def walk_files(folder: str | Path) -> Iterator[str]:
+    """The files of a folder and of its subfolders, also those that are links, each folder once."""
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -82,8 +81,7 @@ def _walk(folder: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(real)
-        inside = os.path.relpath(place, folder)
-        yield from (os.path.normpath(os.path.join(inside, name)) for name in files if name.lower().endswith(SUFFIXES))  # noqa: PTH118
+        yield from (os.path.join(place, name) for name in files)  # noqa: PTH118 - lighter than paths
 
 
 def _listed(path: Path) -> list[str]:
@@ -93,7 +91,8 @@ def _listed(path: Path) -> list[str]:
         raise OptionError(f"cannot read the list {path}: {error.strerror}") from error
     if "\0" in text:
         raise OptionError(f"{path} is no list of images: expected a text file with a path a line")
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    lines = (line.removesuffix("\r") for line in text.split("\n"))  # names may hold what else ends lines
+    return [line for line in lines if line.strip() and not line.startswith("#")]
 
 
 def _fixed_part(pattern: Path) -> Path:

@@ -116,7 +116,9 @@ def open_file(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """An image file, not decoded yet; `ImageError` if it is missing, empty or has more than ``max_pixels``."""
     if not path.exists():
         raise ImageError(f"{path}: no such file")
-    if path.is_file() and not path.stat().st_size:
+    if not path.is_file():  # a pipe would be waited for
+        raise ImageError(f"{path}: expected an image file, found a {'folder' if path.is_dir() else 'special file'}")
+    if not path.stat().st_size:
         raise ImageError(f"{path}: not a readable image (empty file)")
     with _pillow_limit_lifted, Image.open(path, formats=_FORMATS) as image:
         if image.width * image.height > max_pixels:

@@ -1,8 +1,9 @@
-"""JSON Lines files that grow as a run goes on, and survive a kill."""
+"""JSON Lines files that grow as a run goes on, and survive a kill; what may be expected of their values."""
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def as_line(fields: dict[str, Any]) -> str:
@@ -32,3 +33,21 @@ def keep_lines(path: Path, most: int | None = None) -> None:
     if end < path.stat().st_size:
         with path.open("r+b") as file:
             file.truncate(end)
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value out of a JSON file is a number that can be reckoned with: none beyond what a float holds."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def is_box(value: Any) -> bool:
+    """Whether a value out of a JSON file is ``[x1, y1, x2, y2]``."""
+    return isinstance(value, list) and len(value) == 4 and all(is_finite_number(number) for number in value)
+
+
+def is_id(value: Any) -> TypeGuard[str | int]:
+    """Whether a value out of a JSON file names an image."""
+    return isinstance(value, str | int) and not isinstance(value, bool)

@@ -2,19 +2,22 @@
 
 import base64
 import json
+import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
-from lostreg.lines import as_line
+from lostreg.lines import as_line, is_box, is_finite_number, is_id
 from lostreg.regions import Discovery
+
+_MOST_PATCHES: Final = 1 << 20  # along one side
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def read_maps(path: Path) -> Iterator[ImageMaps]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                if line.endswith(b"\n"):
+                if line.endswith(b"\n") and line.strip():
                     yield _parse(line, f"{path}, line {number}")
     except OSError as error:
         raise PredictionsError(f"cannot read the maps {path}: {error.strerror}") from error
@@ -88,10 +91,34 @@ def read_maps(path: Path) -> Iterator[ImageMaps]:
 def _parse(line: bytes, where: str) -> ImageMaps:
     try:
         fields = json.loads(line)
-        rows, columns = fields["grid"]
-        content = zlib.decompress(base64.b64decode(fields["degrees"]))
-        degrees = np.frombuffer(content, dtype="<u4").reshape(rows, columns).astype(np.int64)
-        wide, high = fields["patch"]
+        (rows, columns), (wide, high) = fields["grid"], fields["patch"]
+        for name, is_sound in _SOUND.items():
+            if not is_sound(fields.get(name)):
+                raise ValueError(f"{name} is {str(fields.get(name))[:60]}")
+        degrees = _unpack(fields["degrees"], rows, columns)
         return ImageMaps(fields["image_id"], fields["path"], degrees, wide, high, fields["exif"], fields.get("truth"))
     except (ValueError, TypeError, KeyError, zlib.error, RecursionError) as error:
         raise PredictionsError(f"{where}: expected maps as `lostreg discover` writes them ({error})") from error
+
+
+def _unpack(text: str, rows: int, columns: int) -> NDArray[np.int64]:
+    size = 4 * rows * columns
+    content = zlib.decompressobj().decompress(base64.b64decode(text), size + 1)  # no more, whatever it promises
+    if len(content) != size:
+        raise ValueError(f"degrees are not those of {rows} x {columns} patches")
+    degrees: NDArray[np.int64] = np.frombuffer(content, dtype="<u4").reshape(rows, columns).astype(np.int64)
+    return degrees
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and "\0" not in value and bool(os.fsencode(value))
+
+
+_SOUND: Final[dict[str, Callable[[Any], bool]]] = {
+    "image_id": is_id,
+    "path": _is_path,
+    "exif": lambda value: isinstance(value, bool),
+    "grid": lambda value: all(type(count) is int and 1 <= count <= _MOST_PATCHES for count in value),
+    "patch": lambda value: all(is_finite_number(side) and side > 0 for side in value),
+    "truth": lambda value: value is None or (isinstance(value, list) and all(is_box(box) for box in value)),
+}

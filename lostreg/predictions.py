@@ -1,7 +1,6 @@
 """The predictions file: JSON Lines, one image a line, appended as it is computed and safe to cut anywhere."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 from lostreg.datasets.base import ImageId
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
 from lostreg.errors import PredictionsError
-from lostreg.lines import as_line, keep_lines
+from lostreg.lines import as_line, is_box, is_id, keep_lines
+from lostreg.lines import is_finite_number as is_finite_number
 from lostreg.maps import ImageMaps
 from lostreg.masks import Rle, encode_rle
 from lostreg.regions import Discovery
@@ -47,7 +47,7 @@ class Prediction:
         return (
             isinstance(scores, Sequence)
             and len(scores) == len(self.boxes)
-            and all(type(score) in (int, float) and math.isfinite(score) for score in scores)
+            and all(is_finite_number(score) for score in scores)
         )
 
     def to_line(self) -> str:
@@ -181,9 +181,9 @@ def _parse(fields: Any) -> Prediction:
     if not isinstance(fields, dict):
         raise TypeError(f"found {type(fields).__name__}")
     image_id, boxes = fields.get("image_id"), fields.get("boxes")
-    if not isinstance(image_id, str | int) or isinstance(image_id, bool):
+    if not is_id(image_id):
         raise TypeError(f"image_id is {image_id!r}")
-    if not isinstance(boxes, list) or not all(_is_box(box) for box in boxes):
+    if not isinstance(boxes, list) or not all(is_box(box) for box in boxes):
         raise TypeError("boxes is not a list of [x1, y1, x2, y2]")
     return Prediction(
         image_id,
@@ -194,12 +194,4 @@ def _parse(fields: Any) -> Prediction:
         fields.get("seeds", ()),
         fields.get("masks"),
         fields.get("error"),
-    )
-
-
-def _is_box(box: Any) -> bool:
-    return (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(type(value) in (int, float) and math.isfinite(value) for value in box)
     )

@@ -14,6 +14,7 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
     Raises:
         OptionError: if a folder holds no images or a glob matches none.
     """
+    from lostreg.collection import walk_files
     from lostreg.images import SUFFIXES
 
     found: list[Path] = []
@@ -22,7 +23,7 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
             raise OptionError("expected a file, folder or glob, found an empty argument")
         path = Path(argument)
         if path.is_dir():
-            inside = sorted(item for item in _walk(path) if item.suffix.lower() in SUFFIXES)
+            inside = sorted(Path(file) for file in walk_files(path) if file.lower().endswith(SUFFIXES))
             if not inside:
                 raise OptionError(f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}")
             found += inside
@@ -36,18 +37,6 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
         else:
             found.append(path)
     return found
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """The files of a folder and of its subfolders, also those that are links, each folder once."""
-    seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(place) / name for name in files)
 
 
 def check_writable(target: Path, purpose: str) -> None:

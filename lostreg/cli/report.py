@@ -11,6 +11,7 @@ from lostreg.errors import OptionError
 _CHOICES = ("first", "lowest", "highest", "even")
 _LIMIT = 2000
 _PAGE = "report.html"
+_MADE_BY = b'content="lostreg report"'
 _SUFFIXES = (".html", ".htm")
 
 
@@ -19,7 +20,7 @@ def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "report",
         help="one HTML page to look through a run's images",
-        description="Write one HTML page that shows every image of a run with its boxes, seeds, masks and degree map, "
+        description="Write one HTML page that shows the images of a run with their boxes, seeds, masks and degree map, "
         "to sort, filter and look through. It needs no network, no server and no other file. The run may be "
         "unfinished.",
     )
@@ -50,6 +51,12 @@ def add_parser(commands: Subparsers) -> None:
     parser.set_defaults(run=run)
 
 
+def _check_ours(target: Path) -> None:
+    """Raise `OptionError` if the page would take the place of something else."""
+    if target.exists() and _MADE_BY not in target.read_bytes()[:4096]:
+        raise OptionError(f"--out {target} is there already, and no page of lostreg report: give another file")
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the page."""
     target = args.run_folder / _PAGE if args.out is None else args.out
@@ -60,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
     from lostreg.gallery.build import write_gallery
     from lostreg.gallery.run_folder import RunFolder
 
-    folder = RunFolder(args.run_folder, with_maps=args.images is None)
+    folder = RunFolder(args.run_folder, needs_maps=args.images is None)
     check_writable(target, "the page")
+    _check_ours(target)
     bar: ProgressBar | None = None
 
     def advance(total: int) -> None:

@@ -73,7 +73,7 @@ def write_gallery(
     """
     survey = run.survey()
     chosen = choose_images(survey.scores, limit, choose)
-    beside = target.with_name(target.name + ".part")
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from lostreg.errors import ImageError
 from lostreg.gallery.masks import small_mask
 from lostreg.gallery.run_folder import Shown, clean_scores
-from lostreg.images import SUFFIXES, read_image
+from lostreg.images import read_image
 from lostreg.maps import ImageMaps
 from lostreg.predictions import Prediction
+from lostreg.run_images import find_below
 
 SIDE: Final = 480
 QUALITY: Final = 75
-_COCO_DIGITS: Final = 12
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def make_entry(shown: Shown, images: Path | None, *, exif: bool, max_pixels: int
         max_pixels: a file with more pixels is not decoded.
     """
     prediction, maps = shown.prediction, shown.maps
-    jpeg, actual, note = b"", None, "no line in the maps file says where the image is"
-    path = find_image(prediction.image_id, maps, images)
+    jpeg, actual = b"", None
+    path, note = _find(prediction.image_id, maps, images)
     if path is not None:
         try:
             picture = read_image(path, max_side=SIDE, exif=maps.exif if maps else exif, max_pixels=max_pixels)
@@ -60,28 +60,12 @@ def make_entry(shown: Shown, images: Path | None, *, exif: bool, max_pixels: int
     return Entry(_card(shown, size, note), _maps(prediction, maps), jpeg)
 
 
-def find_image(image_id: str | int, maps: ImageMaps | None, images: Path | None) -> Path | None:
-    """Where an image should be; None where nothing says so.
-
-    Args:
-        image_id: as in the predictions file.
-        maps: its line of the maps file, with the path at the time of the run.
-        images: the folder to look in instead: for the id as a file's name, with a suffix or without, then for the
-            recorded file's name.
-    """
+def _find(image_id: str | int, maps: ImageMaps | None, images: Path | None) -> tuple[Path | None, str]:
+    """Where an image should be; else why nothing says so."""
     if images is None:
-        return Path(maps.path) if maps else None
-    stems = [str(image_id)] + ([f"{image_id:0{_COCO_DIGITS}d}"] if isinstance(image_id, int) else [])
-    names = [str(image_id), *(stem + suffix for stem in stems for suffix in SUFFIXES)]
-    names += [Path(maps.path).name] if maps else []
-    return next((images / name for name in names if _is_file(images / name)), images / str(image_id))
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # names that are too long, or hold a null character
-        return False
+        return (Path(maps.path), "") if maps else (None, "no line in the maps file says where the image is")
+    path = find_below(images, image_id, maps.path if maps else None)
+    return path, "" if path else f"{image_id}: no such file in {images.name or images}"
 
 
 def _encode(pixels: NDArray[np.uint8]) -> bytes:

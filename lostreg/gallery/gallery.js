@@ -149,7 +149,7 @@
   function fits(item) {
     const wanted = controls.verdict.value, clearness = controls.clearness.value;
     if (wanted !== "all" && !(hasTruth(item) && verdict(item) === wanted)) return false;
-    if (clearness !== "any" && isUnclear(item) !== (clearness === "unclear")) return false;
+    if (clearness !== "any" && (score(item) === null || isUnclear(item) !== (clearness === "unclear"))) return false;
     return item.name.toLowerCase().includes(controls.find.value.trim().toLowerCase());
   }
 

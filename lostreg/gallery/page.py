@@ -12,6 +12,7 @@ from typing import Any, Final
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.gallery.entries import Entry, readable
 from lostreg.gallery.run_folder import RunFolder, Survey
+from lostreg.lines import is_finite_number
 
 _ITEMS: Final = "<!-- items -->\n"
 _ESCAPES: Final = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}
@@ -131,9 +132,9 @@ def _tiles(run: RunFolder, survey: Survey) -> Iterator[str]:
 def _recorded(results: dict[str, Any]) -> Iterator[str]:
     """Corloc as the run wrote it, where there are no maps with ground truth."""
     corloc, bounds = results.get("corloc"), results.get("wilson_95")
-    if isinstance(corloc, int | float):
+    if is_finite_number(corloc):
         yield _tile("corloc", f"{corloc:.2f} %")
-    if isinstance(bounds, list) and len(bounds) == 2 and all(isinstance(bound, int | float) for bound in bounds):
+    if isinstance(bounds, list) and len(bounds) == 2 and all(is_finite_number(bound) for bound in bounds):
         yield _tile("its 95 % interval (Wilson)", f"{bounds[0]:.1f} to {bounds[1]:.1f} %")
 
 

@@ -1,17 +1,17 @@
 """A run's folder as its page needs it: read line by line, finished or not, with maps or without."""
 
-import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from lostreg.corloc import Corloc, is_hit
-from lostreg.defaults import CLEAR_SCORE, MAPS_FILE, MAX_PIXELS, PREDICTIONS_FILE, RESULTS_FILE
+from lostreg.defaults import CLEAR_SCORE, MAPS_FILE, MAX_PIXELS, PREDICTIONS_FILE
 from lostreg.errors import PredictionsError
+from lostreg.lines import is_finite_number
 from lostreg.maps import ImageMaps, read_maps
 from lostreg.predictions import Prediction, stream_predictions
+from lostreg.run_images import results_of
 
 FAILED_LISTED: Final = 1000  # images without a box that are named; the others are counted
 
@@ -98,7 +98,7 @@ class RunFolder:
 
     Args:
         folder: that `lostreg discover` or `lostreg eval` wrote.
-        with_maps: whether the maps file is needed; else it is used where it is there.
+        needs_maps: whether the maps file is needed; else it is used where it is there.
 
     Attributes:
         results: what the run says of itself; None where it says nothing that can be read.
@@ -107,17 +107,19 @@ class RunFolder:
         PredictionsError: if there is no predictions file, or no maps file where one is needed.
     """
 
-    def __init__(self, folder: Path, *, with_maps: bool = True) -> None:
+    def __init__(self, folder: Path, *, needs_maps: bool = True) -> None:
         self.folder = folder
+        if folder.name == PREDICTIONS_FILE and folder.is_file():
+            raise PredictionsError(f"{folder} is a predictions file: expected its folder, {folder.parent}")
         self._predictions, self._maps = folder / PREDICTIONS_FILE, folder / MAPS_FILE
         if not self._predictions.is_file():
             raise PredictionsError(f"{folder} holds no {PREDICTIONS_FILE}: {_advice(folder)}")
-        if with_maps and not self._maps.is_file():
+        if needs_maps and not self._maps.is_file():
             raise PredictionsError(
                 f"{folder} holds no {MAPS_FILE}, which says where the images are: run the command again with this "
                 "version, or give the images' folder with --images (then without degree maps)"
             )
-        self.results = _read_results(folder / RESULTS_FILE)
+        self.results = results_of(folder)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -151,7 +153,8 @@ class RunFolder:
         for number, prediction in enumerate(stream_predictions(self._predictions), start=1):
             if waiting is not None and waiting.image_id == prediction.image_id:
                 yield Shown(number, prediction, waiting)
-                waiting = next(maps, None)
+                while waiting is not None and waiting.image_id == prediction.image_id:  # a line may stand there twice
+                    waiting = next(maps, None)
             else:
                 yield Shown(number, prediction, None)
 
@@ -177,16 +180,8 @@ def main_score(prediction: Prediction) -> float | None:
 def clean_scores(prediction: Prediction) -> list[float | None]:
     """A score a box: None for whatever is no finite number, as files of other programs may have."""
     scores = prediction.scores if isinstance(prediction.scores, Sequence) else ()
-    found = [score if type(score) in (int, float) and math.isfinite(score) else None for score in scores]
+    found = [score if is_finite_number(score) else None for score in scores]
     return (found + [None] * len(prediction.boxes))[: len(prediction.boxes)]
-
-
-def _read_results(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _advice(folder: Path) -> str:

@@ -32,7 +32,7 @@ NASTY = [
 
 
 def page_of(run: Path, **options: object) -> Page:
-    write_gallery(RunFolder(run, with_maps="images" not in options), run / "report.html", **options)  # type: ignore[arg-type]
+    write_gallery(RunFolder(run, needs_maps="images" not in options), run / "report.html", **options)  # type: ignore[arg-type]
     return Page(run / "report.html")
 
 
@@ -347,3 +347,21 @@ def test_what_is_no_mask_is_left_out(text: str, height: int, width: int) -> None
     assert found is None or sum(found["runs"]) == height * width
     assert small_mask({"size": [3, 3], "counts": [4, 5]}) is None
     assert small_mask(None) is None
+
+
+def test_a_maps_line_that_stands_there_twice_costs_no_other_image_its_map(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ["a", "b", "c"])
+    first, *rest = (run / "maps.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (run / "maps.jsonl").write_text("".join([first, first, *rest]), encoding="utf-8")
+    page = page_of(run)
+    assert [page.maps(number)["grid"] for number in (1, 2, 3)] == [list(GRID)] * 3
+
+
+def test_numbers_beyond_all_bounds_do_no_harm(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ["a", "b"])
+    path = run / "predictions.jsonl"
+    lines = [{**json.loads(line), "scores": [10**400]} for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    (run / "results.json").write_text(json.dumps({**results, "corloc": 10**400, "wilson_95": [10**400, 1]}))
+    assert [card["scores"] for card in page_of(run).cards] == [[None], [None]]

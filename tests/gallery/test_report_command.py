@@ -34,6 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(place / "run", place / "several/dino_vits16")
     (place / "folder.html").mkdir()
     (place / "file").write_text("mine")
+    (place / "mine.html").write_text("<p>mine</p>")
     Image.fromarray(disc_picture()).save(place / "good.jpg")
     return place
 
@@ -62,6 +63,16 @@ def test_a_run_without_maps_needs_the_images_folder(place: Path) -> None:
     assert page.maps(3) == {}
 
 
+def test_an_earlier_page_is_replaced_and_nothing_beside_it_is_touched(place: Path) -> None:
+    target = place / "run/again.html"
+    (place / "run/again.html.part").write_text("mine")
+    for limit in (1, 2):
+        assert run(f"report {{}}/run --out {{}}/run/again.html --limit {limit}", place) == 0
+        assert len(Page(target).cards) == limit
+    assert (place / "run/again.html.part").read_text() == "mine"
+    assert not list((place / "run").glob(".again*"))
+
+
 def test_what_is_lacking_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", ["a", "b", "c"])
     (tmp_path / "photos/im0001.jpg").unlink()
@@ -87,6 +98,8 @@ BAD = {
     "no run": ("report {}/none", r"none holds no predictions\.jsonl: expected a folder that `lostreg discover`"),
     "a file as run": ("report {}/file", r"file holds no predictions\.jsonl: expected a folder"),
     "several runs": ("report {}/several", r"such as .*several/dino_vits16 \(1 lie in it\)"),
+    "a predictions file": ("report {}/run/predictions.jsonl", r"is a predictions file: expected its folder, .*run"),
+    "another page": ("report {}/run --out {}/mine.html", r"mine\.html is there already, and no page of lostreg report"),
     "no images": ("report {}/run --images {}/none", "--images .*none: expected a folder"),
 }
 
