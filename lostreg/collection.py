@@ -3,11 +3,12 @@
 import glob
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lostreg.errors import OptionError
+from lostreg.errors import LostregWarning, OptionError
 from lostreg.images import SUFFIXES
 from lostreg.lines import as_line
 
@@ -39,13 +40,14 @@ class Collection:
         return digest.hexdigest()
 
 
-def find_collection(source: str) -> Collection:
+def find_collection(source: str, apart: Path | None = None) -> Collection:
     """The images that a folder, a glob or a list stands for.
 
     Args:
         source: a folder, which is searched with all its subfolders; a glob such as ``photos/**/*.jpg``; or a text file
             with a path a line, relative to its own folder. Lines that are empty or begin with ``#`` are left out, and
             so is what has been listed before.
+        apart: a folder whose files are left out: what a run writes is none of its photos.
 
     Raises:
         OptionError: if there is no such thing, or no image in it.
@@ -53,20 +55,24 @@ def find_collection(source: str) -> Collection:
     path = Path(source)
     if source and path.is_dir():
         inside = sorted(os.path.relpath(file, path) for file in walk_files(path) if file.lower().endswith(SUFFIXES))
-        return _collect(path, inside, f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}")
+        return _collect(path, inside, f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}", apart)
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
             raise OptionError(f"{path} is one image: expected a folder, a glob or a list; use `lostreg predict`")
-        return _collect(path.parent, _listed(path), f"{path} lists no images: expected a path a line")
+        return _collect(path.parent, _listed(path), f"{path} lists no images: expected a path a line", apart)
     if glob.has_magic(source):
         root = _fixed_part(path)
-        found = sorted(name for name in glob.glob(source, recursive=True) if Path(name).is_file())  # noqa: PTH207
-        return _collect(root, [os.path.relpath(name, root) for name in found], f"no file matches '{source}'")
+        names = (name for name in glob.glob(source, recursive=True) if name.lower().endswith(SUFFIXES))  # noqa: PTH207
+        found = sorted(os.path.relpath(name, root) for name in names if not Path(name).is_dir())
+        nothing = f"no image matches '{source}': a [ that is part of a name is written [[]"
+        return _collect(root, found, nothing, apart)
     raise OptionError(f"{source!r}: no such folder or list; expected a folder, a glob or a file with a path a line")
 
 
-def _collect(root: Path, names: Iterable[str], nothing: str) -> Collection:
+def _collect(root: Path, names: Iterable[str], nothing: str, apart: Path | None) -> Collection:
     kept = tuple(dict.fromkeys(Path(name).as_posix() for name in names))
+    if apart is not None and apart.exists():
+        kept = tuple(name for name in kept if not (root / name).resolve().is_relative_to(apart.resolve()))
     if not kept:
         raise OptionError(nothing)
     return Collection(root, kept)
@@ -75,13 +81,17 @@ def _collect(root: Path, names: Iterable[str], nothing: str) -> Collection:
 def walk_files(folder: str | Path) -> Iterator[str]:
     """The files of a folder and of its subfolders, also those that are links, each folder once."""
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_tell):
         real = os.path.realpath(place)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
         yield from (os.path.join(place, name) for name in files)  # noqa: PTH118 - lighter than paths
+
+
+def _tell(error: OSError) -> None:
+    warnings.warn(f"cannot look into {error.filename}: {error.strerror}", LostregWarning, stacklevel=2)
 
 
 def _listed(path: Path) -> list[str]:
@@ -92,7 +102,7 @@ def _listed(path: Path) -> list[str]:
     if "\0" in text:
         raise OptionError(f"{path} is no list of images: expected a text file with a path a line")
     lines = (line.removesuffix("\r") for line in text.split("\n"))  # names may hold what else ends lines
-    return [line for line in lines if line.strip() and not line.startswith("#")]
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def _fixed_part(pattern: Path) -> Path:

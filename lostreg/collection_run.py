@@ -4,26 +4,28 @@ Nothing grows in memory with the number of images but their names.
 """
 
 import csv
+import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, TextIO
+from typing import Any, Final, Literal
 
 from lostreg.collection import Collection
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 from lostreg.discoverer import Discoverer
 from lostreg.documents import write_json
 from lostreg.errors import ImageError, PredictionsError
-from lostreg.lines import keep_lines
-from lostreg.maps import maps_of
+from lostreg.maps import keep_maps, maps_of
 from lostreg.masks import save_mask_png
 from lostreg.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
 from lostreg.regions import Discovery
-from lostreg.runs import check_same_run, is_complete, locked, run_facts
+from lostreg.runs import check_same_run, is_complete, locked, read_results, run_facts
 
 FAILED_FILE: Final = "failed.csv"
 MASKS_FOLDER: Final = "masks"
+_LONGEST_NAME: Final = 240  # bytes, before the suffix
 
 
 @dataclass
@@ -100,80 +102,72 @@ def discover_collection(
     }
     with locked(out):
         _check_folder(out, settings, overwrite=overwrite)
-        with (out / FAILED_FILE).open("w", encoding="utf-8", errors="surrogateescape", newline="") as failed:
-            run = _Run(collection, discoverer, out, _Counter(failed, discoverer.object_options.min_score))
-            run.take_over()
-            finished = run.summary.known == len(collection) and is_complete(out / RESULTS_FILE)
-            if not finished:
-                write_json(out / RESULTS_FILE, {"complete": False, **settings})
-            for _ in run.go_on(strict=strict, masks=masks, mask_pictures=mask_pictures):
-                if on_progress:
-                    on_progress(run.summary)
+        run = _Run(collection, discoverer, out)
+        run.take_over(strict=strict)
+        finished = run.summary.known == len(collection) and is_complete(out / RESULTS_FILE)
         if not finished:
-            write_json(out / RESULTS_FILE, _results(run.summary, settings, discoverer))
+            write_json(out / RESULTS_FILE, {"complete": False, **settings})
+        for _ in run.go_on(strict=strict, masks=masks, mask_pictures=mask_pictures):
+            if on_progress:
+                on_progress(run.summary)
+        if finished:  # its speed and versions stay
+            results = {**read_results(out / RESULTS_FILE), **_counts(run.summary, discoverer)}
+        else:
+            seconds, device = run.summary.seconds, discoverer.backbone.device
+            facts = run_facts(run.summary.images - run.summary.known, seconds, device)
+            results = {"complete": True, **_counts(run.summary, discoverer), **settings, **facts}
+        write_json(out / RESULTS_FILE, results)
     return run.summary
-
-
-class _Counter:
-    """Counts images as they come in, and lists those that could not be read."""
-
-    def __init__(self, failed: TextIO, min_score: float) -> None:
-        self.summary = Summary()
-        self._min_score = min_score
-        self._failed = failed
-        self._table = csv.writer(failed, lineterminator="\n")
-        self._table.writerow(["image_id", "reason"])
-
-    def add(self, prediction: Prediction) -> None:
-        self.summary.add(prediction, self._min_score)
-        if prediction.error is not None:
-            self._table.writerow([prediction.image_id, prediction.error])
-            self._failed.flush()
 
 
 class _Run:
     """A run into a folder that is its own."""
 
-    def __init__(self, collection: Collection, discoverer: Discoverer, out: Path, counter: _Counter) -> None:
+    def __init__(self, collection: Collection, discoverer: Discoverer, out: Path) -> None:
         self.collection = collection
         self.discoverer = discoverer
         self.out = out
-        self.counter = counter
+        self.summary = Summary()
+        self._min_score = discoverer.object_options.min_score
 
-    @property
-    def summary(self) -> Summary:
-        return self.counter.summary
-
-    def take_over(self) -> None:
-        """Count what an earlier run has done, one line after the other."""
-        for prediction in recover_predictions(self.out / PREDICTIONS_FILE):
+    def take_over(self, *, strict: bool) -> None:
+        """Count what an earlier run has done, one line after the other, and list what failed anew."""
+        path = self.out / PREDICTIONS_FILE
+        for prediction in recover_predictions(path):
             place = self.summary.images
             if place >= len(self.collection) or prediction.image_id != self.collection.names[place]:
                 raise PredictionsError(
-                    f"{self.out / PREDICTIONS_FILE} does not follow the order of the images: it is not of this run; "
+                    f"{path} does not follow the order of the images: it is not of this run; "
                     "use --overwrite or another --out"
                 )
-            self.counter.add(prediction)
+            if strict and prediction.error is not None:
+                raise ImageError(prediction.error)
+            self.summary.add(prediction, self._min_score)
         self.summary.known = self.summary.images
-        keep_lines(self.out / MAPS_FILE, self.summary.images - self.summary.unreadable)
+        with _FailedFile(self.out, "w") as failed:
+            failed.begin()
+            for prediction in recover_predictions(path):
+                failed.add(prediction)
+        keep_maps(self.out / MAPS_FILE, (one.image_id for one in recover_predictions(path)))
 
     def go_on(self, *, strict: bool, masks: bool, mask_pictures: bool) -> Iterator[None]:
         """Compute what is missing, image by image."""
         names = self.collection.names[self.summary.known :]
         start = time.perf_counter()
-        with RunFiles(self.out) as files:
+        with RunFiles(self.out) as files, _FailedFile(self.out, "a") as failed:
             for name, outcome in zip(names, self._outcomes(), strict=True):
+                path = self.collection.path(name)
                 if isinstance(outcome, Discovery):
-                    prediction = from_discovery(name, outcome, masks=masks)
-                    maps = maps_of(name, self.collection.path(name), outcome)
+                    prediction, maps = from_discovery(name, outcome, masks=masks), maps_of(name, path, outcome)
                     if mask_pictures:
                         save_mask_png(mask_path(self.out, name), outcome)
                 elif strict:
                     raise outcome
                 else:
-                    prediction, maps = from_error(name, outcome), None
+                    prediction, maps = from_error(name, outcome, path), None
                 files.add(prediction, maps)
-                self.counter.add(prediction)
+                failed.add(prediction)
+                self.summary.add(prediction, self._min_score)
                 self.summary.seconds = time.perf_counter() - start
                 yield
 
@@ -184,10 +178,39 @@ class _Run:
         return self.discoverer.outcomes(paths, skip=self.summary.known)
 
 
+class _FailedFile:
+    """The table of the images that could not be read; names that are no text keep their bytes."""
+
+    def __init__(self, out: Path, mode: Literal["w", "a"]) -> None:
+        path = out / FAILED_FILE
+        self._file = path.open(mode, encoding="utf-8", errors="surrogateescape", newline="")
+        self._table = csv.writer(self._file, lineterminator="\n")
+
+    def __enter__(self) -> "_FailedFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def begin(self) -> None:
+        """The names of the columns."""
+        self._table.writerow(["image_id", "reason"])
+
+    def add(self, prediction: Prediction) -> None:
+        """One image, if it could not be read."""
+        if prediction.error is not None:
+            self._table.writerow([prediction.image_id, prediction.error])
+            self._file.flush()
+
+
 def mask_path(out: Path, name: str) -> Path:
     """Where the picture of an image's masks goes: beneath the run's folder, wherever the image lies."""
-    parts = ["_" if part == ".." else part for part in PurePosixPath(name).parts if part != "/"]
-    return out.joinpath(MASKS_FOLDER, *parts[:-1], parts[-1] + ".png")
+    elsewhere = {"/": "_root", "..": "_up"}
+    *folders, last = [elsewhere.get(part, part) for part in PurePosixPath(name).parts]
+    if len(os.fsencode(last)) > _LONGEST_NAME:  # file systems take 255 bytes
+        digest = hashlib.sha256(os.fsencode(last)).hexdigest()[:12]
+        last = os.fsdecode(os.fsencode(last)[: _LONGEST_NAME - 13]) + "-" + digest
+    return out.joinpath(MASKS_FOLDER, *folders, last + ".png")
 
 
 def _check_folder(out: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
@@ -197,17 +220,22 @@ def _check_folder(out: Path, settings: dict[str, Any], *, overwrite: bool) -> No
         for file in files:
             file.unlink(missing_ok=True)
     elif any(file.exists() for file in files[:2]):
+        earlier = read_results(out / RESULTS_FILE).get("collection")
+        ours = settings["collection"]
+        if isinstance(earlier, dict) and earlier.get("fingerprint") != ours["fingerprint"]:
+            raise PredictionsError(
+                f"{out} holds a run over other photos, {earlier.get('images')} then and {ours['images']} now: some "
+                "were added, removed or renamed; give another --out, or --overwrite to start anew"
+            )
         check_same_run(out / RESULTS_FILE, settings, apart=("root",))
 
 
-def _results(summary: Summary, settings: dict[str, Any], discoverer: Discoverer) -> dict[str, Any]:
+def _counts(summary: Summary, discoverer: Discoverer) -> dict[str, Any]:
     return {
-        "complete": True,
         "images": summary.images,
         "clear": summary.clear,
         "unclear": summary.unclear,
+        "clear_from": discoverer.object_options.min_score,
         "unreadable": summary.unreadable,
         "boxes": summary.boxes,
-        **settings,
-        **run_facts(summary.images - summary.known, summary.seconds, discoverer.backbone.device),
     }

@@ -24,6 +24,7 @@ class DetectionScores:
         ar: average recall of all boxes of each image.
         recall50_first: recall at an IoU of 0.5, of the first box of each image alone.
         recall50: recall at an IoU of 0.5, of all boxes of each image.
+        most: boxes of an image at most: the N of AR@N.
     """
 
     ap: float
@@ -32,11 +33,12 @@ class DetectionScores:
     ar: float
     recall50_first: float
     recall50: float
+    most: int
 
     def __str__(self) -> str:
         return (
-            f"all objects, of no class: AP {self.ap:.2f}, AP50 {self.ap50:.2f}; average recall {self.ar:.2f} "
-            f"({self.recall50:.2f} at IoU 0.5), of the first boxes alone {self.ar_first:.2f} "
+            f"all objects, of no class: AP {self.ap:.2f}, AP50 {self.ap50:.2f}, AR@{self.most} {self.ar:.2f} "
+            f"(recall at IoU 0.5: {self.recall50:.2f}); the first boxes alone: AR@1 {self.ar_first:.2f} "
             f"({self.recall50_first:.2f})"
         )
 
@@ -82,6 +84,7 @@ def detection_scores(images: Sequence[Detections]) -> DetectionScores:
         ar=100 * float(recall.mean()),
         recall50_first=100 * float(recall_first[0]),
         recall50=100 * float(recall[0]),
+        most=max(len(_as_boxes(image.boxes)) for image in images),
     )
 
 

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator, Sized
-from itertools import islice, tee
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -244,12 +243,7 @@ class Discoverer:
         Yields:
             One outcome an image, in input order, beginning with number ``skip``.
         """
-        ours, theirs = tee(images)  # it keeps no more of them than the stream takes in advance
-        for outcome, source in zip(self.stream.outcomes(theirs, skip), islice(ours, skip, None), strict=True):
-            if isinstance(outcome, Discovery) and isinstance(source, str | Path):
-                yield dataclasses.replace(outcome, source=source)
-            else:  # an array or a PIL image would stay in memory as long as its result
-                yield outcome
+        return self.stream.outcomes(images, skip)
 
     def _discoveries(self, objects: list[Objects], pictures: list[PatchedPicture]) -> list[Discovery]:
         found = discoveries(objects[0], pictures, self.backbone.spec.patch_size, self.k_patches, self.object_options)

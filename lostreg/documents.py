@@ -13,7 +13,8 @@ Document = TypeVar("Document")
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file so that a reader, or a kill, meets the old content or the new and nothing between."""
     beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are no text, as JSON escapes
     beside.replace(path)
 
 

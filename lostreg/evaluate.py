@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,8 +19,7 @@ from lostreg.detection import Detections, DetectionScores, detection_scores
 from lostreg.discoverer import Discoverer
 from lostreg.documents import write_json
 from lostreg.errors import ImageError, PredictionsError
-from lostreg.lines import keep_lines
-from lostreg.maps import ImageMaps, maps_of
+from lostreg.maps import ImageMaps, keep_maps, maps_of
 from lostreg.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
 from lostreg.regions import Discovery
 from lostreg.runs import (
@@ -72,20 +71,6 @@ class Evaluation:
     detection: DetectionScores | None
 
 
-class Score(NamedTuple):
-    """The outcome of scoring a predictions file.
-
-    Attributes:
-        corloc: hits and images.
-        missing: images without a prediction, counted as misses.
-        detection: as in `Evaluation`.
-    """
-
-    corloc: Corloc
-    missing: int
-    detection: DetectionScores | None
-
-
 Callback = Callable[[Progress], None]
 Hook = Callable[[Example, Discovery], None]
 
@@ -121,13 +106,13 @@ def evaluate(
         ImageError: with ``strict``, at the first image that cannot be read; what came before it is kept.
     """
     out = Path(out)
-    settings = benchmark_settings(benchmark, discoverer.options, extra)
+    settings = benchmark_settings(benchmark, {**discoverer.options, "masks": masks}, extra)
     with locked(out):
         known = _prepare(out, settings, benchmark, overwrite=overwrite)
         tally = _Tally(benchmark.examples, len(known), strict=strict, on_progress=on_progress)
         for prediction in known:
             tally.add(prediction)
-        keep_lines(out / MAPS_FILE, tally.done - tally.unreadable)
+        keep_maps(out / MAPS_FILE, (one.image_id for one in known))
         start = time.perf_counter()
         with RunFiles(out) as files:
             for prediction, maps in _predict(benchmark.examples, discoverer, len(known), on_discovery, masks=masks):
@@ -172,7 +157,7 @@ class _Tally:
 
     def add(self, prediction: Prediction) -> None:
         self.check(prediction)
-        self.predictions.append(replace(prediction, masks=None))  # which would take up memory
+        self.predictions.append(replace(prediction, masks=None))
         hit = is_hit(prediction.boxes, self.examples[self.done].boxes)
         self.hits += hit
         if prediction.boxes and prediction.has_scores:
@@ -191,7 +176,7 @@ def _detection(predictions: Sequence[Prediction | None], examples: Sequence[Exam
         prediction or Prediction(example.image_id, ())
         for prediction, example in zip(predictions, examples, strict=True)
     ]
-    if not all(one.has_scores for one in found):
+    if not all(one.has_scores for one in found) or not any(len(example.boxes) for example in examples):
         return None
     return detection_scores(
         [
@@ -213,9 +198,7 @@ def _predict(
     outcomes = discoverer.outcomes((example.path for example in examples), skip=known)
     for example, outcome in zip(examples[known:], outcomes, strict=True):
         if isinstance(outcome, ImageError):
-            # Without the folder: where the images lie is no part of the result.
-            reason = str(outcome).replace(str(example.path), example.path.name)
-            yield from_error(example.image_id, ImageError(reason)), None
+            yield from_error(example.image_id, outcome, example.path), None
             continue
         if on_discovery:
             on_discovery(example, outcome)
@@ -223,16 +206,39 @@ def _predict(
         yield prediction, maps_of(example.image_id, example.path, outcome, example.boxes)
 
 
-def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -> Score:
+def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -> tuple[Corloc, int]:
     """Score a predictions file, in whatever order its lines are.
 
     Args:
         predictions: at most one an image; those for images that the benchmark leaves out are ignored.
         benchmark: the ground truth; an image without a prediction is a miss.
 
+    Returns:
+        The score, and how many images have no prediction.
+
     Raises:
         PredictionsError: if an image is predicted twice, or is not in the benchmark.
     """
+    found = _by_example(predictions, benchmark)
+    boxes = [[] if prediction is None else prediction.boxes for prediction in found]
+    return corloc(boxes, [example.boxes for example in benchmark.examples]), found.count(None)
+
+
+def score_detections(predictions: Sequence[Prediction], benchmark: Benchmark) -> DetectionScores | None:
+    """How well all boxes of a predictions file find all objects; None where a box has no score.
+
+    Args:
+        predictions: as for `score_predictions`.
+        benchmark: the ground truth.
+
+    Raises:
+        PredictionsError: as `score_predictions`.
+    """
+    return _detection(_by_example(predictions, benchmark), benchmark.examples)
+
+
+def _by_example(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Prediction | None]:
+    """The prediction for each image of a benchmark."""
     by_id: dict[str | int, Prediction] = {}
     for prediction in predictions:
         if prediction.image_id in by_id:
@@ -246,10 +252,7 @@ def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -
             f"does not have, such as {min(strangers, key=str)!r}: "
             f"expected ids like {wanted!r}"
         )
-    found = [by_id.get(example.image_id) for example in benchmark.examples]
-    boxes = [[] if prediction is None else prediction.boxes for prediction in found]
-    score = corloc(boxes, [example.boxes for example in benchmark.examples])
-    return Score(score, found.count(None), _detection(found, benchmark.examples))
+    return [by_id.get(example.image_id) for example in benchmark.examples]
 
 
 def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overwrite: bool) -> list[Prediction]:
@@ -261,7 +264,7 @@ def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overw
         (out / MAPS_FILE).unlink(missing_ok=True)
     elif results.exists() or predictions.exists():
         check_same_run(results, settings)
-    known = list(recover_predictions(predictions))
+    known = [replace(one, masks=None) for one in recover_predictions(predictions)]  # masks would take up memory
     wanted = [example.image_id for example in benchmark.examples[: len(known)]]
     if [prediction.image_id for prediction in known] != wanted:
         raise PredictionsError(

@@ -250,12 +250,14 @@ class PatchedPicture:
         size: (height, width) of what was cut, in pixels.
         width: of the original image, in pixels.
         height: of the original image, in pixels.
+        source: the file that it comes from, if it comes from one.
     """
 
     patches: NDArray[np.uint8]
     size: tuple[int, int]
     width: int
     height: int
+    source: str | Path | None = None
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -25,7 +25,7 @@ _OUTSIDE: Final = 0.7  # patches from all outlines outwards: from there on it is
 _DEPTH: Final = 1 / 3  # the same as a share of the deepest place, for what is nowhere that deep
 _LEAST_IOU: Final = 0.3  # with the patches; a sharpened mask that agrees less with them is not believed
 _LONGEST_COUNT: Final = 7  # characters of five bits each: more than any image needs
-_MOST_OBJECTS: Final = 255
+MOST_OBJECTS: Final = 255
 _GOLDEN: Final = 0.618034
 
 
@@ -81,6 +81,7 @@ def at_working_size(
     high = patch[1] * small.shape[0] / pixels.shape[0]
     rows = cells(small.shape[0], high, masks.shape[1])
     columns = cells(small.shape[1], wide, masks.shape[2])
+    rows[-1], columns[-1] = masks.shape[1] - 1, masks.shape[2] - 1  # a last patch may be cut to less than a pixel
     return small, masks[:, rows[:, None], columns[None, :]].astype(bool), (wide + high) / 2
 
 
@@ -257,8 +258,8 @@ def save_mask_png(path: Path, found: Discovery) -> None:
     """
     if path.suffix.lower() != ".png":
         raise LostregError(f"cannot write {path}: expected a file ending in .png")
-    if len(found) > _MOST_OBJECTS:
-        raise LostregError(f"cannot write {path}: expected at most {_MOST_OBJECTS} objects, found {len(found)}")
+    if len(found) > MOST_OBJECTS:
+        raise LostregError(f"cannot write {path}: expected at most {MOST_OBJECTS} objects, found {len(found)}")
     labels = np.zeros((found.height, found.width), dtype=np.uint8)
     for index in reversed(range(len(found))):
         labels[found.pixel_mask(index)] = index + 1
@@ -276,7 +277,7 @@ def save_mask_png(path: Path, found: Discovery) -> None:
 def palette() -> NDArray[np.uint8]:
     """The colours of mask files, RGB, shape (256, 3): black for the background, then hues far from the last ones."""
     colours = np.zeros((256, 3), dtype=np.uint8)
-    for index in range(_MOST_OBJECTS):
+    for index in range(MOST_OBJECTS):
         hue, step = (index * _GOLDEN) % 1, index // 16 % 4
         colours[index + 1] = np.round(255 * np.array(colorsys.hsv_to_rgb(hue, 0.85 - 0.15 * step, 1 - 0.1 * step)))
     return colours

@@ -80,9 +80,13 @@ def from_discovery(image_id: ImageId, found: Discovery, *, masks: bool = False) 
     )
 
 
-def from_error(image_id: ImageId, error: Exception) -> Prediction:
-    """The line for an image that could not be read."""
-    return Prediction(image_id, (), error=str(error))
+def from_error(image_id: ImageId, error: Exception, path: Path | None = None) -> Prediction:
+    """The line for an image that could not be read; without its folder, if its path is given.
+
+    Where images lie is no part of a result: the same run from another place writes the same.
+    """
+    reason = str(error)
+    return Prediction(image_id, (), error=reason if path is None else reason.replace(str(path), path.name))
 
 
 def _short(value: float) -> float | int:
@@ -115,16 +119,7 @@ def stream_predictions(path: Path) -> Iterator[Prediction]:
     """
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield _parse(json.loads(line))
-                except (ValueError, TypeError, OverflowError, RecursionError) as error:
-                    if not line.endswith(b"\n"):
-                        return
-                    message = f"{path}, line {number}: expected an object with image_id and boxes ({error})"
-                    raise PredictionsError(message) from error
+            yield from _parse_lines(file, path, may_be_cut=True)
     except OSError as error:
         raise PredictionsError(f"cannot read predictions {path}: {error.strerror}") from error
 
@@ -166,12 +161,14 @@ class RunFiles:
                 file.flush()
 
 
-def _parse_lines(lines: Iterable[bytes], path: Path) -> Iterator[Prediction]:
+def _parse_lines(lines: Iterable[bytes], path: Path, *, may_be_cut: bool = False) -> Iterator[Prediction]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield _parse(json.loads(line))
             except (ValueError, TypeError, OverflowError, RecursionError) as error:
+                if may_be_cut and not line.endswith(b"\n"):
+                    return
                 raise PredictionsError(
                     f"{path}, line {number}: expected an object with image_id and boxes ({error})"
                 ) from error

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
@@ -40,12 +41,12 @@ class ObjectOptions:
     box_from: BoxFrom = "patches"
 
     def __post_init__(self) -> None:
-        if type(self.max_objects) is not int or self.max_objects < 1:
+        if isinstance(self.max_objects, bool) or not isinstance(self.max_objects, Integral) or self.max_objects < 1:
             raise OptionError(f"max_objects must be an integer of at least 1, not {self.max_objects!r}")
-        if isinstance(self.min_score, bool) or not (
-            isinstance(self.min_score, int | float) and 0 <= self.min_score <= 1
-        ):
+        if isinstance(self.min_score, bool) or not isinstance(self.min_score, Real) or not 0 <= self.min_score <= 1:
             raise OptionError(f"min_score must be a number in [0, 1], not {self.min_score!r}")
+        object.__setattr__(self, "max_objects", int(self.max_objects))  # of NumPy's, too
+        object.__setattr__(self, "min_score", float(self.min_score))
         if self.box_from not in BOX_SOURCES:
             raise OptionError(f"box_from must be one of {', '.join(BOX_SOURCES)}, not {self.box_from!r}")
         if self.box_from == "mask" and not self.refine:
@@ -100,6 +101,7 @@ def to_discovery(found: Found, picture: PatchedPicture, patch_size: int, asked: 
         patch_width=patch_size * scale_x,
         patch_height=patch_size * scale_y,
         refined=refined,
+        source=picture.source,
     )
 
 

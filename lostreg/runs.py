@@ -133,8 +133,13 @@ def check_same_run(results: Path, settings: dict[str, Any], apart: Sequence[str]
         )
 
 
+# What an earlier version did that did not record it.
+_UNRECORDED: Final = {"max_objects": 1, "refine": False, "box_from": "patches", "masks": False}
+
+
 def _differences(earlier: Any, now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    before = earlier if isinstance(earlier, dict) else {}
+    before = {**_UNRECORDED, **earlier} if isinstance(earlier, dict) and "backbone" in earlier else earlier
+    before = before if isinstance(before, dict) else {}
     for key in [*now, *(key for key in before if key not in now)]:
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)

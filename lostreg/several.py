@@ -39,6 +39,10 @@ class Found:
     masks: NDArray[np.bool_]
     degrees: NDArray[np.int64]
 
+    def is_at_least(self, min_score: float) -> bool:
+        """Whether the first of them may count as an object: a score of 0 says that it is none."""
+        return bool(self.scores[0] >= min_score and self.scores[0] > 0)
+
     def joined(self, other: "Found") -> "Found":
         """These objects and the other's, after them."""
         names = ("xyxy", "scores", "seeds", "biases", "masks")
@@ -49,10 +53,10 @@ class Found:
 def find_several(objects: Objects, k_patches: int, max_objects: int, min_score: float) -> list[Found]:
     """The main object of each image of a batch and, if asked for, further ones.
 
-    After each object, its patches leave the graph and LOST runs again, ``max_objects`` times at most. It ends at an
-    object whose score is below ``min_score``, which is left out unless it is the first. A further object whose box
-    overlaps one of those before it, by an intersection over union of `lostreg.defaults.OVERLAP` or more, is left out
-    too; its patches leave all the same.
+    After each object, its patches leave the graph and LOST runs again, ``max_objects`` times in all. It ends at an
+    object whose score is 0 or below ``min_score``, which is left out unless it is the first. A further object is left
+    out, too, if the box of its patches overlaps that of an object that was kept by an intersection over union of
+    `lostreg.defaults.OVERLAP` or more; its patches leave all the same.
 
     Args:
         objects: what LOST found, with K biases an image.
@@ -75,7 +79,8 @@ def _find_further(found: list[Found], rest: "_Rest", k_patches: int, rounds: int
     going = list(range(len(found)))
     latest = found
     for _ in range(rounds):
-        stays = [place for place, one in enumerate(latest) if one.scores[0] >= min_score and rest.among[place].any()]
+        left = rest.among.any(dim=1).tolist()
+        stays = [place for place, one in enumerate(latest) if one.is_at_least(min_score) and left[place]]
         if not stays:
             return
         going, rest = [going[place] for place in stays], rest.select(stays)
@@ -83,7 +88,7 @@ def _find_further(found: list[Found], rest: "_Rest", k_patches: int, rounds: int
         rest.remove(result.masks)
         latest = _split(result)
         for image, one in zip(going, latest, strict=True):
-            if one.scores[0] >= min_score and pairwise_iou(one.xyxy, found[image].xyxy).max() < OVERLAP:
+            if one.is_at_least(min_score) and pairwise_iou(one.xyxy, found[image].xyxy).max() < OVERLAP:
                 found[image] = found[image].joined(one)
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar, cast
@@ -136,6 +136,8 @@ class ImageStream(Generic[Outcome]):
             image, max_side=self.max_side, exif=self.exif, max_pixels=self.max_pixels, check_size=self._check_size
         )
         picture = cut_patches(read, self.backbone.spec.patch_size)
+        if isinstance(image, str | Path):
+            picture = replace(picture, source=image)
         waiting.add(picture.patches.nbytes)
         return picture
 
@@ -199,8 +201,7 @@ class ImageStream(Generic[Outcome]):
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-        if self.backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free()
         return None
 
     def _halve(self, pictures: list[PatchedPicture]) -> None:
@@ -225,9 +226,35 @@ class ImageStream(Generic[Outcome]):
     def _finish(self, started: "_Started") -> list[Outcome | ImageError]:
         outcomes: dict[int, Outcome | ImageError] = dict(started.outcomes)
         for part in started.parts:
-            found = self.job.finish(part.started, part.pictures)
-            outcomes.update(zip(part.indices, found, strict=True))
+            outcomes.update(zip(part.indices, self._wait(part.started, part.pictures), strict=True))
         return [outcomes[index] for index in sorted(outcomes)]
+
+    def _wait(self, started: Any, pictures: list[PatchedPicture]) -> Sequence[Outcome | ImageError]:
+        """A part's outcomes; where memory runs out only now, the part is done again in halves."""
+        try:
+            return self.job.finish(started, pictures)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        del started
+        self._free()
+        if len(pictures) == 1:
+            return [self._too_large(str(pictures[0].source or "image"), pictures[0])]
+        self._halve(pictures)
+        half = -(-len(pictures) // 2)
+        found: list[Outcome | ImageError] = []
+        for part in (pictures[:half], pictures[half:]):
+            begun = self._try(list(range(len(part))), part)
+            if begun is None:
+                found += [self._too_large(str(one.source or "image"), one) for one in part]
+            else:
+                found += self._wait(begun.started, part)
+        return found
+
+    def _free(self) -> None:
+        """Give back what the device's allocator keeps."""
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 class _End:

@@ -2,20 +2,19 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lostreg.backbones import Backbone
 from lostreg.bias import check_bias, resolve_normalize
-from lostreg.defaults import CLEAR_SCORE
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError
 from lostreg.images import ImageSource, PatchedPicture
 from lostreg.lost import ObjectMaps, object_maps, prepare
 from lostreg.regions import Discovery
-from lostreg.results import BoxFrom, ObjectOptions, discoveries
+from lostreg.results import BoxFrom, discoveries
 
 
 class Study:
@@ -41,22 +40,19 @@ class Study:
         self,
         *,
         bias: float | Literal["auto"] | None = None,
-        max_objects: int = 1,
-        min_score: float = CLEAR_SCORE,
-        refine: bool = False,
-        box_from: BoxFrom = "patches",
+        max_objects: int | None = None,
+        min_score: float | None = None,
+        refine: bool | None = None,
+        box_from: BoxFrom | None = None,
     ) -> Discovery:
-        """Run LOST on the features.
+        """Run LOST on the features. What is None is as the discoverer has it.
 
         Args:
-            bias: Gram bias, or ``auto``; None takes the discoverer's.
+            bias: Gram bias, or ``auto``, which normalises the features whatever the discoverer does.
             max_objects: as for `Discoverer`, like the rest.
             min_score: of further objects.
             refine: whether masks are sharpened on the pixels.
             box_from: ``patches`` or ``mask``.
-
-        Returns:
-            What a `Discoverer` with these options finds in the image.
 
         Raises:
             OptionError: if an option is out of its range.
@@ -65,7 +61,9 @@ class Study:
         if bias is None:
             bias = discoverer.bias
         check_bias(bias)
-        asked = ObjectOptions(max_objects, min_score, refine, box_from)
+        given = {"max_objects": max_objects, "min_score": min_score, "refine": refine, "box_from": box_from}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        asked = dataclasses.replace(discoverer.object_options, **changes)
         normalize = resolve_normalize(bias, discoverer.normalize or None, default=False)
         features = prepare(self._features[None], normalize=normalize)
         grid = self.picture.grid

@@ -18,6 +18,7 @@ from lostreg.predictions import Prediction, read_predictions
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # turn right
 BROKEN = os.fsdecode(b"caf\xe9.jpg")  # a name that is not UTF-8
+MENDED = "caf_e9.jpg"  # the same in files for other tools
 WIDTH, HEIGHT = 60, 40
 NAMES = ["a.jpg", "a.png", "trip one/ä b.jpg", "images/c.JPG", ".hidden/d.jpg", "=e,f.jpg", BROKEN]
 

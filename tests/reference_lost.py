@@ -70,12 +70,12 @@ def reference_several(
             break
         one = best_of_biases(vectors, similarity, grid, k, biases, left)
         one.margin = min(one.margin, abs(one.score - least_score) if least_score else 1)
-        if turn and one.score < least_score:
+        if turn and (one.score < least_score or one.score == 0):
             break
         left = left & ~one.mask.ravel()
         if all(overlap(one.box, before.box) < 0.5 for before in found):
             found.append(one)
-        if one.score < least_score:
+        if one.score < least_score or one.score == 0:
             break
     return found
 

@@ -82,7 +82,8 @@ def test_another_order_is_another_collection() -> None:
     ("source", "message"),
     [
         ("nowhere", "'nowhere': no such folder or list"),
-        ("photos/*.gif", "no file matches"),
+        ("photos/*.gif", "no image matches"),
+        ("photos/*.txt", "no image matches"),
         ("photos/b.jpg", "is one image: expected a folder, a glob or a list"),
         ("empty", "no images in empty: expected files ending in .jpg"),
         ("empty.txt", "lists no images"),
@@ -99,3 +100,13 @@ def test_what_holds_no_images_is_refused(
     Path("binary.txt").write_bytes(b"\x00\x01")
     with pytest.raises(OptionError, match=message.replace("*", r"\*")):
         find_collection(source)
+
+
+def test_what_a_run_writes_is_none_of_its_photos(photos: Path) -> None:
+    expected = find_collection(str(photos)).names
+    (photos / "out/masks").mkdir(parents=True)
+    (photos / "out/masks/b.jpg.png").write_bytes(b"")
+    (photos / "out/predictions.jsonl").write_bytes(b"")
+    for source in (str(photos), f"{photos}/**/*"):
+        assert find_collection(source, apart=photos / "out/masks").names == expected
+        assert len(find_collection(source).names) == len(expected) + 1

@@ -108,7 +108,7 @@ def test_other_options_or_photos_are_refused_and_a_moved_folder_is_not(
     other = Discoverer(backbone, device="cpu", batch_size=2)
     with pytest.raises(PredictionsError, match="max_objects was 3 and is now 1"):
         discover_collection(photos, other, out)
-    with pytest.raises(PredictionsError, match="images was 7 and is now 6"):
+    with pytest.raises(PredictionsError, match="over other photos, 7 then and 6 now"):
         discover_collection(Collection(photos.root, photos.names[1:]), discoverer, out)
     assert contents(out) == before
     moved = tmp_path / "moved"
@@ -194,3 +194,69 @@ def test_counts_tell_clear_from_unclear() -> None:
         )
     )
     assert (summary.images, summary.clear, summary.unclear, summary.unreadable, summary.boxes) == (3, 1, 1, 1, 3)
+
+
+def test_what_is_clear_is_counted_anew_without_computing(
+    photos: Collection, backbone: Backbone, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first = discover_collection(photos, Discoverer(backbone, device="cpu", min_score=0.0), out)
+    before = settings(out)
+    again = discover_collection(photos, Discoverer(backbone, device="cpu", min_score=1.0), out)
+    assert (first.clear, again.clear, again.known) == (6, 0, 7)
+    assert (before["clear"], settings(out)["clear"], settings(out)["clear_from"]) == (6, 0, 1.0)
+    assert settings(out)["run"] == before["run"]
+
+
+def test_strict_refuses_a_run_with_a_broken_photo_however_far_it_is(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    discover_collection(photos, discoverer, out)
+    before = contents(out)
+    with pytest.raises(ImageError, match=r"photo 3\.png: not a readable image"):
+        discover_collection(photos, discoverer, out, strict=True)
+    assert contents(out) == before
+
+
+def test_a_refused_run_leaves_everything_as_it_was(photos: Collection, discoverer: Discoverer, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    discover_collection(photos, discoverer, out)
+    path = out / "predictions.jsonl"
+    path.write_bytes(b"".join(reversed(path.read_bytes().splitlines(keepends=True))))
+    before = contents(out)
+    with pytest.raises(PredictionsError):
+        discover_collection(photos, discoverer, out)
+    assert contents(out) == before
+
+
+def test_reasons_do_not_depend_on_where_the_photos_are_seen_from(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discover_collection(photos, discoverer, tmp_path / "one")
+    monkeypatch.chdir(photos.root)
+    discover_collection(find_collection("."), discoverer, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that are no text exist on POSIX only")
+def test_a_folder_whose_name_is_no_text_is_recorded(discoverer: Discoverer, tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+    Image.fromarray(scene(1)).save(folder / "b.png")
+    assert discover_collection(find_collection(str(folder)), discoverer, tmp_path / "out").images == 1
+    assert settings(tmp_path / "out")["collection"]["root"] == str(folder)  # type: ignore[index]
+
+
+def test_a_name_too_long_for_a_mask_is_cut_and_stays_its_own(tmp_path: Path) -> None:
+    names = [letter * 250 + ".jpg" for letter in "ab"] + ["ä" * 124 + end for end in ("1.jpg", "2.jpg")]
+    paths = [mask_path(tmp_path, name) for name in names]
+    assert len({path.name for path in paths}) == 4
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+
+
+def test_files_elsewhere_do_not_share_a_mask(tmp_path: Path) -> None:
+    names = ["a.jpg", "/a.jpg", "../a.jpg", "_/a.jpg", "x/../a.jpg"]
+    assert len({mask_path(tmp_path, name) for name in names}) == 5

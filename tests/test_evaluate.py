@@ -18,10 +18,12 @@ from lostreg.backbones import Backbone
 from lostreg.cli.main import main
 from lostreg.corloc import Corloc, score_auc
 from lostreg.datasets import Benchmark, Example, load_benchmark
+from lostreg.defaults import MAPS_FILE
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, Progress, evaluate, score_predictions
 from lostreg.images import ImageSource
+from lostreg.maps import read_maps
 from lostreg.predictions import Prediction
 from lostreg.regions import Discovery
 from lostreg.stream import ImageStream
@@ -100,7 +102,7 @@ def test_results_say_what_was_measured(
         "fingerprint": benchmark.fingerprint(),
         "limit": None,
     }
-    assert found["options"] == discoverer.options
+    assert found["options"] == {**discoverer.options, "masks": False}
     assert found["run"]["computed"] == 9
     assert found["run"]["images_per_s"] > 0
     assert {"python", "lostreg", "torch", "timm", "numpy"} <= found["versions"].keys()
@@ -194,7 +196,7 @@ def test_a_run_cut_at_any_byte_ends_with_the_same_bytes(
     benchmark: Benchmark, discoverer: Discoverer, finished: Path
 ) -> None:
     path = finished / PREDICTIONS_FILE
-    content = path.read_bytes()
+    content, maps = path.read_bytes(), (finished / MAPS_FILE).read_bytes()
     ends = [index + 1 for index, byte in enumerate(content) if byte == ord("\n")]
     score = results(finished)["corloc"]
     for cut in sorted({0, 1, len(content) - 1, *ends, *(end + 40 for end in ends[::2])}):
@@ -202,8 +204,44 @@ def test_a_run_cut_at_any_byte_ends_with_the_same_bytes(
         whole = content[:cut].count(b"\n")
         evaluation = evaluate(benchmark, discoverer, finished)
         assert path.read_bytes() == content
+        assert (finished / MAPS_FILE).read_bytes() == maps
         assert evaluation.computed == COUNT - whole
         assert results(finished)["corloc"] == score
+
+
+def test_maps_hold_the_ground_truth_and_go_on_without_what_was_lost(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path
+) -> None:
+    found = list(read_maps(finished / MAPS_FILE))
+    assert [one.image_id for one in found] == [example.image_id for example in benchmark.examples]
+    assert [one.truth for one in found] == [example.boxes.tolist() for example in benchmark.examples]
+    (finished / MAPS_FILE).unlink()  # as in the folder of an earlier version
+    path = finished / PREDICTIONS_FILE
+    kept = path.read_bytes().splitlines(keepends=True)[:4]
+    for _ in range(2):
+        path.write_bytes(b"".join(kept))
+        evaluate(benchmark, discoverer, finished)
+        assert [one.image_id for one in read_maps(finished / MAPS_FILE)] == [one.image_id for one in found[4:]]
+
+
+def test_a_run_of_a_version_without_several_objects_goes_on(
+    benchmark: Benchmark, backbone: Backbone, discoverer: Discoverer, finished: Path
+) -> None:
+    recorded = results(finished)
+    for name in ("max_objects", "min_score", "refine", "box_from", "masks"):
+        del recorded["options"][name]  # type: ignore[attr-defined]
+    (finished / RESULTS_FILE).write_text(json.dumps(recorded))
+    assert evaluate(benchmark, discoverer, finished).computed == 0
+    several = Discoverer(backbone, device="cpu", batch_size=2, exif=False, max_objects=2)
+    with pytest.raises(PredictionsError, match="max_objects was 1 and is now 2"):
+        evaluate(benchmark, several, finished)
+
+
+def test_masks_are_a_setting_of_the_run(benchmark: Benchmark, discoverer: Discoverer, finished: Path) -> None:
+    with pytest.raises(PredictionsError, match="masks was false and is now true"):
+        evaluate(benchmark, discoverer, finished, masks=True)
+    evaluate(benchmark, discoverer, finished, masks=True, overwrite=True)
+    assert all(len(line["masks"]) == 1 for line in lines(finished))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("after", [1, 4, 8])
@@ -454,7 +492,7 @@ def prediction(image_id: str | int, *boxes: Sequence[float]) -> Prediction:
 def test_scoring_does_not_depend_on_order() -> None:
     hit, also, miss = prediction("a", [0, 0, 10, 10]), prediction("c", [0, 0, 10, 5]), prediction("b", [0, 0, 4, 4])
     for order in ([hit, also, miss], [miss, also, hit], [also, hit, miss]):
-        assert score_predictions(order, three())[:2] == (Corloc(2, 3), 0)
+        assert score_predictions(order, three()) == (Corloc(2, 3), 0)
 
 
 def test_only_the_first_box_is_scored() -> None:
@@ -464,7 +502,7 @@ def test_only_the_first_box_is_scored() -> None:
 
 def test_missing_and_empty_predictions_are_misses() -> None:
     found = [prediction("b", [0, 0, 10, 10]), prediction("c")]
-    assert score_predictions(found, three())[:2] == (Corloc(1, 3), 1)
+    assert score_predictions(found, three()) == (Corloc(1, 3), 1)
 
 
 def test_two_predictions_for_one_image_are_refused() -> None:

@@ -171,6 +171,21 @@ def test_refinement_never_fails_and_never_overlaps(labels, seed, cut) -> None:
     assert (refined.any(axis=(1, 2)) == masks.any(axis=(1, 2))).all()
 
 
+@pytest.mark.parametrize("rest", [1, 2, 3])
+@pytest.mark.parametrize("sideways", [False, True])
+def test_an_object_in_a_last_patch_of_a_few_pixels_keeps_pixels(rest: int, sideways: bool) -> None:
+    height, width = 14 * 10 + rest, 14 * 100 + rest
+    masks = np.zeros((2, 11, 101), dtype=bool)
+    masks[0, -1, :3] = masks[1, :3, -1] = True
+    pixels = np.zeros((height, width, 3), np.uint8)
+    if sideways:
+        pixels, masks = pixels.transpose(1, 0, 2), masks.transpose(0, 2, 1)
+    refined = refine(pixels, masks, (14.0, 14.0))
+    assert refined.any(axis=(1, 2)).all()
+    boxes = mask_boxes(refined, pixels.shape[1], pixels.shape[0])
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
 def test_no_object_gives_no_mask() -> None:
     assert refine(textured(30, 40), np.zeros((0, 3, 3), dtype=bool), (14, 14)).shape == (0, 30, 40)
 

@@ -104,11 +104,15 @@ def test_a_weak_object_ends_the_search_and_is_kept_only_as_the_first() -> None:
 
 
 def test_an_image_may_run_out_of_patches() -> None:
-    features = np.ones((1, 4, 2), np.float32)
-    (found,) = several(features, (2, 2), 0.0, 100, 9, 0.0)
-    assert found.xyxy.tolist() == [[0, 0, 2, 2]]
-    (found,) = several(features, (2, 2), -9.0, 100, 9, 0.0)  # nothing is connected: one patch after the other
-    assert found.xyxy.tolist() == [[0, 0, 1, 1], [1, 0, 2, 1], [0, 1, 1, 2], [1, 1, 2, 2]]
+    features = np.repeat(np.eye(2, dtype=np.float32), [12, 4], axis=0)[None]  # three rows of one kind, one of another
+    (found,) = several(features, (4, 4), -0.5, 100, 9, 0.0)
+    assert found.xyxy.tolist() == [[0, 3, 4, 4], [0, 0, 4, 3]]
+
+
+@pytest.mark.parametrize("bias", [0.0, -9.0])  # everything is connected, or nothing
+def test_a_score_of_0_is_no_further_object(bias: float) -> None:
+    (found,) = several(np.ones((1, 4, 2), np.float32), (2, 2), bias, 100, 9, 0.0)
+    assert found.scores.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("block", [1, 3, 1000])

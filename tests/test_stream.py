@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lostreg.backbones import Backbone
 from lostreg.discoverer import Discoverer
-from lostreg.engine import Engine, ObjectsJob
+from lostreg.engine import Engine, ObjectsJob, Search
 from lostreg.errors import ImageError, LostregWarning
 from lostreg.images import PatchedPicture, Picture, read_image
 from lostreg.lost import Objects
@@ -316,6 +316,28 @@ def test_a_pack_that_memory_does_not_hold_is_halved_and_that_is_told_once(
     assert crowded.tried == [2] * 4
 
 
+def test_memory_that_runs_out_at_the_end_of_a_pack_costs_no_image(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = scenes(7)
+    expected = list(Discoverer(backbone, device="cpu").outcomes(images))
+    discoverer = Discoverer(backbone, device="cpu")
+    finish, tried = discoverer.engine.finish, []
+
+    def crowded(search: Search) -> list[list[Objects]]:
+        tried.append(sum(len(features[0]) for features in search.features))
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return finish(search)
+
+    monkeypatch.setattr(discoverer.engine, "finish", crowded)
+    with pytest.warns(LostregWarning, match="going on with half"):
+        outcomes = list(discoverer.outcomes(images))
+    assert tried == [7, 4, 2, 2, 3, 2, 1]
+    for outcome, one in zip(outcomes, expected, strict=True):
+        np.testing.assert_array_equal(outcome.xyxy, one.xyxy)
+
+
 def test_one_image_that_memory_does_not_hold_is_named_and_the_others_are_found(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -339,7 +361,7 @@ def test_one_image_that_memory_does_not_hold_is_named_and_the_others_are_found(
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
 )
-@pytest.mark.parametrize("stage", ["transfer", "forward", "search"])
+@pytest.mark.parametrize("stage", ["transfer", "forward", "search", "finish"])
 def test_running_out_of_memory_says_what_to_do(
     discoverer: Discoverer, monkeypatch: pytest.MonkeyPatch, error: BaseException, stage: str
 ) -> None:

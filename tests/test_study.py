@@ -28,6 +28,16 @@ def test_one_forward_serves_many_searches(backbone: Backbone, monkeypatch: pytes
     assert len({one.degrees.tobytes() for one in found}) > 1
 
 
+def test_what_is_not_given_is_as_the_discoverer_has_it(backbone: Backbone) -> None:
+    options = {"max_objects": 4, "min_score": 0.0, "refine": True, "box_from": "mask", "bias": -0.3, "normalize": True}
+    discoverer = Discoverer(backbone, device="cpu", **options)  # type: ignore[arg-type]
+    study = Study(discoverer, scene(3))
+    assert len(study.discover()) > 1
+    assert same(study.discover(), discoverer.discover(scene(3)))
+    assert len(study.discover(max_objects=1)) == 1
+    assert study.discover(box_from="patches").refined is not None
+
+
 def test_bad_options_and_images_are_refused(backbone: Backbone) -> None:
     discoverer = Discoverer(backbone, device="cpu")
     with pytest.raises(ImageError, match="no such file"):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.files import refuse_among_images
+from lostreg.cli.files import check_mask_pictures
 from lostreg.cli.parser import (
     Subparsers,
     add_max_side,
@@ -46,7 +46,8 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument(
         "--mask-png",
         action="store_true",
-        help="a PNG of each photo's masks, in OUT/masks: 0 where no object is, 1 on the first one, 2 on the second",
+        help="a PNG of each photo's masks, in OUT/masks: 0 where no object is, 1 on the first one, 2 on the second; of "
+        "patches unless --masks refined is given",
     )
     add_max_side(parser, defaults.MAX_SIDE)
     add_object_options(parser)
@@ -57,15 +58,15 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Discover; the exit code is 2 if no photo at all could be read."""
     from lostreg.collection import find_collection
-    from lostreg.collection_run import discover_collection
+    from lostreg.collection_run import MASKS_FOLDER, discover_collection
 
-    collection = find_collection(args.source)
-    paths = (collection.path(name) for name in collection.names)
     if args.mask_png:
-        refuse_among_images("--out", args.out, [args.source], paths)
+        check_mask_pictures("--mask-png", args.max_objects)
+    collection = find_collection(args.source, apart=args.out / MASKS_FOLDER)
     discoverer = make_discoverer(args, args.backbone)
     if args.test_time_registers is not None:
-        discoverer = with_registers(args, discoverer, list(paths), kept=args.out / REGISTERS_FILE)
+        paths = [collection.path(name) for name in collection.names]
+        discoverer = with_registers(args, discoverer, paths, kept=args.out / REGISTERS_FILE)
     with ProgressBar(args.backbone, len(collection)) as bar:
         summary = discover_collection(
             collection,

@@ -79,6 +79,14 @@ def unique_names(paths: Iterable[Path]) -> Iterator[str]:
         yield name
 
 
+def check_mask_pictures(option: str, max_objects: int) -> None:
+    """Raise `OptionError` if pictures of masks could not tell so many objects apart."""
+    from lostreg.masks import MOST_OBJECTS
+
+    if max_objects > MOST_OBJECTS:
+        raise OptionError(f"{option} tells {MOST_OBJECTS} objects apart, not {max_objects}: see --max-objects")
+
+
 def mask_paths(folder: Path, arguments: Iterable[str], paths: list[Path]) -> list[Path]:
     """Where the mask of each image goes.
 

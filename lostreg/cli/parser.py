@@ -94,7 +94,7 @@ def unit_interval(text: str) -> float:
 
 
 def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bool = False) -> None:
-    """The options of the method, shared by ``predict`` and ``eval``."""
+    """The options of the method, shared by ``predict``, ``discover`` and ``eval``."""
     group = parser.add_argument_group("method")
     _add_backbone(group, several=several_backbones)
     _add_feature(group)

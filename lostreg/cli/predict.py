@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lostreg import defaults
-from lostreg.cli.files import find_images, make_folder, mask_paths, refuse_among_images, unique_names
+from lostreg.cli.files import (
+    check_mask_pictures,
+    find_images,
+    make_folder,
+    mask_paths,
+    refuse_among_images,
+    unique_names,
+)
 from lostreg.cli.parser import (
     Subparsers,
     add_images,
@@ -57,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     paths = find_images(args.images)
     plots = _plot_paths(args.plot, args.images, paths) if args.plot else None
-    masks = mask_paths(args.mask_dir, args.images, paths) if args.mask_dir else None
+    masks = _mask_paths(args, paths)
     failed = 0
     with ExitStack() as stack:
         output = _open_json(args.json, stack) if args.json else None
@@ -81,6 +88,16 @@ def run(args: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
+def _mask_paths(args: argparse.Namespace, paths: list[Path]) -> list[Path] | None:
+    """Where the picture of each image's masks goes, if that was asked for."""
+    if args.mask_dir:
+        check_mask_pictures("--mask-dir", args.max_objects)
+        return mask_paths(args.mask_dir, args.images, paths)
+    if args.masks and args.box_from == "patches" and not (args.json or args.plot):
+        raise OptionError("--masks shows nowhere: add --json, --plot or --mask-dir, or take boxes --box-from mask")
+    return None
+
+
 def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None, args: argparse.Namespace) -> None:
     from lostreg.predictions import from_discovery, from_error
 
@@ -91,7 +108,7 @@ def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None
         prediction = from_discovery(path.as_posix(), outcome, masks=args.masks is not None)
         if output is not sys.stdout:
             name = path.as_posix().replace("\n", "\\n")
-            for box, score in zip(outcome.xyxy, outcome.scores, strict=True):
+            for box, score in zip(prediction.boxes, prediction.scores, strict=True):
                 note = "" if score >= args.min_score else "  no clear object"
                 print(_row(name, *(f"{value:.0f}" for value in box), f"{score:.2f}") + note, flush=True)
     if output:

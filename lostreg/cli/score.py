@@ -22,12 +22,13 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score; images without a prediction are misses, and are counted."""
-    from lostreg.evaluate import score_predictions
+    from lostreg.evaluate import score_detections, score_predictions
     from lostreg.predictions import read_predictions
 
     predictions = read_predictions(args.predictions)
     benchmark = open_benchmark(args)
-    score, missing, detection = score_predictions(predictions, benchmark)
+    score, missing = score_predictions(predictions, benchmark)
+    detection = score_detections(predictions, benchmark)
     if missing:
         tell(f"{missing} of {len(benchmark)} images have no prediction and count as misses")
     unreadable = sum(prediction.error is not None for prediction in predictions)
