@@ -5,17 +5,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from lostreg import __version__, defaults
-from lostreg.cli.files import refuse_among_images
+from lostreg.cli.files import check_writable, refuse_among_images
 from lostreg.cli.parser import Subparsers, as_finite, tell, unit_interval
 from lostreg.cli.progress import ProgressBar
-from lostreg.errors import OptionError
+from lostreg.errors import OptionError, PredictionsError
 
 if TYPE_CHECKING:
     from lostreg.exports.items import Collection
     from lostreg.exports.sources import ImageFinder
+    from lostreg.predictions import Prediction
 
 _SUFFIXES: Final = {"coco": ".json", "csv": ".csv", "labelstudio": ".json"}
 _FOLDERS: Final = ("voc", "yolo")
+_OF_A_RUN: Final = (defaults.MAPS_FILE, defaults.RESULTS_FILE)
 # What only some formats have; None where the user says nothing.
 _ONLY: Final = {
     "label": ("coco", "voc", "yolo", "labelstudio"),
@@ -75,27 +77,50 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, check, write; the last line says what was exported."""
-    from lostreg.exports.items import gather
     from lostreg.exports.sources import ImageFinder, is_unfinished, predictions_file
-    from lostreg.predictions import read_predictions
 
     _check_options(args)
-    _check_out(args)
     source = predictions_file(args.predictions)
-    predictions = read_predictions(source)
+    _check_out(args, source)
+    predictions = _read(source)
     if is_unfinished(source):
         tell(f"{source.parent} holds a run that did not come to its end: these are its images so far")
     finder = ImageFinder(source, args.images)
-    collection = gather(predictions, finder, min_score=args.min_score, sized=args.format != "csv")
-    chosen = collection.with_boxes() if args.format in _ONLY["keep_empty"] and not args.keep_empty else collection
+    if args.format in _FOLDERS and args.out.exists():
+        _check_sources(args.out, source, predictions, finder)
+    chosen = _gather(args, predictions, finder)
+    _write(args, chosen, finder)
+    _report(args, chosen)
+    return 0
+
+
+def _read(source: Path) -> "list[Prediction]":
+    """The predictions of a run that may have been killed in the middle of a line."""
+    from lostreg.predictions import stream_predictions
+
+    predictions = list(stream_predictions(source))
+    if not predictions:
+        raise PredictionsError(f"{source} holds no predictions: expected one JSON object a line")
+    return predictions
+
+
+def _gather(args: argparse.Namespace, predictions: "list[Prediction]", finder: "ImageFinder") -> "Collection":
+    from lostreg.exports.items import gather
+
+    chosen = gather(
+        predictions,
+        finder,
+        min_score=args.min_score,
+        keep_empty=args.keep_empty or args.format not in _ONLY["keep_empty"],
+        sized=args.format != "csv",
+        masks=args.format == "coco",
+    )
     if not chosen.images and args.format != "csv":
         raise OptionError(
-            f"nothing to export: of {len(predictions)} images {len(collection.unreadable)} could not be read, and "
-            f"{len(collection.images)} have no box with a score of at least {args.min_score:g}"
+            f"nothing to export: of {len(predictions)} images {len(chosen.unreadable)} could not be read, and "
+            f"{chosen.empty} have no box with a score of at least {args.min_score:g}"
         )
-    _write(args, chosen, finder)
-    _report(args, chosen, len(collection.images) - len(chosen.images))
-    return 0
+    return chosen
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -104,15 +129,26 @@ def _check_options(args: argparse.Namespace) -> None:
             raise OptionError(f"--{option.replace('_', '-')} is for {', '.join(formats)}, not for {args.format}")
 
 
-def _check_out(args: argparse.Namespace) -> None:
+def _check_out(args: argparse.Namespace, source: Path) -> None:
     from lostreg.exports.writing import check_file, check_folder
 
     if args.format in _FOLDERS:
         check_folder(args.out, overwrite=args.overwrite)
-    else:
-        check_file(args.out, _SUFFIXES[args.format], overwrite=args.overwrite)
-    if args.format == "labelstudio":
-        check_file(args.out.with_suffix(".xml"), ".xml", overwrite=args.overwrite)
+        return
+    suffixes = (_SUFFIXES[args.format], *((".xml",) if args.format == "labelstudio" else ()))
+    for suffix in suffixes:
+        out = args.out if suffix == suffixes[0] else args.out.with_suffix(suffix)
+        check_file(out, suffix, overwrite=args.overwrite)
+        check_writable(out, "this format")
+    if args.out.resolve() in [place.resolve() for place in (source, *map(source.with_name, _OF_A_RUN))]:
+        raise OptionError(f"--out {args.out} is a file of the run: give another one")
+
+
+def _check_sources(out: Path, source: Path, predictions: "list[Prediction]", finder: "ImageFinder") -> None:
+    """Raise if an export would delete what it is made of."""
+    from lostreg.exports.writing import check_sources
+
+    check_sources(out, [source, *(finder.place(line.image_id) for line in predictions)])
 
 
 def _write(args: argparse.Namespace, chosen: "Collection", finder: "ImageFinder") -> None:
@@ -129,8 +165,9 @@ def _write(args: argparse.Namespace, chosen: "Collection", finder: "ImageFinder"
     elif args.format == "csv":
         write_whole(args.out, as_csv(chosen))
     else:
+        tasks = as_text(as_tasks(chosen, **options, **_given(args, "image_url")))
         write_whole(args.out.with_suffix(".xml"), labelling_config(**options))
-        write_whole(args.out, as_text(as_tasks(chosen, **options, **_given(args, "image_url"))))
+        write_whole(args.out, tasks)
 
 
 def _write_folder(args: argparse.Namespace, chosen: "Collection", finder: "ImageFinder") -> None:
@@ -154,11 +191,11 @@ def _write_folder(args: argparse.Namespace, chosen: "Collection", finder: "Image
 
 
 def _refuse_among_images(out: Path, chosen: "Collection", finder: "ImageFinder") -> None:
-    """Raise if the export could be taken for images the next time, or replace them."""
-    paths = [image.source.path for image in chosen.images if image.source]
+    """Raise if the export could be taken for images the next time."""
+    from lostreg.run_images import is_file
+
+    paths = [image.source.path for image in chosen.images if image.source and is_file(image.source.path)]
     refuse_among_images("--out", out, [str(finder.folder)] if finder.folder else [], paths)
-    if any(path.resolve().is_relative_to(out.resolve()) for path in paths):
-        raise OptionError(f"--out {out} holds the images: give another folder")
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
@@ -166,7 +203,9 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _report(args: argparse.Namespace, chosen: "Collection", empty: int) -> None:
+def _report(args: argparse.Namespace, chosen: "Collection") -> None:
+    from lostreg.exports.names import utf8_name
+
     if chosen.clipped:
         tell(f"{chosen.clipped} boxes reached beyond their images and were cut")
     unclear = chosen.below(defaults.CLEAR_SCORE)
@@ -175,11 +214,17 @@ def _report(args: argparse.Namespace, chosen: "Collection", empty: int) -> None:
             f"{unclear} of {chosen.boxes} boxes have a score below {defaults.CLEAR_SCORE}, where there is no clear "
             f"object: --min-score {defaults.CLEAR_SCORE} leaves them out"
         )
+    strange = sum(utf8_name(image.name) != image.name for image in chosen.images)
+    if strange and args.format in ("coco", "labelstudio"):
+        tell(
+            f"{strange} file names are not UTF-8 and were changed: other tools find these images once their files have "
+            "the names in the export"
+        )
     notes = []
     if chosen.unreadable:
         notes.append(f"{len(chosen.unreadable)} unreadable" + ("" if args.format == "csv" else " left out"))
-    if empty:
-        notes.append(f"{empty} without a box left out")
+    if chosen.empty:
+        notes.append(f"{chosen.empty} without a box left out")
     note = f" ({', '.join(notes)})" if notes else ""
     print(f"exported {len(chosen.images)} images, {chosen.boxes} boxes to {args.out}{note}")
 

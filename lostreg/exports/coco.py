@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from pycocotools import mask as coco_masks
-
 from lostreg import __version__
 from lostreg.exports.items import Collection, ExportBox, ExportImage
+from lostreg.exports.names import utf8_name
 
 CATEGORY = 1
 
@@ -13,8 +12,9 @@ CATEGORY = 1
 def as_coco(collection: Collection, label: str = "object") -> dict[str, Any]:
     """The data set as `pycocotools.coco.COCO` reads it; ``annotations`` alone are what its ``loadRes`` reads.
 
-    Images keep their ids where all of them are whole numbers, else they are counted from 1. Masks are run lengths in
-    COCO's encoding.
+    Images keep their ids where all of them are whole numbers, else they are counted from 1. ``bbox`` is the box of the
+    predictions. ``segmentation`` is the mask, where there is one, and ``area`` its pixels: a box around the mask would
+    be another. Bytes of a name that are not UTF-8 are replaced, see `lostreg.exports.names.utf8_name`.
 
     Args:
         collection: what is exported.
@@ -31,7 +31,7 @@ def as_coco(collection: Collection, label: str = "object") -> dict[str, Any]:
         "licenses": [],
         "categories": [{"id": CATEGORY, "name": label, "supercategory": ""}],
         "images": [
-            {"id": number, "file_name": image.name, "width": image.width, "height": image.height}
+            {"id": number, "file_name": utf8_name(image.name), "width": image.width, "height": image.height}
             for image, number in zip(collection.images, numbers, strict=True)
         ],
         "annotations": [{"id": number, **fields} for number, fields in enumerate(annotations, start=1)],
@@ -54,7 +54,7 @@ def _annotation(box: ExportBox, image_number: int) -> dict[str, Any]:
         "iscrowd": 0,
     }
     if box.mask is not None:
-        fields["area"] = int(coco_masks.area(box.mask))
+        fields["area"] = box.mask_area
         fields["segmentation"] = box.mask
     if box.score is not None:
         fields["score"] = box.score

@@ -5,6 +5,7 @@ import io
 from typing import Any, Final
 
 from lostreg.exports.items import Collection
+from lostreg.exports.names import escaped
 
 COLUMNS: Final = ("image_id", "width", "height", "x1", "y1", "x2", "y2", "score", "seed_row", "seed_col", "error")
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "'")
@@ -31,7 +32,7 @@ def as_csv(collection: Collection) -> str:
             writer.writerow([_text(image.image_id), *size, *[""] * 8])
     for line in collection.unreadable:
         writer.writerow([_text(line.image_id), *[""] * 9, _text(str(line.error))])
-    return buffer.getvalue().encode("utf-8", "backslashreplace").decode("utf-8")
+    return escaped(buffer.getvalue())
 
 
 def _text(value: Any) -> Any:

@@ -1,22 +1,24 @@
 """What is exported: the images of a predictions file with their boxes, checked and cut to the image."""
 
 import dataclasses
-import math
-import os.path
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lostreg.datasets.base import ImageId, name_some
 from lostreg.errors import OptionError, PredictionsError
+from lostreg.exports.names import below_one_folder, cut
 from lostreg.exports.sources import ImageFinder, Source
 from lostreg.images import SUFFIXES, read_image
-from lostreg.masks import Rle
+from lostreg.lines import is_finite_number
+from lostreg.masks import Rle, decode_rle
 from lostreg.predictions import Prediction
 
 Box = tuple[float, float, float, float]
+
+_MOST_PIXELS: Final = 1 << 30  # of a mask, which takes a byte for each
+_LONGEST_SIDE: Final = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,15 @@ class ExportBox:
         xyxy: pixels, exclusive right and bottom edges.
         score: in [0, 1]; None where the predictions have none.
         seed: patch row and column; None where the predictions have none.
-        mask: of the whole image; None where the predictions have none.
+        mask: of the whole image; None where the predictions have none, or masks are not exported.
+        mask_area: its pixels; None without a mask.
     """
 
     xyxy: Box
     score: float | None = None
     seed: tuple[int, int] | None = None
     mask: Rle | None = None
+    mask_area: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,13 @@ class Collection:
         images: in the order of the predictions.
         unreadable: the lines of images that could not be read.
         clipped: how many boxes reached beyond their image and were cut.
+        empty: how many images without a box were left out.
     """
 
     images: tuple[ExportImage, ...]
     unreadable: tuple[Prediction, ...]
     clipped: int = 0
+    empty: int = 0
 
     @property
     def boxes(self) -> int:
@@ -80,13 +86,15 @@ class Collection:
         """How many boxes score less."""
         return sum(box.score is not None and box.score < score for image in self.images for box in image.boxes)
 
-    def with_boxes(self) -> "Collection":
-        """Without the images that have no box."""
-        return dataclasses.replace(self, images=tuple(image for image in self.images if image.boxes))
-
 
 def gather(
-    predictions: Iterable[Prediction], finder: ImageFinder, *, min_score: float = 0.0, sized: bool = True
+    predictions: Iterable[Prediction],
+    finder: ImageFinder,
+    *,
+    min_score: float = 0.0,
+    keep_empty: bool = True,
+    sized: bool = True,
+    masks: bool = True,
 ) -> Collection:
     """Check predictions, and make of them what is exported.
 
@@ -94,46 +102,53 @@ def gather(
         predictions: of one file.
         finder: finds the image files.
         min_score: boxes with a lower score are left out.
+        keep_empty: whether images without a box, or whose boxes are all left out, stay.
         sized: whether the format needs sizes: those that are missing are then read from the images, and boxes are cut
             to the image. Else both stay as they are.
+        masks: whether the format has masks; else they are neither decoded nor kept.
 
     Raises:
         OptionError: if boxes are to be left out by scores that the predictions do not have.
-        PredictionsError: if an image comes twice, its numbers do not fit together, a box lies outside, or the size is
-            needed and neither known nor to be found.
+        PredictionsError: if an image comes twice, its numbers or masks do not fit together, a box lies outside, or the
+            size is needed and neither known nor to be found.
         ImageError: if an image file whose size is needed cannot be read.
     """
     lines = list(predictions)
-    twice = [name for name, count in Counter(str(line.image_id) for line in lines).items() if count > 1]
+    _check_ids(lines)
+    unreadable = tuple(line for line in lines if _is_unreadable(line))
+    readable = [_clear(_image(line, finder), min_score) for line in lines if not _is_unreadable(line)]
+    images = [image for image in readable if image.boxes or keep_empty]
+    empty = len(readable) - len(images)
+    clipped = 0
+    if sized:
+        images, clipped = _within([_sized(image) for image in images])
+    if masks:
+        images = [_decoded(image) for image in images]
+    names = below_one_folder([image.name for image in images])
+    images = [dataclasses.replace(image, name=name) for image, name in zip(images, names, strict=True)]
+    return Collection(tuple(images), unreadable, clipped, empty)
+
+
+def _check_ids(lines: Sequence[Prediction]) -> None:
+    counts = Counter(str(line.image_id) for line in lines)
+    twice = [cut(name) for name, count in counts.items() if count > 1]
     if twice:
         raise PredictionsError(f"the predictions have {len(twice)} images twice: {name_some(twice)}")
-    clipped = 0
-    images = []
-    for line in lines:
-        if line.error is None:
-            image = _image(line, finder, sized=sized)
-            if sized:
-                cut = tuple(_cut(image, box) for box in image.boxes)
-                clipped += sum(before != after for before, after in zip(image.boxes, cut, strict=True))
-                image = dataclasses.replace(image, boxes=cut)
-            images.append(_clear(image, min_score))
-    unreadable = tuple(line for line in lines if line.error is not None)
-    return Collection(tuple(_relative(images)), unreadable, clipped)
 
 
-def _image(line: Prediction, finder: ImageFinder, *, sized: bool) -> ExportImage:
+def _is_unreadable(line: Prediction) -> bool:
+    """Whether the image could not be read; other programs may write an empty error where there is none."""
+    error: Any = line.error
+    if error is None or error is False or error == "":
+        return False
+    if not isinstance(error, str):
+        raise PredictionsError(f"{_name_of(line)}: expected the error as text, not {cut(repr(error))}")
+    return True
+
+
+def _image(line: Prediction, finder: ImageFinder) -> ExportImage:
     _check(line)
     source = finder.find(line.image_id)
-    width, height = line.width, line.height
-    if sized and not (width and height):
-        if source is None:
-            raise PredictionsError(
-                f"image {line.image_id!r}: the predictions lack its width and height; --images DIR says where the "
-                "images lie that they can be read from"
-            )
-        picture = read_image(source.path, max_side=64, exif=source.exif is not False)
-        width, height = picture.width, picture.height
-    count = len(line.boxes)
     boxes = [
         ExportBox(
             (box[0], box[1], box[2], box[3]),
@@ -141,9 +156,42 @@ def _image(line: Prediction, finder: ImageFinder, *, sized: bool) -> ExportImage
             (line.seeds[index][0], line.seeds[index][1]) if line.seeds else None,
             line.masks[index] if line.masks else None,
         )
-        for index, box in enumerate(line.boxes[:count])
+        for index, box in enumerate(line.boxes)
     ]
-    return ExportImage(line.image_id, _name(line.image_id, source), width, height, tuple(boxes), source)
+    return ExportImage(line.image_id, _name(line.image_id, source), line.width, line.height, tuple(boxes), source)
+
+
+def _sized(image: ExportImage) -> ExportImage:
+    """With its size, read from the file where the predictions lack it."""
+    if image.width and image.height:
+        return image
+    if image.source is None:
+        raise PredictionsError(
+            f"{_name_of(image)}: the predictions lack its width and height; --images DIR says where the images lie "
+            "that they can be read from"
+        )
+    picture = read_image(image.source.path, max_side=64, exif=image.source.exif is not False)
+    return dataclasses.replace(image, width=picture.width, height=picture.height)
+
+
+def _decoded(image: ExportImage) -> ExportImage:
+    """With the areas of its masks, if these are sound."""
+    return dataclasses.replace(image, boxes=tuple(_with_area(image, box) for box in image.boxes))
+
+
+def _with_area(image: ExportImage, box: ExportBox) -> ExportBox:
+    if box.mask is None:
+        return box
+    try:
+        pixels = decode_rle(box.mask, max_pixels=_MOST_PIXELS)
+    except PredictionsError as error:
+        raise PredictionsError(f"{_name_of(image)}: {error}") from error
+    if image.width and image.height and pixels.shape != (image.height, image.width):
+        raise PredictionsError(
+            f"{_name_of(image)}: expected masks of {image.width}x{image.height} pixels, found one of "
+            f"{pixels.shape[1]}x{pixels.shape[0]}"
+        )
+    return dataclasses.replace(box, mask_area=int(pixels.sum()))
 
 
 def _name(image_id: ImageId, source: Source | None) -> str:
@@ -154,52 +202,50 @@ def _name(image_id: ImageId, source: Source | None) -> str:
     return str(image_id)
 
 
+def _name_of(line: Prediction | ExportImage) -> str:
+    return f"image {cut(repr(line.image_id))}"
+
+
 def _check(line: Prediction) -> None:
     """Raise unless the numbers of a line fit together: the reader checks boxes alone."""
     count = len(line.boxes)
     wrong = None
-    if not all(type(side) is int and side >= 0 for side in (line.width, line.height)):
-        wrong = f"width and height must be whole numbers, not {line.width!r} and {line.height!r}"
-    elif not _fits(line.scores, count, _is_number):
-        wrong = f"expected one finite score for each of {count} boxes, found {line.scores!r}"
+    if not all(type(side) is int and 0 <= side < _LONGEST_SIDE for side in (line.width, line.height)):
+        sizes = f"{cut(repr(line.width))} and {cut(repr(line.height))}"
+        wrong = f"width and height must be whole numbers below 2**31, not {sizes}"
+    elif not _fits(line.scores, count, is_finite_number):
+        wrong = f"expected one finite score for each of {count} boxes, found {cut(repr(line.scores))}"
     elif not _fits(line.seeds, count, _is_pair):
-        wrong = f"expected one seed [row, column] for each of {count} boxes, found {line.seeds!r}"
-    elif line.masks is not None and not _fits(line.masks, count, lambda mask: _is_mask(mask, line)):
-        wrong = (
-            f"expected one mask of {line.width}x{line.height} pixels, as COCO encodes them, for each of {count} boxes"
-        )
+        wrong = f"expected one seed [row, column] for each of {count} boxes, found {cut(repr(line.seeds))}"
+    elif line.masks is not None and not _fits(line.masks, count, lambda mask: isinstance(mask, dict)):
+        wrong = f"expected one mask, as COCO encodes them, for each of {count} boxes, found {cut(repr(line.masks))}"
     if wrong:
-        raise PredictionsError(f"image {line.image_id!r}: {wrong}")
+        raise PredictionsError(f"{_name_of(line)}: {wrong}")
 
 
-def _fits(values: Any, count: int, is_sound: Any) -> bool:
+def _fits(values: Any, count: int, is_sound: Callable[[Any], bool]) -> bool:
     return isinstance(values, Sequence) and len(values) in (0, count) and all(is_sound(value) for value in values)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) == 2 and all(type(number) is int for number in value)
 
 
-def _is_mask(value: Any, line: Prediction) -> bool:
-    return (
-        isinstance(value, dict)
-        and value.get("size") == [line.height, line.width]
-        and isinstance(value.get("counts"), str)
-        and value["counts"].isascii()
-    )
+def _within(images: list[ExportImage]) -> tuple[list[ExportImage], int]:
+    """With boxes that lie within their images, and how many of them were cut for it."""
+    boxes = [tuple(_cut(image, box) for box in image.boxes) for image in images]
+    pairs = [pair for image, found in zip(images, boxes, strict=True) for pair in zip(image.boxes, found, strict=True)]
+    whole = [dataclasses.replace(image, boxes=found) for image, found in zip(images, boxes, strict=True)]
+    return whole, sum(before is not after for before, after in pairs)
 
 
 def _cut(image: ExportImage, box: ExportBox) -> ExportBox:
-    """A box within the image; whole and sound boxes come back as they are."""
+    """A box within the image; a whole and sound one comes back as it is."""
     x1, y1, x2, y2 = box.xyxy
     inside = max(x1, 0), max(y1, 0), min(x2, image.width), min(y2, image.height)
     if inside[2] <= inside[0] or inside[3] <= inside[1]:
         raise PredictionsError(
-            f"image {image.image_id!r}: the box {list(box.xyxy)} covers nothing of the image of "
+            f"{_name_of(image)}: the box {cut(str(list(box.xyxy)))} covers nothing of the image of "
             f"{image.width}x{image.height} pixels; expected x1, y1, x2, y2 in its pixels"
         )
     return box if inside == box.xyxy else dataclasses.replace(box, xyxy=inside)
@@ -210,19 +256,5 @@ def _clear(image: ExportImage, min_score: float) -> ExportImage:
     if not min_score:
         return image
     if any(box.score is None for box in image.boxes):
-        raise OptionError(f"image {image.image_id!r} has boxes without scores: --min-score cannot choose among them")
+        raise OptionError(f"{_name_of(image)} has boxes without scores: --min-score cannot choose among them")
     return dataclasses.replace(image, boxes=tuple(box for box in image.boxes if (box.score or 0) >= min_score))
-
-
-def _relative(images: list[ExportImage]) -> list[ExportImage]:
-    """Absolute names as what they are below the folder that they share: no export says where a machine keeps files."""
-    absolute = [image.name for image in images if Path(image.name).is_absolute()]
-    if not absolute:
-        return images
-    shared = os.path.commonpath([Path(name).parent.as_posix() for name in absolute])
-    return [
-        dataclasses.replace(image, name=Path(image.name).relative_to(shared).as_posix())
-        if Path(image.name).is_absolute()
-        else image
-        for image in images
-    ]

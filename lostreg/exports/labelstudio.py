@@ -6,6 +6,7 @@ from xml.sax.saxutils import quoteattr
 
 from lostreg import __version__
 from lostreg.exports.items import Collection, ExportBox, ExportImage
+from lostreg.exports.names import escaped, utf8_name
 
 IMAGE_URL: Final = "/data/local-files/?d="
 """What Label Studio's local storage puts before a path below its document root."""
@@ -44,8 +45,9 @@ def _task(image: ExportImage, label: str, image_url: str) -> dict[str, Any]:
     }
     if image.boxes and image.boxes[0].score is not None:
         prediction["score"] = image.boxes[0].score
+    image_id = escaped(image.image_id) if isinstance(image.image_id, str) else image.image_id
     return {
-        "data": {_TO: image_url + quote(image.name.encode("utf-8", "surrogateescape")), "image_id": image.image_id},
+        "data": {_TO: escaped(image_url) + quote(utf8_name(image.name)), "image_id": image_id},
         "predictions": [prediction],
     }
 

@@ -3,6 +3,8 @@
 import hashlib
 import re
 import unicodedata
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -47,8 +49,61 @@ class Names:
 
 
 def printable(name: str) -> str:
-    """A name without what is no character of any text: bytes that are not UTF-8, and control characters."""
-    return "".join("_" if unicodedata.category(sign) in ("Cs", "Cc", "Cn") else sign for sign in name)
+    """A name without what XML has no place for: bytes that are not UTF-8, control characters, U+FFFE and U+FFFF."""
+    return "".join(
+        "_" if unicodedata.category(sign) in ("Cs", "Cc") or sign in "\ufffe\uffff" else sign for sign in name
+    )
+
+
+def utf8_name(name: str) -> str:
+    """A name that every tool can read: bytes that are not UTF-8 become ``_`` and their number, 0xE9 becomes ``_e9``."""
+    return "".join(
+        f"_{ord(sign) & 0xFF if 0xDC80 <= ord(sign) <= 0xDCFF else ord(sign):02x}"
+        if sign == "\0" or unicodedata.category(sign) == "Cs"
+        else sign
+        for sign in name
+    )
+
+
+def escaped(text: str) -> str:
+    """A text that can be written: what is not UTF-8 as in Python's source code."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def cut(text: str, most: int = 60) -> str:
+    """A value for a message, without its middle where it is long."""
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def below_one_folder(names: Sequence[str]) -> list[str]:
+    """Names as paths below one folder: no export says where a machine keeps files, and none leads out of its place.
+
+    Absolute names lose the folders that all of these share, and so do names that lead up.
+    """
+    parts = {name: _parts(name) for name in names}
+    absolute = [name for name in parts if name.startswith("/")]
+    leaving = [name for name in parts if parts[name][:1] == [".."] and not name.startswith("/")]
+    for group in (absolute, leaving):
+        highest = max((parts[name].count("..") for name in group), default=0)
+        for name in group:
+            up = parts[name].count("..")
+            parts[name] = ["_"] * (highest - up) + parts[name][up:]
+        levels = zip(*(parts[name][:-1] for name in group), strict=False)
+        shared = len(list(takewhile(lambda level: len(set(level)) == 1, levels)))
+        parts |= {name: parts[name][shared:] for name in group}
+    return ["/".join(parts[name]) or "_" for name in names]
+
+
+def _parts(name: str) -> list[str]:
+    """Folders and file; ``..`` only in front."""
+    found: list[str] = []
+    for part in name.split("/"):
+        if part == ".." and found and found[-1] != "..":
+            found.pop()
+        elif part not in ("", "."):
+            found.append(part)
+    return found
 
 
 def _visible(part: str) -> str:

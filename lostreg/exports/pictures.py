@@ -10,8 +10,10 @@ from PIL import ExifTags, Image, TiffImagePlugin
 
 from lostreg.errors import PredictionsError
 from lostreg.exports.items import ExportImage
+from lostreg.exports.names import cut
 from lostreg.exports.sources import Source
 from lostreg.images import SIDEWAYS, decoding, open_file, read_image
+from lostreg.run_images import is_file
 
 Placing = Literal["copy", "link", "none"]
 
@@ -68,10 +70,11 @@ def plan(image: ExportImage, reader: Reader) -> Plan:
         PredictionsError: if it was not found, or is of another size than the predictions say.
     """
     if image.source is None:
-        raise PredictionsError(f"no file found for image {image.image_id!r}: --images DIR says where the images lie")
+        name = cut(repr(image.image_id))
+        raise PredictionsError(f"no file found for image {name}: --images DIR says where the images lie")
     path = image.source.path
-    if not path.exists():
-        raise PredictionsError(f"{path} is not there: --images DIR says where the images lie now")
+    if not is_file(path):
+        raise PredictionsError(f"{cut(str(path), 200)} is not there: --images DIR says where the images lie now")
     with decoding(str(path)), open_file(path, _ANY_SIZE) as file:
         kind, frames, mode = file.format or "", getattr(file, "n_frames", 1), file.mode
         orientation = file.getexif().get(ExifTags.Base.Orientation, 1)

@@ -8,7 +8,7 @@ from typing import Final
 
 from lostreg.exports.items import Box, Collection, ExportImage
 from lostreg.exports.names import Names, printable
-from lostreg.exports.pictures import Placing, Reader, place, plan_all
+from lostreg.exports.pictures import Placing, Plan, Reader, place, plan_all
 from lostreg.exports.writing import put
 
 READER: Final = Reader(kinds=("JPEG", "MPO", "PNG"), turns=False)
@@ -46,15 +46,18 @@ def write_voc(
     plans = plan_all(collection.images, READER, placing)
     stems = []
     for image, what in zip(collection.images, plans, strict=True):
-        stem = names.stem(image.name)
-        suffix = what.suffix if what else Path(image.name).suffix or ".jpg"
-        if what:
-            place(what, folder / "JPEGImages" / (stem + suffix), placing)
-        put(folder / "Annotations" / f"{stem}.xml", _xml(image, stem + suffix, label))
-        stems.append(stem)
+        stems.append(names.stem(image.name))
+        _put_image(folder, stems[-1], image, what, placing=placing, label=label)
         advance()
     put(folder / "ImageSets" / "Main" / f"{SPLIT}.txt", "".join(f"{stem}\n" for stem in stems))
     return sum(what.encode for what in plans if what)
+
+
+def _put_image(folder: Path, stem: str, image: ExportImage, what: Plan | None, *, placing: Placing, label: str) -> None:
+    suffix = what.suffix if what else printable(Path(image.name).suffix) or ".jpg"
+    if what:
+        place(what, folder / "JPEGImages" / (stem + suffix), placing)
+    put(folder / "Annotations" / f"{stem}.xml", _xml(image, stem + suffix, label))
 
 
 def whole_corners(box: Box, width: int, height: int) -> tuple[int, int, int, int]:

@@ -3,47 +3,87 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 from lostreg.errors import OptionError, PredictionsError
+from lostreg.exports.names import cut
 from lostreg.lines import as_line
+from lostreg.run_images import is_file
 
 MARK: Final = "lostreg-export.json"
 """Written into every exported folder: only a folder that has it is ever replaced."""
 
+# At the top of an export; Ultralytics adds its caches.
+_WRITTEN: Final = (MARK, "images", "labels", "data.yaml", "Annotations", "ImageSets", "JPEGImages")
+
 
 def check_file(out: Path, suffix: str, *, overwrite: bool) -> None:
-    """Raise `OptionError` unless the file may be written."""
+    """Raise `OptionError` unless the file is of the format, and new or to be replaced."""
     if out.suffix.lower() != suffix or out.is_dir():
         raise OptionError(f"--out {out}: expected a file ending in {suffix} for this format")
     if out.exists() and not overwrite:
         raise OptionError(f"--out {out} is there already: give another file, or --overwrite")
-    _check_parent(out)
+    _check_outside(out)
 
 
 def check_folder(out: Path, *, overwrite: bool) -> None:
-    """Raise `OptionError` unless the folder may be written: it is new, empty, or an earlier export."""
+    """Raise `OptionError` unless the folder may be written: it is new, empty, or nothing but an earlier export."""
     if out.suffix.lower() in (".json", ".jsonl", ".csv", ".xml", ".yaml", ".yml", ".txt", ".zip"):
         raise OptionError(f"--out {out}: expected a folder for this format")
     if out.exists() and not out.is_dir():
         raise OptionError(f"--out {out} is a file: expected a folder for this format")
     if out.is_dir() and any(out.iterdir()):
-        if not (out / MARK).is_file():
-            raise OptionError(f"--out {out} holds other files, which an export would replace: give another folder")
-        if not overwrite:
-            raise OptionError(f"--out {out} holds an earlier export: give another folder, or --overwrite")
-    _check_parent(out)
-
-
-def _check_parent(out: Path) -> None:
+        _check_earlier(out, overwrite=overwrite)
+    _check_outside(out)
     parent = next(place for place in out.absolute().parents if place.exists())
     if not parent.is_dir():
         raise OptionError(f"--out {out}: {parent} is a file, expected a folder")
     if not os.access(parent, os.W_OK):
         raise OptionError(f"--out {out} cannot be written: permission denied")
+
+
+def _check_earlier(out: Path, *, overwrite: bool) -> None:
+    if not (out / MARK).is_file():
+        raise OptionError(f"--out {out} holds other files, which an export would replace: give another folder")
+    if not overwrite:
+        raise OptionError(f"--out {out} holds an earlier export: give another folder, or --overwrite")
+    foreign = [path.name for path in out.iterdir() if path.name not in _WRITTEN and path.suffix != ".cache"]
+    if foreign:
+        raise OptionError(
+            f"--out {out} holds {min(foreign)}, which no export writes and --overwrite would delete: move it away, or "
+            "give another folder"
+        )
+
+
+def _check_outside(out: Path) -> None:
+    """Raise `OptionError` where the next export of a folder would delete this one."""
+    earlier = next((parent for parent in out.resolve().parents if is_file(parent / MARK)), None)
+    if earlier:
+        raise OptionError(f"--out {out} lies in an earlier export, {earlier}: give another place")
+
+
+def check_sources(out: Path, sources: Iterable[Path]) -> None:
+    """Raise `OptionError` if what is exported lies in the folder that an export would replace.
+
+    Args:
+        out: the folder.
+        sources: files, there or not.
+    """
+    place = out.resolve()
+    inside = next((path for path in sources if _leads_below(path, place)), None)
+    if inside:
+        raise OptionError(f"--out {out} holds {cut(str(inside), 200)}, which is exported: give another folder")
+
+
+def _leads_below(path: Path, folder: Path) -> bool:
+    """Whether a file, or the link to it, lies below a folder."""
+    try:
+        return any(place.resolve().is_relative_to(folder) for place in (path.parent, path))
+    except (OSError, ValueError):  # no file has such a name
+        return False
 
 
 def write_whole(path: Path, content: str) -> None:

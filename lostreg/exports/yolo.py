@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Final
 
 from lostreg.exports.items import Collection, ExportBox, ExportImage
-from lostreg.exports.names import Names
-from lostreg.exports.pictures import Placing, Reader, place, plan_all
+from lostreg.exports.names import Names, escaped
+from lostreg.exports.pictures import Placing, Plan, Reader, place, plan_all
 from lostreg.exports.writing import put
 
 READER: Final = Reader(kinds=("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"), turns=True)
 VAL_SHARE: Final = 0.2
+_LEAST_SIDE: Final = 1e-6  # what six decimals still hold: readers drop a box without width or height
 
 
 def write_yolo(
@@ -49,12 +50,16 @@ def write_yolo(
     plans = plan_all(collection.images, READER, placing)
     for index, (image, what) in enumerate(zip(collection.images, plans, strict=True)):
         stem = f"{'val' if index in val else 'train'}/{names.stem(image.name)}"
-        if what:
-            place(what, folder / "images" / (stem + what.suffix), placing)
-        put(folder / "labels" / f"{stem}.txt", "".join(_row(image, box) for box in image.boxes))
+        _put_image(folder, stem, image, what, placing)
         advance()
     put(folder / "data.yaml", _data(label, has_val=bool(val)))
     return sum(what.encode for what in plans if what)
+
+
+def _put_image(folder: Path, stem: str, image: ExportImage, what: Plan | None, placing: Placing) -> None:
+    if what:
+        place(what, folder / "images" / (stem + what.suffix), placing)
+    put(folder / "labels" / f"{stem}.txt", "".join(_row(image, box) for box in image.boxes))
 
 
 def choose_val(ids: Sequence[str], share: float) -> set[int]:
@@ -67,22 +72,19 @@ def choose_val(ids: Sequence[str], share: float) -> set[int]:
     Returns:
         Indices; at least one, and not all, where the share is above 0 and there are two images or more.
     """
-    places = [int.from_bytes(hashlib.sha256(_bytes(one)).digest()[:8], "big") / 2**64 for one in ids]
-    chosen = {index for index, place_ in enumerate(places) if place_ < share}
+    places = [int.from_bytes(hashlib.sha256(escaped(one).encode()).digest()[:8], "big") / 2**64 for one in ids]
+    chosen = {index for index, drawn in enumerate(places) if drawn < share}
     if share > 0 and len(ids) > 1:
         ranked = sorted(range(len(ids)), key=lambda index: places[index])
         chosen = (chosen | {ranked[0]}) - {ranked[-1]}
     return chosen if len(ids) > 1 else set()
 
 
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "backslashreplace")
-
-
 def _row(image: ExportImage, box: ExportBox) -> str:
     x1, y1, x2, y2 = box.xyxy
     centre_x, centre_y = (x1 + x2) / 2 / image.width, (y1 + y2) / 2 / image.height
-    return f"0 {centre_x:.6f} {centre_y:.6f} {(x2 - x1) / image.width:.6f} {(y2 - y1) / image.height:.6f}\n"
+    width, height = (max(side, _LEAST_SIDE) for side in ((x2 - x1) / image.width, (y2 - y1) / image.height))
+    return f"0 {centre_x:.6f} {centre_y:.6f} {width:.6f} {height:.6f}\n"
 
 
 def _data(label: str, *, has_val: bool) -> str:

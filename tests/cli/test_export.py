@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exporting import NAMES, collect, line, write_lines, write_run
+from exporting import BROKEN, NAMES, collect, line, write_lines, write_run
 
 from lostreg.cli.main import main
 
@@ -153,8 +153,92 @@ def test_an_export_never_replaces_the_images_it_would_be_made_of(
     write_lines(tmp_path, [line(str(path)) for path in images])
     before = contents(tmp_path / "yolo")
     assert run("{}/predictions.jsonl --format yolo --out {}/yolo --overwrite", tmp_path) == 2
-    assert "holds the images" in capsys.readouterr().err
+    assert "b.jpg, which is exported: give another" in capsys.readouterr().err
     assert contents(tmp_path / "yolo") == before
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "photos/a.jpg", "run/predictions.jsonl", "lost/lostreg-export.json"])
+def test_a_folder_that_holds_more_than_an_export_is_never_deleted(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, ["a.jpg"])
+    assert run("{}/run --format yolo --out {}/yolo", tmp_path) == 0
+    mine = tmp_path / "yolo" / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    capsys.readouterr()
+    assert run("{}/run --format voc --out {}/yolo --overwrite", tmp_path) == 2
+    assert f"holds {name.partition('/')[0]}, which no export writes" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    if mine.parent.name != "yolo":
+        mine.parent.rmdir()
+    (tmp_path / "yolo/labels.cache").touch()  # as Ultralytics leaves it
+    assert run("{}/run --format voc --out {}/yolo --overwrite", tmp_path) == 0
+
+
+def test_no_export_deletes_what_it_is_made_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path, ["a.jpg"])
+    assert run("{}/run --format yolo --out {}/yolo", tmp_path) == 0
+    moved = tmp_path / "yolo/labels/run"
+    shutil.copytree(folder, moved)
+    assert run("{}/yolo/labels/run --format yolo --out {}/yolo --overwrite", tmp_path) == 2
+    assert "labels/run/predictions.jsonl, which is exported" in capsys.readouterr().err
+    write_lines(tmp_path, [line(str(tmp_path / "yolo/images/train/gone.jpg"))])
+    assert run("{}/predictions.jsonl --format yolo --files none --out {}/yolo --overwrite", tmp_path) == 2
+    assert "gone.jpg, which is exported" in capsys.readouterr().err
+    (tmp_path / "photos/a.jpg").replace(tmp_path / "yolo/images/a.jpg")
+    (tmp_path / "photos/a.jpg").symlink_to(tmp_path / "yolo/images/a.jpg")
+    assert run("{}/run --format yolo --out {}/yolo --overwrite", tmp_path) == 2
+    assert "photos/a.jpg, which is exported" in capsys.readouterr().err
+    assert (moved / "predictions.jsonl").is_file()
+
+
+@pytest.mark.parametrize("kind", OUT)
+def test_no_export_goes_into_another_where_the_next_would_delete_it(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, ["a.jpg"])
+    assert run("{}/run --format yolo --out {}/yolo", tmp_path) == 0
+    before = contents(tmp_path)
+    assert run(f"{{}}/run --format {kind} --out {{}}/yolo/labels/new/{OUT[kind]}", tmp_path) == 2
+    assert "lies in an earlier export" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_was_killed_in_a_line_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    predictions = write_run(tmp_path, ["a.jpg"]) / "predictions.jsonl"
+    predictions.write_text(predictions.read_text() + '{"image_id": "b.j')
+    assert run("{}/run --format coco --out {}/x.json", tmp_path) == 0
+    assert "exported 1 images" in capsys.readouterr().out
+
+
+def test_a_file_that_may_not_be_written_is_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, ["a.jpg"])
+    (tmp_path / "x.xml").touch()
+    monkeypatch.setattr("os.access", lambda path, *_: Path(path).name != "x.xml")
+    assert run("{}/run --format labelstudio --out {}/x.json --overwrite", tmp_path) == 2
+    assert "x.xml cannot be written: permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", OUT)
+def test_names_that_are_not_utf8_are_told_where_other_tools_meet_them(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, ["a.jpg", BROKEN])
+    assert run(f"{{}}/run --format {kind} --out {{}}/{OUT[kind]}", tmp_path) == 0
+    told = "1 file names are not UTF-8" in capsys.readouterr().err
+    assert told == (kind in ("coco", "labelstudio"))
+
+
+@pytest.mark.parametrize("kind", OUT)
+@pytest.mark.parametrize("image_id", ["\ud800.jpg", "a\0b.jpg", "//x/a.jpg", "../a.jpg"])
+def test_strange_ids_are_exported(tmp_path: Path, kind: str, image_id: str) -> None:
+    write_lines(tmp_path, [line(image_id)])
+    bare = "--files none" if kind in ("voc", "yolo") else ""
+    assert run(f"{{}}/predictions.jsonl --format {kind} {bare} --out {{}}/{OUT[kind]}", tmp_path) == 0
 
 
 BAD = {
@@ -164,7 +248,7 @@ BAD = {
     "no predictions": ("{}/none --format csv --out {}/x.csv", "none: expected a predictions file, or the folder of a"),
     "folder without a run": ("{}/photos --format csv --out {}/x.csv", "expected a predictions file"),
     "an image": ("{}/photos/a.jpg --format csv --out {}/x.csv", r"a\.jpg, line 1: expected an object with image_id"),
-    "results": ("{}/run/results.json --format csv --out {}/x.csv", "line 1: expected an object with image_id"),
+    "results": ("{}/run/results.json --format csv --out {}/x.csv", "results.json holds no predictions: expected one"),
     "folder as a file": ("{}/run --format coco --out {}/photos", "expected a file ending in .json"),
     "wrong suffix": ("{}/run --format csv --out {}/x.json", "expected a file ending in .csv"),
     "file as a folder": ("{}/run --format yolo --out {}/run/results.json", "expected a folder for this format"),
@@ -189,6 +273,10 @@ BAD = {
     "twice": ("{}/twice.jsonl --format csv --out {}/x.csv", "1 images twice: a.jpg"),
     "NaN": ("{}/nan.jsonl --format csv --out {}/x.csv", "line 1: expected an object with image_id and boxes"),
     "outside": ("{}/outside.jsonl --format coco --out {}/x.json", "covers nothing of the image of 60x40 pixels"),
+    "only a cut line": ("{}/cut.jsonl --format csv --out {}/x.csv", "holds no predictions: expected one JSON object"),
+    "a bad mask": ("{}/masks.jsonl --format coco --out {}/x.json", "image 'a.jpg': malformed mask: expected counts"),
+    "the predictions": ("{}/plain.json --format coco --out {}/plain.json --overwrite", "is a file of the run"),
+    "the results": ("{}/run --format coco --out {}/run/results.json --overwrite", "is a file of the run"),
     "no size": ("{}/bare.jsonl --format coco --out {}/x.json", "lack its width and height; --images DIR"),
 }
 
@@ -202,9 +290,12 @@ def place(tmp_path: Path) -> Path:
         "nan": [line(boxes=[[0, 0, float("nan"), 1]])],
         "outside": [line(boxes=[[99, 99, 120, 120], [0, 0, 1, 1]])],
         "bare": [{"image_id": "a.jpg", "boxes": [[0, 0, 1, 1]]}],
+        "masks": [line(masks=[{"size": [40, 60], "counts": "PPPP"}] * 2)],
     }
     for name, values in lines.items():
         shutil.move(write_lines(tmp_path, values), tmp_path / f"{name}.jsonl")
+    (tmp_path / "cut.jsonl").write_text('{"image_id": "a.j')
+    shutil.copy(tmp_path / "run/predictions.jsonl", tmp_path / "plain.json")
     return tmp_path
 
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -12,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from exporting import BROKEN, HEIGHT, NAMES, WIDTH, collect, collection_of, line, write_run
+from exporting import BROKEN, HEIGHT, MENDED, NAMES, WIDTH, collect, collection_of, line, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_masks
@@ -66,7 +65,10 @@ def test_supervision_reads_the_coco_file_of_a_run(tmp_path: Path, collection: Co
     supervision = pytest.importorskip("supervision")
     write_whole(tmp_path / "coco.json", as_text(as_coco(collection)))
     read = supervision.DetectionDataset.from_coco(str(tmp_path / "photos"), str(tmp_path / "coco.json"))
-    assert {Path(path).relative_to(tmp_path / "photos").as_posix() for path in read.image_paths} == set(NAMES)
+    (tmp_path / "photos" / BROKEN).rename(tmp_path / "photos" / MENDED)
+    names = [Path(path).relative_to(tmp_path / "photos").as_posix() for path in read.image_paths]
+    assert names == [*NAMES[:-1], MENDED]
+    assert all(cv2.imread(path) is not None for path in read.image_paths)
     assert all(np.array_equal(found.xyxy, BOXES) for found in read.annotations.values())
 
 
@@ -183,6 +185,15 @@ def test_without_images_to_validate_with_those_to_train_with_do_both(tmp_path: P
     assert yaml.safe_load((tmp_path / "yolo/data.yaml").read_text())["val"] == "images/train"
 
 
+def test_no_box_is_too_small_for_six_decimals(tmp_path: Path) -> None:
+    found = collection_of(tmp_path, line(boxes=[[10, 10, 10.0000001, 10.0000001], [0, 0, 6, 4]]))
+    write_yolo(tmp_path / "yolo", found, placing="none")
+    (label,) = (tmp_path / "yolo/labels").rglob("*.txt")
+    numbers = np.loadtxt(label)
+    assert numbers[0, 3:].tolist() == [1e-6, 1e-6]
+    assert numbers[1, 3:].tolist() == [0.1, 0.1]
+
+
 @given(ids=st.lists(UNUSUAL, unique=True, min_size=2, max_size=30), share=st.floats(0.01, 0.99))
 def test_both_parts_of_a_split_have_images(ids: list[str], share: float) -> None:
     assert 0 < len(choose_val(ids, share)) < len(ids)
@@ -248,10 +259,10 @@ def _predictions(fields: dict[str, Any]) -> list[Any]:
 
 def test_tasks_hold_boxes_in_percent_and_point_at_their_images(tmp_path: Path, collection: Collection) -> None:
     tasks = json.loads(as_text(as_tasks(collection)))
-    for task, name in zip(tasks, NAMES, strict=True):
+    for task, name in zip(tasks, [*NAMES[:-1], MENDED], strict=True):
         prefix, path = task["data"]["image"].split("?d=")
         assert prefix == "/data/local-files/"
-        assert unquote(path, errors="surrogateescape") == name
+        assert unquote(path, errors="strict") == name
         (prediction,) = task["predictions"]
         assert prediction["score"] == 0.75
         assert len({region["id"] for region in prediction["result"]}) == 2
@@ -278,8 +289,20 @@ def test_the_configuration_names_what_the_tasks_use(tmp_path: Path) -> None:
     assert [one.get("value") for one in rectangles] == region["value"]["rectanglelabels"]
 
 
-@pytest.mark.parametrize("image_id", [BROKEN, "a\nb.jpg", "a\x01.jpg", "\ufffe.jpg", "x" * 300 + ".jpg", "]]>.jpg"])
-def test_no_name_is_too_strange_for_any_format(tmp_path: Path, image_id: str) -> None:
+@pytest.mark.parametrize(
+    ("image_id", "name"),
+    [
+        (BROKEN, MENDED),
+        ("\ud800.jpg", "_d800.jpg"),
+        ("a\0b.jpg", "a_00b.jpg"),
+        ("a\nb.jpg", "a\nb.jpg"),
+        ("a\x01.jpg", "a\x01.jpg"),
+        ("\ufffe.jpg", "\ufffe.jpg"),
+        ("x" * 300 + ".jpg", "x" * 300 + ".jpg"),
+        ("]]>.jpg", "]]>.jpg"),
+    ],
+)
+def test_no_name_is_too_strange_for_any_format(tmp_path: Path, image_id: str, name: str) -> None:
     found = collection_of(tmp_path, line(image_id))
     write_voc(tmp_path / "voc", found, placing="none")
     write_yolo(tmp_path / "yolo", found, placing="none")
@@ -288,7 +311,14 @@ def test_no_name_is_too_strange_for_any_format(tmp_path: Path, image_id: str) ->
     for number, text in enumerate((as_text(as_coco(found)), as_text(as_tasks(found)), as_csv(found))):
         write_whole(tmp_path / f"{number}.txt", text)
         assert (tmp_path / f"{number}.txt").stat().st_size > 100
-    assert json.loads(as_text(as_coco(found)))["images"][0]["file_name"] == image_id
-    assert os.fsencode(unquote(as_tasks(found)[0]["data"]["image"], errors="surrogateescape")).endswith(
-        os.fsencode(image_id)
-    )
+    coco, tasks = json.loads(as_text(as_coco(found))), json.loads(as_text(as_tasks(found)))
+    assert coco["images"][0]["file_name"] == name
+    assert unquote(tasks[0]["data"]["image"], errors="strict").endswith("?d=" + name)
+    json.dumps(tasks, ensure_ascii=False).encode()  # no lone surrogates, which data bases refuse
+
+
+@pytest.mark.parametrize("image_id", ["../../a.jpg", "/home/me/a.jpg", "//home/a.jpg", "b/../../a.jpg"])
+def test_no_name_leads_out_of_the_images(tmp_path: Path, image_id: str) -> None:
+    found = collection_of(tmp_path, line(image_id))
+    assert as_coco(found)["images"][0]["file_name"] == "a.jpg"
+    assert as_tasks(found)[0]["data"]["image"] == "/data/local-files/?d=a.jpg"

@@ -5,17 +5,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from exporting import HEIGHT, TURNED, WIDTH, as_prediction, collect, collection_of, line, save, write_lines, write_run
 from hypothesis import given
 from hypothesis import strategies as st
-from pycocotools import mask as coco_masks
 
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.items import gather
 from lostreg.exports.sources import ImageFinder
+from lostreg.masks import encode_rle
 
-MASK = {"size": [HEIGHT, WIDTH], "counts": "0"}
+MASK: dict[str, Any] = encode_rle(np.zeros((HEIGHT, WIDTH), bool)) | {}  # type: ignore[operator]
 
 
 def test_a_run_gives_names_sizes_and_files(tmp_path: Path) -> None:
@@ -73,6 +74,8 @@ def test_a_file_of_the_same_name_elsewhere_is_not_taken_for_the_image(tmp_path: 
 def test_absolute_names_lose_what_they_share(tmp_path: Path) -> None:
     found = collection_of(tmp_path, line("/home/me/a/x.jpg"), line("/home/me/b/y.jpg"))
     assert [image.name for image in found.images] == ["a/x.jpg", "b/y.jpg"]
+    found = collection_of(tmp_path, line("//x/a.jpg"), line("/y/b.jpg"), line("c.jpg"))
+    assert [image.name for image in found.images] == ["x/a.jpg", "y/b.jpg", "c.jpg"]
 
 
 def test_a_missing_size_is_read_from_the_image(tmp_path: Path) -> None:
@@ -80,6 +83,21 @@ def test_a_missing_size_is_read_from_the_image(tmp_path: Path) -> None:
     found = collect(write_lines(tmp_path, [line("turned.jpg", width=0, height=0)]), tmp_path)
     assert (found.images[0].width, found.images[0].height) == (HEIGHT, WIDTH)
     assert found.images[0].boxes[1].xyxy == (0, 0, HEIGHT, HEIGHT)  # cut on the right
+
+
+def test_the_size_of_an_image_that_is_left_out_is_not_asked_for(tmp_path: Path) -> None:
+    low = line("gone.jpg", width=0, height=0, scores=[0.1, 0.1])
+    found = collection_of(tmp_path, line(), low, min_score=0.25, keep_empty=False)
+    assert [image.name for image in found.images] == ["a.jpg"]
+    with pytest.raises(PredictionsError, match=r"gone\.jpg.* lack its width"):
+        collection_of(tmp_path, line(), low, min_score=0.25)
+
+
+def test_messages_cut_long_values_in_the_middle(tmp_path: Path) -> None:
+    with pytest.raises(PredictionsError) as caught:
+        collection_of(tmp_path, line("x" * 999 + ".jpg", scores=["y" * 9999]))
+    assert len(str(caught.value)) < 250
+    assert ".jpg'" in str(caught.value)
 
 
 def test_boxes_are_cut_to_the_image_and_counted(tmp_path: Path) -> None:
@@ -112,26 +130,42 @@ def test_low_scores_are_left_out_and_images_without_a_box_are_known(tmp_path: Pa
     lines = [line("a.jpg"), line("b.jpg", scores=[0.1, 0.2])]
     found = collection_of(tmp_path, *lines, min_score=0.5)
     assert [len(image.boxes) for image in found.images] == [1, 0]
-    assert [image.name for image in found.with_boxes().images] == ["a.jpg"]
+    assert found.empty == 0
+    found = collection_of(tmp_path, *lines, min_score=0.5, keep_empty=False)
+    assert [image.name for image in found.images] == ["a.jpg"]
+    assert found.empty == 1
     assert collection_of(tmp_path, *lines).below(0.25) == 3
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"width": "60"}, "width and height must be whole numbers, not '60' and 40"),
+        ({"width": "60"}, r"width and height must be whole numbers below 2\*\*31, not '60' and 40"),
+        ({"width": 10**400}, r"must be whole numbers .*, not 1000.*\.\.\.0000.* and 40"),
+        ({"height": 2**31}, "must be whole numbers"),
         ({"width": -60}, "must be whole numbers"),
         ({"width": 60.5}, "must be whole numbers"),
         ({"width": True}, "must be whole numbers"),
         ({"scores": [0.5]}, "one finite score for each of 2 boxes"),
         ({"scores": [0.5, math.nan]}, "one finite score for each of 2 boxes"),
+        ({"scores": [0.5, 10**400]}, "one finite score for each of 2 boxes"),
         ({"scores": "ab"}, "one finite score for each of 2 boxes"),
         ({"scores": None}, "one finite score for each of 2 boxes"),
         ({"seeds": [[1, 2]]}, "one seed .* for each of 2 boxes"),
         ({"seeds": [[1, 2], [3]]}, "one seed .* for each of 2 boxes"),
-        ({"masks": [MASK]}, "one mask of 60x40 pixels"),
-        ({"masks": [MASK, {"size": [1, 1], "counts": "0"}]}, "one mask of 60x40 pixels"),
-        ({"masks": [MASK, {"size": [HEIGHT, WIDTH], "counts": [1]}]}, "one mask of 60x40 pixels"),
+        ({"masks": [MASK]}, "one mask, as COCO encodes them, for each of 2 boxes"),
+        ({"masks": [MASK, None]}, "one mask, as COCO encodes them, for each of 2 boxes"),
+        ({"masks": [MASK, {"size": [1, 1], "counts": "1"}]}, "masks of 60x40 pixels, found one of 1x1"),
+        (
+            {"masks": [MASK, {"size": [HEIGHT, WIDTH], "counts": [1]}]},
+            "malformed mask: expected counts as a compressed",
+        ),
+        ({"masks": [MASK, {"size": [HEIGHT, WIDTH], "counts": "PPPP"}]}, "malformed mask: expected counts as COCO"),
+        ({"masks": [MASK, {"size": [HEIGHT, WIDTH], "counts": "1"}]}, "malformed mask: expected runs of 60x40 pixels"),
+        ({"masks": [MASK, {"size": [1 << 20, 1 << 20], "counts": "1"}]}, "malformed mask: .* more than the limit"),
+        ({"error": {"a": 1}}, "expected the error as text, not {'a': 1}"),
+        ({"error": True}, "expected the error as text, not True"),
+        ({"error": 0}, "expected the error as text, not 0"),
         ({"boxes": [[5, 5, 5, 9], [0, 0, 1, 1]]}, r"box \[5, 5, 5, 9\] covers nothing of the image of 60x40"),
         ({"boxes": [[9, 5, 5, 9], [0, 0, 1, 1]]}, "covers nothing"),
         ({"boxes": [[60, 0, 70, 9], [0, 0, 1, 1]]}, "covers nothing"),
@@ -158,15 +192,29 @@ def test_boxes_without_scores_cannot_be_chosen_among(tmp_path: Path) -> None:
 
 
 def test_sound_masks_are_kept(tmp_path: Path) -> None:
-    found = collection_of(tmp_path, line(masks=[MASK, MASK]))
-    mask = found.images[0].boxes[1].mask
-    assert mask is not None
-    assert coco_masks.area(mask) == 0
+    whole = encode_rle(np.ones((HEIGHT, WIDTH), bool))
+    found = collection_of(tmp_path, line(masks=[whole, MASK]))
+    assert [box.mask for box in found.images[0].boxes] == [whole, MASK]
+    assert [box.mask_area for box in found.images[0].boxes] == [WIDTH * HEIGHT, 0]
 
 
-@pytest.mark.parametrize("image_id", ["a\0b.jpg", "x" * 9999, "../../a.jpg", os.sep])
-def test_ids_that_name_no_file_are_no_trouble(tmp_path: Path, image_id: str) -> None:
-    (image,) = collect(write_lines(tmp_path, [line(image_id)]), tmp_path).images
+def test_masks_that_are_not_exported_are_not_decoded(tmp_path: Path) -> None:
+    broken = {"size": [HEIGHT, WIDTH], "counts": "PPPP"}
+    assert collection_of(tmp_path, line(masks=[broken, broken]), masks=False).boxes == 2
+    assert collection_of(tmp_path, line(masks=[MASK, broken]), min_score=0.5).boxes == 1
+
+
+@pytest.mark.parametrize("error", [None, False, ""])
+def test_an_error_that_says_nothing_is_none(tmp_path: Path, error: Any) -> None:
+    found = collection_of(tmp_path, line(error=error))
+    assert (len(found.images), found.boxes, found.unreadable) == (1, 2, ())
+
+
+@pytest.mark.parametrize("image_id", ["a\0b.jpg", "x" * 9999, "\ud800.jpg", "../a.jpg", "b/../../a", "..", os.sep])
+def test_ids_that_name_no_file_of_the_folder_are_no_trouble(tmp_path: Path, image_id: str) -> None:
+    save(tmp_path / "a.jpg")
+    (tmp_path / "images/b").mkdir(parents=True)
+    (image,) = collect(write_lines(tmp_path, [line(image_id)]), tmp_path / "images").images
     assert image.source is None
 
 

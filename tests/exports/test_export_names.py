@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lostreg.exports.names import Names
+from lostreg.exports.names import Names, below_one_folder, printable, utf8_name
 
 PARTS = st.lists(st.text(st.sampled_from("aAäß.. /imges\u0301\n\udce4é-2\t"), max_size=8), min_size=1, max_size=4).map(
     "/".join
@@ -78,3 +78,35 @@ def test_whatever_comes_in_names_are_apart_safe_and_text(names: list[str], flat:
         assert "images" not in parts[:-1]
         assert stem.encode("utf-8").decode().isprintable() or "\u0301" in stem
         assert not flat or (len(parts) == 1 and not any(sign.isspace() for sign in stem))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a.jpg", "b/c.jpg", "./d//e.jpg"], ["a.jpg", "b/c.jpg", "d/e.jpg"]),
+        (["/h/x/a.jpg", "/h/y/b.jpg"], ["x/a.jpg", "y/b.jpg"]),
+        (["../p/x/a.jpg", "../p/b.jpg", "c.jpg"], ["x/a.jpg", "b.jpg", "c.jpg"]),
+        (["../a/x.jpg", "../../b/y.jpg"], ["_/a/x.jpg", "b/y.jpg"]),
+        (["a/../../b.jpg", "/../c.jpg"], ["b.jpg", "c.jpg"]),
+        (["", "/", ".."], ["_", "_", "_"]),
+    ],
+)
+def test_names_are_below_one_folder(names: list[str], expected: list[str]) -> None:
+    assert below_one_folder(names) == expected
+
+
+@given(names=st.lists(st.lists(st.sampled_from(["", ".", "..", "a", "b"]), max_size=5).map("/".join), max_size=5))
+def test_no_name_leads_up_or_to_the_root(names: list[str]) -> None:
+    for name in below_one_folder(names):
+        assert not {"", ".", ".."} & set(name.split("/"))
+
+
+def test_signs_of_later_unicode_stay() -> None:
+    assert printable("\U0001fae9\U000e0fff.jpg") == "\U0001fae9\U000e0fff.jpg"
+
+
+@given(name=st.text(st.characters(exclude_categories=())))
+def test_other_tools_can_write_every_name(name: str) -> None:
+    made = utf8_name(name)
+    assert "\0" not in made.encode("utf-8").decode()
+    assert utf8_name(made) == made
