@@ -138,8 +138,9 @@ _UNRECORDED: Final = {"max_objects": 1, "refine": False, "box_from": "patches", 
 
 
 def _differences(earlier: Any, now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    before = {**_UNRECORDED, **earlier} if isinstance(earlier, dict) and "backbone" in earlier else earlier
-    before = before if isinstance(before, dict) else {}
+    before = earlier if isinstance(earlier, dict) else {}
+    if before:
+        before = {**{key: value for key, value in _UNRECORDED.items() if key in now}, **before}
     for key in [*now, *(key for key in before if key not in now)]:
         if before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             first = models.get(settings.backbones[0])
             if settings.neurons and settings.has_registers(settings.backbones[0]):
                 first.with_registers(settings.neurons)
-            if not is_local(args.host):
+            if not is_local(bound):
                 tell(f"listening on {args.host}: whoever reaches this machine can open the page and send photos")
             serve(settings, models, bound, lambda: print(f"demo at {address_of(bound)} (Ctrl-C ends it)", flush=True))
         except KeyboardInterrupt:

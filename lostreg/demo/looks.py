@@ -42,6 +42,27 @@ table.boxes th:first-child, table.boxes td:first-child, table.boxes td:last-chil
   #layout { grid-template-columns: minmax(0, 1fr); grid-template-areas: "photo" "answer" "options";
     grid-template-rows: none; } }
 """
+# Gradio does not always show why a file was not taken.
+SCRIPT: Final = """<script>
+(() => {
+  const ask = window.fetch;
+  const tell = (text) => {
+    const note = document.querySelector("#told .note");
+    if (note) { note.className = "note problem"; note.textContent = text; }
+  };
+  window.fetch = async (...request) => {
+    const sends = new URL(request[0].url ?? request[0], location.href).pathname.endsWith("/gradio_api/upload");
+    try {
+      const answer = await ask(...request);
+      if (sends && !answer.ok) tell("That file was not taken. " + await answer.clone().text());
+      return answer;
+    } catch (error) {
+      if (sends) tell("That file could not be sent; it may be too large.");
+      throw error;
+    }
+  };
+})();
+</script>"""
 
 
 def theme() -> Any:

@@ -9,16 +9,32 @@ import gradio as gr
 
 from lostreg.backbone_table import BackboneSpec
 from lostreg.demo.looks import ATTENTION, DEGREES, INTRO, OBJECTS, START, TITLE, caption, panel
+from lostreg.demo.messages import is_upload, printable
 from lostreg.demo.panels import draw_attention, draw_degrees, draw_objects
 from lostreg.demo.session import MAX_OBJECTS, MAX_REGISTERS, Choice, DemoSettings, Models, View, Visitor
 from lostreg.demo.words import box_json, box_table, hint, problem, verdict
-from lostreg.errors import ImageError, LostregError
+from lostreg.errors import ImageError, LostregError, OptionError
 
 _SHOWN_BY_BROWSERS: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _IDLE_SECONDS: Final = 1800  # after which a visitor's features are let go
 _WAITING: Final = 20
 _UNEXPECTED: Final = "Something unexpected happened; the log of the server says what."
 _FEATURES: Final = [("keys (k)", "k"), ("queries (q)", "q"), ("values (v)", "v"), ("output (out)", "out")]
+
+
+class _PlainBlocks(gr.Blocks):
+    """Says in one line what is wrong with a value that the page would never send."""
+
+    async def preprocess_data(self, *arguments: Any, **options: Any) -> Any:
+        """What the functions are called with."""
+        try:
+            return await super().preprocess_data(*arguments, **options)
+        except Exception as error:
+            message = str(error.message if isinstance(error, gr.Error) else error)
+            reason = printable(message.partition("\n")[0])
+            logging.getLogger(__name__).warning("a request was refused: %s", reason)
+            told = reason if isinstance(error, gr.Error) else "These values cannot be used."
+            raise gr.Error(told, print_exception=False) from None
 
 
 class Page:
@@ -33,7 +49,9 @@ class Page:
         self.settings = settings
         self.models = models or Models(settings)
         self._uploads = uploads.resolve()
-        with gr.Blocks(title="lostreg demo", analytics_enabled=False, delete_cache=(600, 2 * _IDLE_SECONDS)) as blocks:
+        with _PlainBlocks(
+            title="lostreg demo", analytics_enabled=False, delete_cache=(600, 2 * _IDLE_SECONDS)
+        ) as blocks:
             self._lay_out()
             self._connect()
         blocks.state_session_capacity = 40  # visitors whose features are kept
@@ -53,7 +71,6 @@ class Page:
                     buttons=[],
                     elem_id="photo",
                 )
-                _take_uploads_alone(self.photo, self._uploads)
             with gr.Column(elem_id="answer-side"):
                 self._lay_out_answer()
             with gr.Column(elem_id="options-side"):
@@ -178,9 +195,9 @@ class Page:
             visitor: None at the first visit.
         """
         visitor = visitor or Visitor()
-        path = Path(str((file or {}).get("path") or ""))
-        if path.is_file() and path.resolve().is_relative_to(self._uploads):
-            visitor.take(path, Path(str(file.get("orig_name") or path.name)).name)
+        path = str((file or {}).get("path") or "")
+        if is_upload(path, self._uploads):
+            visitor.take(Path(path), printable(Path(str(file.get("orig_name") or path)).name))
         else:
             visitor.take(None, "")
         return visitor
@@ -291,24 +308,14 @@ class Page:
             return gr.skip()
         return visitor.study.picture.pixels
 
-    def _choice(self, backbone: str, feature: Any, layer: int, registers: int) -> Choice:
+    def _choice(self, backbone: str, feature: Any, layer: int | None, registers: int | None) -> Choice:
+        if layer is None or registers is None:  # a list with nothing chosen
+            raise OptionError("expected a layer and a number of registers")
         return Choice(backbone, feature, int(layer), int(registers) if self.settings.has_registers(backbone) else 0)
 
     def _registers_of(self, backbone: str) -> int:
         neurons = self.settings.neurons
         return min(neurons.count, MAX_REGISTERS) if neurons and self.settings.has_registers(backbone) else 0
-
-
-def _take_uploads_alone(photo: gr.Image, uploads: Path) -> None:
-    """Refuse every path and address that did not come from an upload, before Gradio copies or fetches it."""
-    move = photo.async_move_resource_to_block_cache
-
-    async def checked(source: str | Path | None) -> str | None:
-        if source is not None and not Path(source).resolve().is_relative_to(uploads):
-            raise gr.Error("Only photos that were uploaded here can be used.", print_exception=False)
-        return await move(source)
-
-    photo.async_move_resource_to_block_cache = checked  # type: ignore[assignment, method-assign]
 
 
 def _about(spec: BackboneSpec) -> str:

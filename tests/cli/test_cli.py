@@ -197,7 +197,7 @@ def test_the_side_limit_can_be_changed_and_taken_away(tmp_path: Path, capsys: py
 
 def test_method_options_reach_the_results(root: Path, tmp_path: Path) -> None:
     method = "--feature v --layer 0 --bias=-0.5 --no-normalize --k-patches 9 --precision bf16 --batch-size 3"
-    limits = "--max-pixels 123456"
+    limits = "--max-pixels 123456 --max-objects 3 --min-score 0.1 --masks refined --box-from mask"
     assert (
         main(["eval", "voc", "--root", str(root), "--out", str(tmp_path), *FAST, *method.split(), *limits.split()]) == 0
     )
@@ -219,6 +219,11 @@ def test_method_options_reach_the_results(root: Path, tmp_path: Path) -> None:
         "exif": False,
         "max_pixels": 123456,
         "test_time_registers": None,
+        "max_objects": 3,
+        "min_score": 0.1,
+        "refine": True,
+        "box_from": "mask",
+        "masks": True,
     }
 
 

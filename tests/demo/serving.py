@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lostreg.backbones import Backbone, build_backbone, find_spec
-from lostreg.demo.server import address_of, listen, make_server, upload_folder
+from lostreg.demo.server import address_of, is_local, listen, make_server, upload_folder
 from lostreg.demo.session import DemoSettings, Models
 from lostreg.registers import RegisterNeurons
 
@@ -39,7 +39,7 @@ def served(**options: Any) -> Iterator[str]:
     """The address of a demo that is ready."""
     with small_models(**options) as models, upload_folder() as uploads:
         bound = listen("127.0.0.1", 0)
-        server = make_server(models.settings, uploads, models)
+        server = make_server(models.settings, uploads, models, is_local(bound))
         ready = threading.Event()
         server.on_ready = ready.set
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

@@ -1,5 +1,6 @@
 """The demo as a visitor meets it, in a headless browser."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +120,24 @@ def test_a_broken_file_is_told_in_words_and_the_next_photo_works(
         tab.until("return document.querySelector('#photo img') === null")  # room for another
         tab.drop(photos[1])
         assert tab.answer()
+
+
+def test_why_a_file_was_not_taken_is_told_and_the_next_photo_works(photos: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "large.jpg").write_bytes(bytes((1 << 20) + 1))
+    (tmp_path / "notes.txt").write_text("no photo")
+    with served(max_upload_mb=1) as address, Tab(tmp_path, address) as tab:
+        for name, told in (("notes.txt", "Invalid file type"), ("large.jpg", "exceed the maximum allowed size")):
+            tab.drop(tmp_path / name)
+            tab.until("return document.body.innerText.includes(arguments[0])", told)
+        full = Path(os.environ["GRADIO_TEMP_DIR"]) / "full"
+        full.touch()
+        os.truncate(full, 100 << 20)
+        tab.drop(photos[0])
+        tab.until("return document.querySelector('#told').innerText.includes('There is no room for more photos')")
+        full.unlink()
+        tab.drop(photos[0])
+        assert tab.answer()
+        assert "no room" not in tab.text("#told")
 
 
 def test_two_visitors_get_their_own_answers(address: str, photos: list[Path], tmp_path: Path) -> None:

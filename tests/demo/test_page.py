@@ -206,6 +206,12 @@ def test_registers_of_another_backbone_are_not_asked_for(page: Page, visitor: Vi
     assert visitor.study.discoverer.backbone.registers is not None
 
 
+def test_a_list_with_nothing_chosen_is_told(page: Page, visitor: Visitor, caplog: pytest.LogCaptureFixture) -> None:
+    assert "expected a layer" in run(page, visitor, FIRST, "k", None, 0)[1]
+    assert "did not work" in run(page, visitor, None, None, -1, 0)[1]
+    assert caplog.records == []
+
+
 def test_attention_is_drawn_once_the_answer_is_there(page: Page, visitor: Visitor) -> None:
     assert page.attend(visitor, *OPTIONS)[0] is None
     picture = run(page, visitor)[2]

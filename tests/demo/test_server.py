@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import logging
 import os
 import secrets
 import socket
@@ -14,7 +15,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from serving import served
+from serving import FIRST, served
 
 from lostreg.demo.server import address_of, is_local, listen, upload_folder
 from lostreg.errors import OptionError
@@ -63,14 +64,19 @@ def upload(address: str, content: bytes, name: str = "photo.jpg") -> tuple[int, 
     )[:2]
 
 
-def call(address: str, function: str, data: list[Any]) -> dict[str, Any]:
-    """What the page's own code does: join the queue, then wait for the end of one event."""
+def join(address: str, function: str | int, data: Any, session: str) -> tuple[int, bytes]:
+    """Ask for one function by its name or number, as the page's own code does."""
     config = json.loads(ask(address, "/config")[1])
-    (index,) = {item["id"] for item in config["dependencies"] if item["api_name"] == function}
-    session = secrets.token_hex(8)
-    body = json.dumps({"data": data, "fn_index": index, "session_hash": session}).encode()
-    status, _, _ = ask(address, "/gradio_api/queue/join", "POST", body, **{"Content-Type": "application/json"})
-    assert status == 200
+    numbers = {item["api_name"]: item["id"] for item in config["dependencies"]}
+    number = numbers[function] if isinstance(function, str) else function
+    body = json.dumps({"data": data, "fn_index": number, "session_hash": session}).encode()
+    return ask(address, "/gradio_api/queue/join", "POST", body, **{"Content-Type": "application/json"})[:2]
+
+
+def call(address: str, function: str, data: list[Any], session: str = "") -> dict[str, Any]:
+    """Join the queue, then wait for the end of one event."""
+    session = session or secrets.token_hex(8)
+    assert join(address, function, data, session)[0] == 200
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(address).netloc, timeout=60)
     try:
         connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
@@ -81,6 +87,10 @@ def call(address: str, function: str, data: list[Any]) -> dict[str, Any]:
     finally:
         connection.close()
     raise AssertionError("the event never ended")
+
+
+def sent(path: str, **others: Any) -> dict[str, Any]:
+    return {"path": path, "orig_name": "photo.jpg", "meta": {"_type": "gradio.FileData"}, **others}
 
 
 def test_the_page_is_served_and_may_fetch_nothing_from_elsewhere(address: str) -> None:
@@ -144,6 +154,9 @@ def test_no_file_of_the_server_is_given_out(address: str, uploads: Path, secret:
         "/docs",
         "/gradio_api/mcp/sse",
         "/gradio_api/vibe-code",
+        "/gradio_api/infox",
+        "/gradio_api/queue/dataxx",
+        "/gradio_api/app_id/x",
     ],
 )
 def test_what_the_page_does_not_need_is_not_answered(address: str, path: str) -> None:
@@ -163,16 +176,61 @@ def test_other_methods_are_refused(address: str, method: str) -> None:
     assert ask(address, "/gradio_api/upload", method)[0] == 404
 
 
-def test_a_path_or_address_instead_of_a_photo_is_refused_and_copied_nowhere(
-    address: str, uploads: Path, secret: Path
+@pytest.fixture(scope="module")
+def kept(address: str, repository: Path) -> str:
+    """Where an uploaded photo lies."""
+    photo = min((repository / "datasets" / "sample").rglob("*.jpg"))
+    return str(json.loads(upload(address, photo.read_bytes())[1])[0])
+
+
+def test_a_path_or_address_instead_of_a_photo_is_refused_whatever_was_asked_before(
+    address: str, uploads: Path, secret: Path, kept: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in (str(secret), os.path.relpath(secret), f"{uploads}/../../..{secret}", "http://127.0.0.1:9/x.png"):
-        done = call(address, "receive", [{"path": path, "meta": {"_type": "gradio.FileData"}}, None])
-        assert done["success"] is False, path
-        assert SECRET not in json.dumps(done)
-        assert "Traceback" not in json.dumps(done)
-    copied = [file for file in uploads.rglob("*") if file.is_file() and not file.is_symlink()]
-    assert not any(SECRET.encode() in file.read_bytes() for file in copied)
+    fetched = []
+    for name in ("async_ssrf_protected_download", "save_file_to_cache"):
+        monkeypatch.setattr(f"gradio.processing_utils.{name}", lambda *found, **_: fetched.append(found))
+    session = secrets.token_hex(8)
+    places = (str(secret), os.path.relpath(secret), f"{uploads}/../../..{secret}", "http://192.0.2.1/x.png", "\0")
+    odd: list[Any] = [sent(place) for place in places]
+    odd += [{"photo": sent(places[3])}, [sent(places[3])], {**sent(kept), "meta": sent(places[3])}]
+    odd += [sent(kept, size=sent(places[3])), sent(kept, orig_name=["a"])]
+    for _ in range(2):
+        for value in odd:
+            status, told = join(address, "receive", [value, None], session)
+            assert (status, told.decode()) == (400, "Only photos that were uploaded here can be used."), value
+        slid = [None, True, sent(places[3]), 1, "patches"]  # no photo, but Gradio would fetch it all the same
+        assert join(address, "redraw", slid, session)[0] == 400
+        assert call(address, "receive", [sent(kept), None], session)["success"] is True
+        answer = call(address, "run", [None, FIRST, "k", 1, 0, True, 0, 1, "patches"], session)
+        assert "object" in answer["output"]["data"][1]
+    assert fetched == []
+
+
+def test_values_that_the_page_never_sends_are_answered_in_words_and_one_line_of_the_log(
+    address: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    unknown: list[tuple[int, Any]] = [(999, []), (-1, []), (1, [None] * 40), (1, {})]
+    for number, data in unknown:
+        assert join(address, number, data, "mine")[0] in (400, 422)
+    assert call(address, "receive", ["/etc/passwd\0", None])["output"]["error"] == "These values cannot be used."
+    for bias in ("x", 1e300, "\ud800"):
+        done = call(address, "redraw", [None, False, bias, 1, "patches"])
+        assert done["success"] is False
+        assert done["output"]["error"]
+    assert call(address, "run", [None, "\ud800", "k", 1, 0, True, 0, 1, "patches"])["success"] is False
+    refused = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(refused) == 5
+    assert all(len(line.splitlines()) == 1 for line in refused)
+    assert "Traceback" not in capfd.readouterr().err
+    assert "Traceback" not in caplog.text
+
+
+def test_a_name_that_cannot_be_sent_back_is_shown_with_question_marks(address: str, kept: str) -> None:
+    session = secrets.token_hex(8)
+    call(address, "receive", [sent(kept, orig_name="a\ud800\n.jpg"), None], session)
+    done = call(address, "run", [None, FIRST, "k", 1, 0, True, 0, 1, "patches"], session)
+    assert done["success"] is True
+    assert '"a??.jpg"' in json.dumps(done).replace('\\"', '"')
 
 
 def test_an_upload_is_taken_kept_private_and_given_back(address: str, uploads: Path, photo: Path) -> None:
@@ -182,8 +240,7 @@ def test_an_upload_is_taken_kept_private_and_given_back(address: str, uploads: P
     assert Path(kept).is_relative_to(uploads)
     assert ask(address, f"/gradio_api/file={kept}")[1] == photo.read_bytes()
     assert uploads.stat().st_mode & 0o077 == 0
-    done = call(address, "receive", [{"path": kept, "meta": {"_type": "gradio.FileData"}}, None])
-    assert done["success"] is True
+    assert call(address, "receive", [sent(kept), None])["success"] is True
 
 
 def test_large_files_and_messages_are_refused(address: str, uploads: Path) -> None:
@@ -193,8 +250,33 @@ def test_large_files_and_messages_are_refused(address: str, uploads: Path) -> No
     assert sorted(path for path in uploads.rglob("*") if path.is_file()) == [path for path in before if path.is_file()]
     kind = {"Content-Type": "application/json"}
     assert ask(address, "/gradio_api/queue/join", "POST", bytes(1 << 19), **kind)[0] == 413
-    chunked = {"Transfer-Encoding": "chunked", **kind}
-    assert ask(address, "/gradio_api/queue/join", "POST", b"2\r\n{}\r\n0\r\n\r\n", **chunked)[0] == 411
+    for path in ("/gradio_api/queue/join", "/gradio_api/upload"):
+        for chunked in (
+            {"Transfer-Encoding": "chunked", **kind},
+            {"Transfer-Encoding": "chunked", "Content-Length": "5"},
+        ):
+            assert ask(address, path, "POST", b"2\r\n{}\r\n0\r\n\r\n", **chunked)[0] == 411
+
+
+def test_another_site_in_the_same_browser_gets_no_answer(address: str) -> None:
+    host = urllib.parse.urlsplit(address).netloc
+    port = host.rpartition(":")[2]
+    for name in (f"localhost:{port}", "LOCALHOST", "127.0.0.1", f"[::1]:{port}", "127.1.2.3"):
+        assert ask(address, "/config", Host=name)[0] == 200, name
+    for name in (f"evil.example:{port}", "127.evil.example", "localhost.evil.example", "192.168.0.2", ""):
+        assert ask(address, "/config", Host=name)[0] == 421, name
+    kind = {"Content-Type": "application/json"}
+    for origin in ("https://evil.example", "null", f"http://localhost:{port}", "http://127.0.0.1:1"):
+        assert ask(address, "/gradio_api/reset", "POST", b"{}", Origin=origin, **kind)[0] == 403, origin
+    assert ask(address, "/gradio_api/reset", "POST", b"{}", Origin=f"http://{host}", **kind)[0] == 422
+
+
+def test_addresses_in_the_page_are_those_that_were_asked(address: str) -> None:
+    lies = {"X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "https", "X-Gradio-Server": "http://evil.example"}
+    for path in ("/", "/config"):
+        page = ask(address, path, **lies)[1]
+        assert b"evil.example" not in page
+        assert b"https://127.0.0.1" not in page
 
 
 def test_the_upload_folder_goes_with_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,9 +308,14 @@ def test_a_host_that_is_not_ours_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
         listen("no.such.name", 0)
 
 
-def test_only_loopback_is_local() -> None:
-    assert all(is_local(host) for host in ("127.0.0.1", "localhost", "::1", "127.0.1.1"))
-    assert not any(is_local(host) for host in ("0.0.0.0", "::", "192.168.0.2", "example.com"))
+def test_only_loopback_is_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, local in (("127.0.0.1", True), ("localhost", True), ("127.0.1.1", True), ("0.0.0.0", False)):
+        with listen(name, 0) as bound:
+            assert is_local(bound) is local, name
+    find = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda _, *rest, **named: find("0.0.0.0", *rest, **named))
+    with listen("127.evil.example", 0) as bound:
+        assert not is_local(bound)
 
 
 def test_an_address_for_all_is_shown_as_one_that_can_be_opened() -> None:
