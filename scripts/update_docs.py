@@ -183,8 +183,38 @@ def photo_parts(results: Path) -> dict[str, str]:
             objects,
         ),
         "masks": mask_table(read("masks-coco-sample")),
+        "cost": object_costs(read("photo-speed-cpu")),
+        "demo": demo_cost(read("photo-speed-cpu")),
         "memory": _table(("photos", "peak memory (MB)"), memory),
     }
+
+
+def object_costs(found: dict[str, Any]) -> str:
+    """What further objects and refined masks cost, as a sentence."""
+    ratios, ranges = found["objects"]["ratio_to_one"], found["objects"]["ratio_range"]
+    words = [
+        f"{what} {ratios[name]:.2f} times as long ({ranges[name][0]:.2f} to {ranges[name][1]:.2f})"
+        for name, what in (
+            ("five, clear ones", "`--max-objects 5` took"),
+            ("five, all of them", "with `--min-score 0`"),
+            ("one, refined", "`--masks refined`"),
+        )
+    ]
+    return (
+        f"From files to boxes, compared round by round with a run for the main object alone ({found['photos']} photos, "
+        f"{found['rounds']} rounds, range in brackets; a shared machine, {found['device'].partition(': ')[2]}): "
+        f"{', '.join(words)}.\n"
+    )
+
+
+def demo_cost(found: dict[str, Any]) -> str:
+    """How soon the demo answers, as a sentence."""
+    demo = found["demo"]
+    return (
+        f"On that machine a move of the slider took {100 * demo['slider_over_first']:.0f} % of the time of a first run on "
+        f"the same photo, {100 * demo['slider_over_first_worst']:.0f} % in the worst of {found['photos']} photos "
+        "(`scripts/photo_speed.py`).\n"
+    )
 
 
 def mask_table(found: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
 """The demo's page: what stands where, and which change asks for what."""
 
+import asyncio
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import gradio as gr
 
@@ -20,6 +21,18 @@ _IDLE_SECONDS: Final = 1800  # after which a visitor's features are let go
 _WAITING: Final = 20
 _UNEXPECTED: Final = "Something unexpected happened; the log of the server says what."
 _FEATURES: Final = [("keys (k)", "k"), ("queries (q)", "q"), ("values (v)", "v"), ("output (out)", "out")]
+
+
+Made = TypeVar("Made")
+
+
+def in_a_loop(make: Callable[[], Made]) -> Made:
+    """What a function makes, while an event loop runs: where none does, Gradio makes one and leaves it open."""
+
+    async def making() -> Made:
+        return make()
+
+    return asyncio.run(making())
 
 
 class _PlainBlocks(gr.Blocks):
@@ -49,13 +62,17 @@ class Page:
         self.settings = settings
         self.models = models or Models(settings)
         self._uploads = uploads.resolve()
+        self.blocks = in_a_loop(self._make_blocks)
+
+    def _make_blocks(self) -> gr.Blocks:
         with _PlainBlocks(
             title="lostreg demo", analytics_enabled=False, delete_cache=(600, 2 * _IDLE_SECONDS)
         ) as blocks:
             self._lay_out()
             self._connect()
         blocks.state_session_capacity = 40  # visitors whose features are kept
-        self.blocks = blocks.queue(default_concurrency_limit=1, max_size=_WAITING)
+        made: gr.Blocks = blocks.queue(default_concurrency_limit=1, max_size=_WAITING)
+        return made
 
     def _lay_out(self) -> None:
         self.visitor = gr.State(time_to_live=_IDLE_SECONDS)

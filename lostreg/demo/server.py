@@ -9,6 +9,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +19,7 @@ from fastapi import FastAPI
 
 from lostreg.demo.gate import Gate
 from lostreg.demo.looks import SCRIPT, STYLE, theme
-from lostreg.demo.page import Page
+from lostreg.demo.page import Page, in_a_loop
 from lostreg.demo.session import DemoSettings, Models
 from lostreg.errors import OptionError
 
@@ -125,7 +126,8 @@ def make_server(settings: DemoSettings, uploads: Path, models: Models | None = N
     page = Page(settings, uploads, models)
     limit = settings.max_upload_mb * _MB
     functions = {number: len(function.inputs) for number, function in page.blocks.fns.items()}
-    gate = Gate(_mounted(page, limit), uploads, limit + _MB, functions, local)  # room for what surrounds the file
+    app = in_a_loop(partial(_mounted, page, limit))
+    gate = Gate(app, uploads, limit + _MB, functions, local)  # room for what surrounds the file
     config = uvicorn.Config(
         gate,
         log_config=None,
