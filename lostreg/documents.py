@@ -1,6 +1,7 @@
 """JSON files of one object, each with its format's name: written whole or not at all, read with one clear error."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,11 +12,24 @@ Document = TypeVar("Document")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader, or a kill, meets the old content or the new and nothing between."""
-    beside = path.with_name(path.name + ".part")
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are no text, as JSON escapes
-    beside.replace(path)
+    """Write a JSON file, whole; names that are no text become JSON escapes."""
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n", errors="backslashreplace")
+
+
+def write_whole(path: Path, text: str, *, errors: str = "strict") -> None:
+    """Write a text file so that a reader, or a kill, meets the old content or the new and nothing between.
+
+    Args:
+        path: the file, in a folder that is there.
+        text: written as UTF-8, line ends as they are.
+        errors: what becomes of characters that UTF-8 has no bytes for, as `str.encode` has it.
+    """
+    beside = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8", errors=errors, newline="")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def save_document(path: str | Path, kind: str, fields: dict[str, Any], error: type[LostregError]) -> None:

@@ -44,7 +44,7 @@ class ImageMaps:
 
     def to_line(self) -> str:
         """The JSON object, without a line break; degrees are deflated little-endian uint32 in base64."""
-        packed = zlib.compress(self.degrees.astype("<u4").tobytes(), 6)
+        packed = zlib.compress(self.degrees.astype("<u4").tobytes(), 1)  # higher levels gain nothing on degrees
         fields: dict[str, Any] = {
             "image_id": self.image_id,
             "path": self.path,

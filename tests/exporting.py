@@ -10,7 +10,7 @@ import numpy as np
 from conftest import disc_picture
 from PIL import Image, ImageOps
 
-from lostreg.exports.items import Collection, gather
+from lostreg.exports.items import ExportSet, gather
 from lostreg.exports.sources import ImageFinder
 from lostreg.maps import ImageMaps
 from lostreg.predictions import Prediction, read_predictions
@@ -71,12 +71,12 @@ def write_run(place: Path, names: Sequence[str] = NAMES) -> Path:
     return predictions.parent
 
 
-def collect(predictions: Path, images: Path | None = None, **options: Any) -> Collection:
+def collect(predictions: Path, images: Path | None = None, **options: Any) -> ExportSet:
     """What is exported of a predictions file."""
     return gather(read_predictions(predictions), ImageFinder(predictions, images), **options)
 
 
-def collection_of(place: Path, *lines: dict[str, Any], **options: Any) -> Collection:
+def collection_of(place: Path, *lines: dict[str, Any], **options: Any) -> ExportSet:
     """What is exported of some lines."""
     return collect(write_lines(place, lines), **options)
 

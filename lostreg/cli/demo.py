@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.parser import Subparsers, add_max_side, positive_int, tell
+from lostreg.cli.parser import Subparsers, add_device, add_max_pixels, add_max_side, positive_int, tell
 from lostreg.errors import BackboneError, OptionError
 
 if TYPE_CHECKING:
@@ -52,18 +52,9 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of `lostreg registers find`: offers test-time registers for its backbone",
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    group.add_argument(
-        "--precision", choices=defaults.PRECISIONS, default="fp32", help="of the backbone (default: fp32)"
-    )
+    add_device(group)
     add_max_side(parser, defaults.MAX_SIDE)
-    group.add_argument(
-        "--max-pixels",
-        type=positive_int,
-        default=defaults.MAX_PIXELS,
-        metavar="N",
-        help=f"larger photos are refused before they are decoded (default: {defaults.MAX_PIXELS})",
-    )
+    add_max_pixels(group)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError, PredictionsError
 
 if TYPE_CHECKING:
-    from lostreg.exports.items import Collection
+    from lostreg.exports.items import ExportSet
     from lostreg.exports.sources import ImageFinder
     from lostreg.predictions import Prediction
 
@@ -104,7 +104,7 @@ def _read(source: Path) -> "list[Prediction]":
     return predictions
 
 
-def _gather(args: argparse.Namespace, predictions: "list[Prediction]", finder: "ImageFinder") -> "Collection":
+def _gather(args: argparse.Namespace, predictions: "list[Prediction]", finder: "ImageFinder") -> "ExportSet":
     from lostreg.exports.items import gather
 
     chosen = gather(
@@ -151,26 +151,26 @@ def _check_sources(out: Path, source: Path, predictions: "list[Prediction]", fin
     check_sources(out, [source, *(finder.place(line.image_id) for line in predictions)])
 
 
-def _write(args: argparse.Namespace, chosen: "Collection", finder: "ImageFinder") -> None:
+def _write(args: argparse.Namespace, chosen: "ExportSet", finder: "ImageFinder") -> None:
     from lostreg.exports.coco import as_coco
     from lostreg.exports.csv_table import as_csv
     from lostreg.exports.labelstudio import as_tasks, labelling_config
-    from lostreg.exports.writing import as_text, write_whole
+    from lostreg.exports.writing import as_text, write_file
 
     options = _given(args, "label")
     if args.format in _FOLDERS:
         _write_folder(args, chosen, finder)
     elif args.format == "coco":
-        write_whole(args.out, as_text(as_coco(chosen, **options)))
+        write_file(args.out, as_text(as_coco(chosen, **options)))
     elif args.format == "csv":
-        write_whole(args.out, as_csv(chosen))
+        write_file(args.out, as_csv(chosen))
     else:
         tasks = as_text(as_tasks(chosen, **options, **_given(args, "image_url")))
-        write_whole(args.out.with_suffix(".xml"), labelling_config(**options))
-        write_whole(args.out, tasks)
+        write_file(args.out.with_suffix(".xml"), labelling_config(**options))
+        write_file(args.out, tasks)
 
 
-def _write_folder(args: argparse.Namespace, chosen: "Collection", finder: "ImageFinder") -> None:
+def _write_folder(args: argparse.Namespace, chosen: "ExportSet", finder: "ImageFinder") -> None:
     from lostreg.documents import write_json
     from lostreg.exports.voc import write_voc
     from lostreg.exports.writing import MARK, whole_folder
@@ -190,7 +190,7 @@ def _write_folder(args: argparse.Namespace, chosen: "Collection", finder: "Image
         )
 
 
-def _refuse_among_images(out: Path, chosen: "Collection", finder: "ImageFinder") -> None:
+def _refuse_among_images(out: Path, chosen: "ExportSet", finder: "ImageFinder") -> None:
     """Raise if the export could be taken for images the next time."""
     from lostreg.run_images import is_file
 
@@ -203,7 +203,7 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _report(args: argparse.Namespace, chosen: "Collection") -> None:
+def _report(args: argparse.Namespace, chosen: "ExportSet") -> None:
     from lostreg.exports.names import utf8_name
 
     if chosen.clipped:

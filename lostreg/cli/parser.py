@@ -228,10 +228,7 @@ def _add_k_patches(group: Group) -> None:
 
 def _add_running(group: Group) -> None:
     """The options that no command of the method lacks."""
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    group.add_argument(
-        "--precision", choices=defaults.PRECISIONS, default="fp32", help="of the backbone (default: fp32)"
-    )
+    add_device(group)
     group.add_argument(
         "--batch-size",
         type=positive_int,
@@ -244,6 +241,19 @@ def _add_running(group: Group) -> None:
         action="store_true",
         help="compile the backbone's blocks first, which takes up to minutes and pays in long runs",
     )
+    add_max_pixels(group)
+
+
+def add_device(group: Group) -> None:
+    """Where the backbone runs, and in what precision."""
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    group.add_argument(
+        "--precision", choices=defaults.PRECISIONS, default="fp32", help="of the backbone (default: fp32)"
+    )
+
+
+def add_max_pixels(group: Group) -> None:
+    """The option that bounds what is decoded."""
     group.add_argument(
         "--max-pixels",
         type=positive_int,

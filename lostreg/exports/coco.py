@@ -3,13 +3,13 @@
 from typing import Any
 
 from lostreg import __version__
-from lostreg.exports.items import Collection, ExportBox, ExportImage
+from lostreg.exports.items import ExportBox, ExportImage, ExportSet
 from lostreg.exports.names import utf8_name
 
 CATEGORY = 1
 
 
-def as_coco(collection: Collection, label: str = "object") -> dict[str, Any]:
+def as_coco(collection: ExportSet, label: str = "object") -> dict[str, Any]:
     """The data set as `pycocotools.coco.COCO` reads it; ``annotations`` alone are what its ``loadRes`` reads.
 
     Images keep their ids where all of them are whole numbers, else they are counted from 1. ``bbox`` is the box of the

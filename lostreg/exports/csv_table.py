@@ -4,14 +4,14 @@ import csv
 import io
 from typing import Any, Final
 
-from lostreg.exports.items import Collection
+from lostreg.exports.items import ExportSet
 from lostreg.exports.names import escaped
 
 COLUMNS: Final = ("image_id", "width", "height", "x1", "y1", "x2", "y2", "score", "seed_row", "seed_col", "error")
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
-def as_csv(collection: Collection) -> str:
+def as_csv(collection: ExportSet) -> str:
     """The table, its lines ended as RFC 4180 has it.
 
     Text that a spreadsheet would take for a formula has an apostrophe in front, and so has text that begins with one:

@@ -62,7 +62,7 @@ class ExportImage:
 
 
 @dataclass(frozen=True)
-class Collection:
+class ExportSet:
     """All that is exported.
 
     Attributes:
@@ -95,7 +95,7 @@ def gather(
     keep_empty: bool = True,
     sized: bool = True,
     masks: bool = True,
-) -> Collection:
+) -> ExportSet:
     """Check predictions, and make of them what is exported.
 
     Args:
@@ -126,7 +126,7 @@ def gather(
         images = [_decoded(image) for image in images]
     names = below_one_folder([image.name for image in images])
     images = [dataclasses.replace(image, name=name) for image, name in zip(images, names, strict=True)]
-    return Collection(tuple(images), unreadable, clipped, empty)
+    return ExportSet(tuple(images), unreadable, clipped, empty)
 
 
 def _check_ids(lines: Sequence[Prediction]) -> None:

@@ -5,7 +5,7 @@ from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 from lostreg import __version__
-from lostreg.exports.items import Collection, ExportBox, ExportImage
+from lostreg.exports.items import ExportBox, ExportImage, ExportSet
 from lostreg.exports.names import escaped, utf8_name
 
 IMAGE_URL: Final = "/data/local-files/?d="
@@ -27,7 +27,7 @@ def labelling_config(label: str = "object") -> str:
     )
 
 
-def as_tasks(collection: Collection, label: str = "object", image_url: str = IMAGE_URL) -> list[dict[str, Any]]:
+def as_tasks(collection: ExportSet, label: str = "object", image_url: str = IMAGE_URL) -> list[dict[str, Any]]:
     """The tasks, one an image; images without a box have an empty prediction.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from lostreg.exports.items import Box, Collection, ExportImage
+from lostreg.exports.items import Box, ExportImage, ExportSet
 from lostreg.exports.names import Names, printable
 from lostreg.exports.pictures import Placing, Plan, Reader, place, plan_all
 from lostreg.exports.writing import put
@@ -17,7 +17,7 @@ SPLIT: Final = "trainval"
 
 def write_voc(
     folder: Path,
-    collection: Collection,
+    collection: ExportSet,
     *,
     label: str = "object",
     placing: Placing = "copy",

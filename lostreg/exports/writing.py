@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+from lostreg.documents import write_whole
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.names import cut
 from lostreg.lines import as_line
@@ -86,21 +87,17 @@ def _leads_below(path: Path, folder: Path) -> bool:
         return False
 
 
-def write_whole(path: Path, content: str) -> None:
-    """Write a text file, in a folder that is made if need be.
+def write_file(path: Path, content: str) -> None:
+    """Write a text file, whole, in a folder that is made if need be.
 
     Raises:
         PredictionsError: if it cannot be written; nothing of it is left.
     """
-    beside = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(content, encoding="utf-8", newline="")
-        beside.replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise PredictionsError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def put(path: Path, content: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from lostreg.exports.items import Collection, ExportBox, ExportImage
+from lostreg.exports.items import ExportBox, ExportImage, ExportSet
 from lostreg.exports.names import Names, escaped
 from lostreg.exports.pictures import Placing, Plan, Reader, place, plan_all
 from lostreg.exports.writing import put
@@ -18,7 +18,7 @@ _LEAST_SIDE: Final = 1e-6  # what six decimals still hold: readers drop a box wi
 
 def write_yolo(
     folder: Path,
-    collection: Collection,
+    collection: ExportSet,
     *,
     label: str = "object",
     placing: Placing = "copy",

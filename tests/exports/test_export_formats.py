@@ -20,10 +20,10 @@ from pycocotools.coco import COCO
 from lostreg.datasets.voc import load_voc
 from lostreg.exports.coco import as_coco
 from lostreg.exports.csv_table import COLUMNS, as_csv
-from lostreg.exports.items import Collection
+from lostreg.exports.items import ExportSet
 from lostreg.exports.labelstudio import as_tasks, labelling_config
 from lostreg.exports.voc import whole_corners, write_voc
-from lostreg.exports.writing import as_text, write_whole
+from lostreg.exports.writing import as_text, write_file
 from lostreg.exports.yolo import choose_val, write_yolo
 
 BOXES = [[6, 4, 30.5, 28.125], [0, 0, WIDTH, HEIGHT]]
@@ -31,7 +31,7 @@ UNUSUAL = st.text(st.characters(exclude_categories=()), min_size=1, max_size=12)
 
 
 @pytest.fixture
-def collection(tmp_path: Path) -> Collection:
+def collection(tmp_path: Path) -> ExportSet:
     return collect(write_run(tmp_path) / "predictions.jsonl")
 
 
@@ -48,7 +48,7 @@ def masks() -> list[dict[str, Any]]:
 
 def test_pycocotools_reads_boxes_scores_and_masks_as_they_were(tmp_path: Path) -> None:
     found = collection_of(tmp_path, line("a.jpg", masks=masks()), line("b.jpg"))
-    write_whole(tmp_path / "coco.json", as_text(as_coco(found, "thing")))
+    write_file(tmp_path / "coco.json", as_text(as_coco(found, "thing")))
     coco = COCO(tmp_path / "coco.json")
     assert coco.getImgIds() == [1, 2]
     assert coco.loadCats(coco.getCatIds())[0]["name"] == "thing"
@@ -61,9 +61,9 @@ def test_pycocotools_reads_boxes_scores_and_masks_as_they_were(tmp_path: Path) -
     assert len(coco.loadRes(coco.dataset["annotations"]).anns) == 4
 
 
-def test_supervision_reads_the_coco_file_of_a_run(tmp_path: Path, collection: Collection) -> None:
+def test_supervision_reads_the_coco_file_of_a_run(tmp_path: Path, collection: ExportSet) -> None:
     supervision = pytest.importorskip("supervision")
-    write_whole(tmp_path / "coco.json", as_text(as_coco(collection)))
+    write_file(tmp_path / "coco.json", as_text(as_coco(collection)))
     read = supervision.DetectionDataset.from_coco(str(tmp_path / "photos"), str(tmp_path / "coco.json"))
     (tmp_path / "photos" / BROKEN).rename(tmp_path / "photos" / MENDED)
     names = [Path(path).relative_to(tmp_path / "photos").as_posix() for path in read.image_paths]
@@ -75,7 +75,7 @@ def test_supervision_reads_the_coco_file_of_a_run(tmp_path: Path, collection: Co
 def test_supervision_reads_masks_of_several_parts(tmp_path: Path) -> None:
     supervision = pytest.importorskip("supervision")
     found = collection_of(tmp_path, line("a.jpg", masks=masks()))
-    write_whole(tmp_path / "coco.json", as_text(as_coco(found)))
+    write_file(tmp_path / "coco.json", as_text(as_coco(found)))
     read = supervision.DetectionDataset.from_coco(str(tmp_path), str(tmp_path / "coco.json"))
     (detections,) = read.annotations.values()
     assert np.array_equal(detections.mask, np.stack([coco_masks.decode(mask) for mask in masks()]).astype(bool))
@@ -92,7 +92,7 @@ def test_whole_numbers_stay_the_ids_of_images(tmp_path: Path) -> None:
 # VOC
 
 
-def test_our_own_reader_and_supervision_read_voc(tmp_path: Path, collection: Collection) -> None:
+def test_our_own_reader_and_supervision_read_voc(tmp_path: Path, collection: ExportSet) -> None:
     write_voc(tmp_path / "voc", collection, label="thing <&>")
     benchmark = load_voc(tmp_path / "voc")
     assert len(benchmark) == len(NAMES)
@@ -137,7 +137,7 @@ def rows(label: Path, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
     return np.hstack([centre - size / 2, centre + size / 2]) * [width, height, width, height]
 
 
-def test_every_image_has_its_label_where_ultralytics_looks(tmp_path: Path, collection: Collection) -> None:
+def test_every_image_has_its_label_where_ultralytics_looks(tmp_path: Path, collection: ExportSet) -> None:
     write_yolo(tmp_path / "images" / "yolo", collection)
     images = [path for path in (tmp_path / "images/yolo/images").rglob("*") if path.is_file()]
     assert len(images) == len(NAMES)
@@ -161,7 +161,7 @@ def test_labels_belong_to_their_images(tmp_path: Path) -> None:
         assert copied.read_bytes() == (tmp_path / "photos" / source).read_bytes()
 
 
-def test_supervision_reads_yolo(tmp_path: Path, collection: Collection) -> None:
+def test_supervision_reads_yolo(tmp_path: Path, collection: ExportSet) -> None:
     supervision = pytest.importorskip("supervision")
     write_yolo(tmp_path / "yolo", collection, label="no", val_share=0)
     read = supervision.DetectionDataset.from_yolo(
@@ -241,7 +241,7 @@ def test_a_table_has_a_row_for_each_box_and_one_for_each_image_without(tmp_path:
 @given(image_id=UNUSUAL)
 def test_no_cell_is_a_formula_and_ids_come_back(image_id: str) -> None:
     prediction = {"image_id": image_id, "boxes": [], "error": "gone"}
-    found = Collection((), tuple(_predictions(prediction)))
+    found = ExportSet((), tuple(_predictions(prediction)))
     text = as_csv(found)
     cell = parse(text)[0]["image_id"]
     assert not cell.startswith(("=", "+", "-", "@", "\t", "\r"))
@@ -257,7 +257,7 @@ def _predictions(fields: dict[str, Any]) -> list[Any]:
 # Label Studio
 
 
-def test_tasks_hold_boxes_in_percent_and_point_at_their_images(tmp_path: Path, collection: Collection) -> None:
+def test_tasks_hold_boxes_in_percent_and_point_at_their_images(tmp_path: Path, collection: ExportSet) -> None:
     tasks = json.loads(as_text(as_tasks(collection)))
     for task, name in zip(tasks, [*NAMES[:-1], MENDED], strict=True):
         prefix, path = task["data"]["image"].split("?d=")
@@ -309,7 +309,7 @@ def test_no_name_is_too_strange_for_any_format(tmp_path: Path, image_id: str, na
     assert len(load_voc(tmp_path / "voc")) == 1
     assert len(list((tmp_path / "yolo/labels").rglob("*.txt"))) == 1
     for number, text in enumerate((as_text(as_coco(found)), as_text(as_tasks(found)), as_csv(found))):
-        write_whole(tmp_path / f"{number}.txt", text)
+        write_file(tmp_path / f"{number}.txt", text)
         assert (tmp_path / f"{number}.txt").stat().st_size > 100
     coco, tasks = json.loads(as_text(as_coco(found))), json.loads(as_text(as_tasks(found)))
     assert coco["images"][0]["file_name"] == name
