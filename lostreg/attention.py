@@ -16,7 +16,7 @@ from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, OptionError
 from lostreg.features import resolve_layer
 from lostreg.forward import Forward, Grid
-from lostreg.images import ImageSource
+from lostreg.images.decode import ImageSource
 from lostreg.norms import LookJob
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lostreg.errors import LostregWarning, OptionError
-from lostreg.images import SUFFIXES
+from lostreg.images.decode import SUFFIXES
 from lostreg.lines import as_line
 
 

@@ -17,8 +17,8 @@ from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 from lostreg.discoverer import Discoverer
 from lostreg.documents import write_json
 from lostreg.errors import ImageError, PredictionsError
+from lostreg.images.masks import save_mask_png
 from lostreg.maps import keep_maps, maps_of
-from lostreg.masks import save_mask_png
 from lostreg.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
 from lostreg.regions import Discovery
 from lostreg.runs import check_same_run, is_complete, locked, read_results, run_facts

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from lostreg.errors import OptionError
+from lostreg.images.boxes import _as_boxes, pairwise_iou
 
 IOU_THRESHOLD: Final = 0.5
 
@@ -59,28 +60,6 @@ def score_auc(scores: ArrayLike, hits: ArrayLike) -> float | None:
     return float(statistic) / (int(hit.sum()) * int((~hit).sum()))
 
 
-def pairwise_iou(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
-    """Intersection over union of every box with every other.
-
-    Args:
-        boxes: shape (n, 4), ``x1, y1, x2, y2`` with exclusive right and bottom edges.
-        others: shape (m, 4), likewise.
-
-    Returns:
-        Shape (n, m), in [0, 1]; boxes without area overlap nothing.
-
-    Raises:
-        OptionError: if a shape is not (n, 4).
-    """
-    first, second = _as_boxes(boxes), _as_boxes(others)
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    overlap = np.clip(high - low, 0.0, None).prod(axis=2)
-    union = _areas(first)[:, None] + _areas(second)[None, :] - overlap
-    iou: NDArray[np.float64] = np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
-    return iou
-
-
 def is_hit(boxes: ArrayLike, truth: ArrayLike) -> bool:
     """Whether the first predicted box overlaps any object by at least 0.5.
 
@@ -108,17 +87,3 @@ def corloc(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike]) -> Cor
         raise OptionError(f"expected one prediction an image, got {len(predictions)} for {len(truths)} images")
     hits = sum(is_hit(boxes, truth) for boxes, truth in zip(predictions, truths, strict=True))
     return Corloc(hits, len(truths))
-
-
-def _areas(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    areas: NDArray[np.float64] = np.clip(boxes[:, 2:] - boxes[:, :2], 0.0, None).prod(axis=1)
-    return areas
-
-
-def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
-    array = np.asarray(boxes, dtype=np.float64)
-    if array.size == 0:
-        return array.reshape(0, 4)
-    if array.ndim != 2 or array.shape[1] != 4:
-        raise OptionError(f"boxes must have shape (n, 4), not {array.shape}")
-    return array

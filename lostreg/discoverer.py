@@ -26,7 +26,8 @@ from lostreg.defaults import (
 from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import ImageError, LostregWarning, OptionError
 from lostreg.features import resolve_layer
-from lostreg.images import ImageSource, Item, PatchedPicture
+from lostreg.images.decode import ImageSource, Item
+from lostreg.images.patches import PatchedPicture
 from lostreg.lost import Objects
 from lostreg.memory import keep_freed_memory
 from lostreg.regions import Discovery
@@ -64,7 +65,7 @@ class Discoverer:
         max_objects: how many objects of an image are looked for at most, at least 1, see `lostreg.several`. The first
             is the same whatever the number.
         min_score: further objects with a lower score are left out and end the search, in [0, 1]. The first is kept.
-        refine: whether masks are sharpened on the pixels, see `lostreg.masks`.
+        refine: whether masks are sharpened on the pixels, see `lostreg.images.masks`.
         box_from: ``patches``, or ``mask`` for boxes around the refined masks.
 
     Raises:

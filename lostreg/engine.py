@@ -15,7 +15,7 @@ from torch import Tensor
 from lostreg.backbones import Backbone
 from lostreg.features import FeatureExtractor, Wanted
 from lostreg.forward import normalised, transfer
-from lostreg.images import PatchedPicture
+from lostreg.images.patches import PatchedPicture
 from lostreg.lost import Bias, ObjectMaps, Objects, object_maps, prepare
 
 Grid = tuple[int, int]

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lostreg.backbone_table import Feature, Interpolation
 from lostreg.backbones import Backbone
-from lostreg.images import PatchedPicture, normalise_patches
+from lostreg.images.patches import PatchedPicture, normalise_patches
 from lostreg.transformer import BlockRunner, Move, Packing, Watch, attention_rows, normed, pack_ropes, project
 
 _CACHED_TOKENS: Final = 1 << 15  # of position embeddings that are kept for the next images of the same grid

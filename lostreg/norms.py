@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lostreg.backbones import Backbone
 from lostreg.forward import Forward, Grid, normalised, transfer
-from lostreg.images import PatchedPicture
+from lostreg.images.patches import PatchedPicture
 from lostreg.outliers import NormTally
 
 Outcome = TypeVar("Outcome")

@@ -8,22 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lostreg.images.boxes import cells
+
 if TYPE_CHECKING:
     import supervision
-
-
-def cells(pixels: int, size: float, count: int) -> NDArray[np.int64]:
-    """The cell that each pixel's centre lies in, along one side of an image; the last one may be cut.
-
-    Args:
-        pixels: along that side.
-        size: of a cell, in pixels.
-        count: of cells.
-
-    Returns:
-        Shape (pixels,), in [0, count - 1].
-    """
-    return ((np.arange(pixels) + 0.5) / size).astype(np.int64).clip(max=count - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +31,7 @@ class Discovery:
         patch_width: of a patch, in pixels of the original image.
         patch_height: of a patch, in pixels of the original image.
         refined: masks sharpened on the pixels, shape (n, a, b), bool, of the whole image at a smaller size; None
-            where that was not asked for. See `lostreg.masks`.
+            where that was not asked for. See `lostreg.images.masks`.
         source: what was searched, as far as it is known: for pictures of the result.
         exif: whether the source's EXIF orientation was applied.
     """
@@ -114,7 +102,7 @@ class Discovery:
         Returns:
             RGB, uint8. Where the source is not known, or cannot be read any more, boxes lie on plain grey.
         """
-        from lostreg.plots import plot_discovery, readable_pixels
+        from lostreg.images.draw import plot_discovery, readable_pixels
 
         return plot_discovery(readable_pixels(self), self)
 
@@ -125,6 +113,6 @@ class Discovery:
         return to_supervision(self, masks=masks)
 
     def _repr_png_(self) -> bytes:
-        from lostreg.plots import encoded
+        from lostreg.images.draw import encoded
 
         return encoded(self.plot(), ".png")

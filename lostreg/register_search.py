@@ -19,7 +19,7 @@ from lostreg.backbones import Backbone
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, OptionError, RegistersError
 from lostreg.forward import Forward, Grid
-from lostreg.images import ImageSource, draw_sample
+from lostreg.images.decode import ImageSource, draw_sample
 from lostreg.norms import LookJob, TokenNorms, emergence, token_norms
 from lostreg.outliers import CutoffRule, NormTally, find_cutoff
 from lostreg.registers import RegisterNeurons

@@ -7,13 +7,13 @@ from numbers import Integral, Real
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.errors import OptionError
-from lostreg.images import PatchedPicture
+from lostreg.images.boxes import _scale, in_pixels
+from lostreg.images.masks import mask_boxes, refine
+from lostreg.images.patches import PatchedPicture
 from lostreg.lost import Objects
-from lostreg.masks import mask_boxes, refine
 from lostreg.regions import Discovery
 from lostreg.several import Found, find_several
 
@@ -103,22 +103,3 @@ def to_discovery(found: Found, picture: PatchedPicture, patch_size: int, asked: 
         refined=refined,
         source=picture.source,
     )
-
-
-def in_pixels(boxes: NDArray[np.int64], picture: PatchedPicture, patch_size: int) -> NDArray[np.float64]:
-    """Boxes in patches as boxes in pixels of the original image; shape (..., 4) both.
-
-    Args:
-        boxes: ``x1, y1, x2, y2`` with exclusive right and bottom edges, in patches.
-        picture: the image that was cut into patches.
-        patch_size: side of a patch, in pixels of what was cut.
-    """
-    height, width = picture.size
-    pixels: NDArray[np.float64] = np.minimum(boxes * patch_size, [width, height] * 2) * (_scale(picture) * 2)
-    return pixels
-
-
-def _scale(picture: PatchedPicture) -> tuple[float, float]:
-    """Pixels of the original image a pixel of what was cut, across and down."""
-    height, width = picture.size
-    return picture.width / width, picture.height / height

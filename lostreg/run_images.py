@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from lostreg.datasets.base import ImageId
 from lostreg.defaults import RESULTS_FILE
-from lostreg.images import SUFFIXES
+from lostreg.images.decode import SUFFIXES
 
 _COCO: Final = ("{:012d}", "COCO_train2014_{:012d}", "COCO_val2014_{:012d}", "{}")
 

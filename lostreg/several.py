@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lostreg.corloc import pairwise_iou
 from lostreg.defaults import OVERLAP
+from lostreg.images.boxes import pairwise_iou
 from lostreg.lost import LostResult, ObjectMaps, Objects, exact_float32, expand_seed, lowest_degrees
 from lostreg.similarity import connections_to
 

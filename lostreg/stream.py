@@ -15,7 +15,8 @@ import torch
 
 from lostreg.backbones import Backbone
 from lostreg.errors import ImageError, LostregWarning
-from lostreg.images import ImageSource, PatchedPicture, cut_patches, read_image
+from lostreg.images.decode import ImageSource, read_image
+from lostreg.images.patches import PatchedPicture, cut_patches
 from lostreg.memory import available_bytes, describe_bytes, required_bytes
 
 _PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a CPU gains nothing from more

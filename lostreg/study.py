@@ -11,7 +11,8 @@ from lostreg.backbones import Backbone
 from lostreg.bias import check_bias, resolve_normalize
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError
-from lostreg.images import ImageSource, PatchedPicture
+from lostreg.images.decode import ImageSource
+from lostreg.images.patches import PatchedPicture
 from lostreg.lost import ObjectMaps, object_maps, prepare
 from lostreg.regions import Discovery
 from lostreg.results import BoxFrom, discoveries

@@ -25,10 +25,10 @@ from lostreg.documents import write_json
 from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.features import resolve_layer
-from lostreg.images import PatchedPicture
+from lostreg.images.boxes import in_pixels
+from lostreg.images.patches import PatchedPicture
 from lostreg.lines import as_line, whole_lines
 from lostreg.lost import Objects
-from lostreg.results import in_pixels
 from lostreg.runs import (
     benchmark_settings,
     check_same_run,

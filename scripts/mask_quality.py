@@ -3,8 +3,8 @@
     python scripts/mask_quality.py --images train2017 --annotations annotations/instances_train2017.json
 
 A mask is judged by its IoU with the polygon that it fits best, over the images that have polygons, and the box around
-it by corloc, over all images. `lostreg.masks.refine` is the way called "watershed". Images are parted by their place
-in the file: every way was tuned on those at even places, and those at odd places are for reporting.
+it by corloc, over all images. `lostreg.images.masks.refine` is the way called "watershed". Images are parted by their
+place in the file: every way was tuned on those at even places, and those at odd places are for reporting.
 """
 
 import argparse
@@ -29,8 +29,9 @@ from lostreg.corloc import is_hit
 from lostreg.datasets import load_benchmark
 from lostreg.discoverer import Discoverer
 from lostreg.documents import write_json
-from lostreg.images import read_image
-from lostreg.masks import Mask, at_working_size, encode_rle, largest_part, markers, mask_boxes, plausible, refine
+from lostreg.images.decode import read_image
+from lostreg.images.masks import Mask, at_working_size, largest_part, markers, mask_boxes, plausible, refine
+from lostreg.images.rle import encode_rle
 from lostreg.regions import Discovery
 from lostreg.runs import package_versions
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from lostreg.backbones import Backbone, load_backbone
 from lostreg.cli.files import find_images
 from lostreg.forward import Forward, normalised, transfer
-from lostreg.images import cut_patches, read_image
+from lostreg.images.decode import read_image
+from lostreg.images.patches import cut_patches
 
 LAYER: Final = 6
 UNITS: Final = (11, 222)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lostreg.backbones import Backbone
 from lostreg.forward import Forward, normalised, transfer
-from lostreg.images import PatchedPicture, Picture, cut_patches
+from lostreg.images.decode import Picture
+from lostreg.images.patches import PatchedPicture, cut_patches
 
 _FIRE = 10.0  # what planted units are driven by: at planted patches by as much, elsewhere by as much the other way
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lostreg.backbones import Backbone
 from lostreg.features import collect_features
-from lostreg.images import patch_grid, read_image
+from lostreg.images.decode import read_image
+from lostreg.images.patches import patch_grid
 from lostreg.lost import lost_boxes
 
 IMAGES = 48

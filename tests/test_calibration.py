@@ -16,11 +16,11 @@ from PIL import Image
 import lostreg
 from lostreg.backbones import Backbone
 from lostreg.calibration import FORMAT, Calibration, _choose, _Rungs, calibrate
-from lostreg.corloc import pairwise_iou
 from lostreg.discoverer import Discoverer
 from lostreg.errors import CalibrationError, ImageError, LostregError, OptionError
 from lostreg.features import patch_features
-from lostreg.images import Picture, read_image
+from lostreg.images.boxes import pairwise_iou
+from lostreg.images.decode import Picture, read_image
 from lostreg.lost import lost_boxes
 
 STEPS = [0.5 - 0.125 * step for step in range(25)]  # of the ladder, in deviations

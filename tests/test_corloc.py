@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from lostreg.corloc import Corloc, corloc, is_hit, pairwise_iou, score_auc
+from lostreg.corloc import Corloc, corloc, is_hit, score_auc
 from lostreg.errors import OptionError
+from lostreg.images.boxes import pairwise_iou
 
 corner = st.integers(0, 50)
 box = st.tuples(corner, corner, st.integers(1, 30), st.integers(1, 30)).map(

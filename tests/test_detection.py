@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lostreg.corloc import pairwise_iou
 from lostreg.detection import Detections, detection_scores
+from lostreg.images.boxes import pairwise_iou
 
 NONE = np.zeros((0, 4))
 

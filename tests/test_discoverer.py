@@ -14,7 +14,7 @@ from lostreg.backbone_table import BACKBONES
 from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.discoverer import Discoverer, resolve_device
 from lostreg.errors import BackboneError, ImageError, OptionError
-from lostreg.images import read_image
+from lostreg.images.decode import read_image
 
 _cached: dict[str, Discoverer] = {}
 

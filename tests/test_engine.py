@@ -12,7 +12,8 @@ from torch import Tensor
 from lostreg.backbones import Backbone
 from lostreg.engine import Engine
 from lostreg.features import patch_features
-from lostreg.images import PatchedPicture, Picture, cut_patches, patch_grid
+from lostreg.images.decode import Picture
+from lostreg.images.patches import PatchedPicture, cut_patches, patch_grid
 from lostreg.lost import Objects, lost_boxes
 from lostreg.regions import Discovery
 from lostreg.results import ObjectOptions, to_discovery

@@ -22,7 +22,7 @@ from lostreg.defaults import MAPS_FILE
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, Progress, evaluate, score_predictions
-from lostreg.images import ImageSource
+from lostreg.images.decode import ImageSource
 from lostreg.maps import read_maps
 from lostreg.predictions import Prediction
 from lostreg.regions import Discovery

@@ -12,7 +12,7 @@ from test_transformer import GRIDS, patches, picture
 
 from lostreg.backbones import Backbone
 from lostreg.forward import Forward
-from lostreg.images import PatchedPicture
+from lostreg.images.patches import PatchedPicture
 from lostreg.norms import LookJob, TokenNorms, emergence, token_norms
 from lostreg.outliers import NormTally
 from lostreg.registers import RegisterNeurons

@@ -9,7 +9,7 @@ from reference_lost import Reference, reference_several
 from test_lost import CLEAR, exact_unit_vectors, integer_features
 
 from lostreg import similarity
-from lostreg.corloc import pairwise_iou
+from lostreg.images.boxes import pairwise_iou
 from lostreg.lost import Bias, object_maps, prepare
 from lostreg.several import Found, find_several
 from lostreg.similarity import connections_to

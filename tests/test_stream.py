@@ -20,7 +20,8 @@ from lostreg.backbones import Backbone
 from lostreg.discoverer import Discoverer
 from lostreg.engine import Engine, ObjectsJob, Search
 from lostreg.errors import ImageError, LostregWarning
-from lostreg.images import PatchedPicture, Picture, read_image
+from lostreg.images.decode import Picture, read_image
+from lostreg.images.patches import PatchedPicture
 from lostreg.lost import Objects
 from lostreg.memory import required_bytes
 from lostreg.regions import Discovery

@@ -96,7 +96,7 @@ def _write(
     import numpy as np
 
     from lostreg.attention_plots import AttentionRow, plot_attention, plot_heads
-    from lostreg.images import read_image
+    from lostreg.images.decode import read_image
 
     pixels = read_image(path, max_side=args.max_side, max_pixels=args.max_pixels).pixels
     rows = [

@@ -21,7 +21,7 @@ from lostreg.cli.progress import ProgressBar
 if TYPE_CHECKING:
     from lostreg.calibration import Calibration
     from lostreg.errors import ImageError
-    from lostreg.images import ImageSource
+    from lostreg.images.decode import ImageSource
 
 _FILE = Path("bias.json")
 

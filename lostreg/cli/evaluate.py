@@ -139,8 +139,8 @@ def _progress_bar(backbone: str, total: int) -> Iterator["Callback"]:
 
 
 def _plotter(folder: Path) -> "Hook":
-    from lostreg.images import read_image
-    from lostreg.plots import plot_discovery, save_picture
+    from lostreg.images.decode import read_image
+    from lostreg.images.draw import plot_discovery, save_picture
 
     def plot(example: "Example", found: "Discovery") -> None:
         pixels = read_image(example.path, exif=False, max_side=1024).pixels

@@ -15,7 +15,7 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
         OptionError: if a folder holds no images or a glob matches none.
     """
     from lostreg.collection import walk_files
-    from lostreg.images import SUFFIXES
+    from lostreg.images.decode import SUFFIXES
 
     found: list[Path] = []
     for argument in arguments:
@@ -46,7 +46,7 @@ def check_writable(target: Path, purpose: str) -> None:
         target: the file.
         purpose: what it is for, for the message.
     """
-    from lostreg.images import SUFFIXES
+    from lostreg.images.decode import SUFFIXES
 
     if target.suffix.lower() in SUFFIXES or target.is_dir():
         raise OptionError(f"--out {target}: expected a file for {purpose}, not an image or a folder")
@@ -81,7 +81,7 @@ def unique_names(paths: Iterable[Path]) -> Iterator[str]:
 
 def check_mask_pictures(option: str, max_objects: int) -> None:
     """Raise `OptionError` if pictures of masks could not tell so many objects apart."""
-    from lostreg.masks import MOST_OBJECTS
+    from lostreg.images.masks import MOST_OBJECTS
 
     if max_objects > MOST_OBJECTS:
         raise OptionError(f"{option} tells {MOST_OBJECTS} objects apart, not {max_objects}: see --max-objects")

@@ -60,7 +60,7 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict; the exit code is 2 if any image could not be read."""
-    from lostreg.masks import save_mask_png
+    from lostreg.images.masks import save_mask_png
 
     paths = find_images(args.images)
     plots = _plot_paths(args.plot, args.images, paths) if args.plot else None
@@ -121,7 +121,7 @@ def _row(name: str, *values: str) -> str:
 
 
 def _open_json(target: str, stack: ExitStack) -> TextIO:
-    from lostreg.images import SUFFIXES
+    from lostreg.images.decode import SUFFIXES
 
     if target == "-":
         return sys.stdout
@@ -148,7 +148,7 @@ def _plot_paths(target: Path, arguments: list[str], paths: list[Path]) -> list[P
 
 
 def _place_plots(target: Path, paths: list[Path]) -> list[Path]:
-    from lostreg.plots import PLOT_SUFFIXES
+    from lostreg.images.draw import PLOT_SUFFIXES
 
     suffix = target.suffix.lower()
     if suffix in _OTHER_PICTURES and not target.is_dir():
@@ -163,8 +163,8 @@ def _place_plots(target: Path, paths: list[Path]) -> list[Path]:
 
 
 def _plot(target: Path, path: Path, found: "Discovery", args: argparse.Namespace) -> None:
-    from lostreg.images import read_image
-    from lostreg.plots import plot_discovery, save_picture
+    from lostreg.images.decode import read_image
+    from lostreg.images.draw import plot_discovery, save_picture
 
     picture = read_image(path, max_side=args.max_side, max_pixels=args.max_pixels)
     save_picture(target, plot_discovery(picture.pixels, found))

@@ -24,7 +24,7 @@ from lostreg.errors import OptionError
 if TYPE_CHECKING:
     from lostreg.discoverer import Discoverer
     from lostreg.errors import ImageError
-    from lostreg.images import ImageSource
+    from lostreg.images.decode import ImageSource
     from lostreg.outliers import CutoffRule
     from lostreg.registers import RegisterNeurons
 

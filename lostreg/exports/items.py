@@ -10,9 +10,9 @@ from lostreg.datasets.base import ImageId, name_some
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.names import below_one_folder, cut
 from lostreg.exports.sources import ImageFinder, Source
-from lostreg.images import SUFFIXES, read_image
+from lostreg.images.decode import SUFFIXES, read_image
+from lostreg.images.rle import Rle, decode_rle
 from lostreg.lines import is_finite_number
-from lostreg.masks import Rle, decode_rle
 from lostreg.predictions import Prediction
 
 Box = tuple[float, float, float, float]

@@ -12,7 +12,7 @@ from lostreg.errors import PredictionsError
 from lostreg.exports.items import ExportImage
 from lostreg.exports.names import cut
 from lostreg.exports.sources import Source
-from lostreg.images import SIDEWAYS, decoding, open_file, read_image
+from lostreg.images.decode import SIDEWAYS, decoding, open_file, read_image
 from lostreg.run_images import is_file
 
 Placing = Literal["copy", "link", "none"]

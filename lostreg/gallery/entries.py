@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lostreg.errors import ImageError
 from lostreg.gallery.masks import small_mask
 from lostreg.gallery.run_folder import Shown, clean_scores
-from lostreg.images import read_image
+from lostreg.images.decode import read_image
 from lostreg.maps import ImageMaps
 from lostreg.predictions import Prediction
 from lostreg.run_images import find_below

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lostreg.errors import PredictionsError
-from lostreg.masks import decode_rle
+from lostreg.images.rle import decode_rle
 
 _SIDE: Final = 320
 

@@ -17,7 +17,7 @@ from lostreg.artifacts.sample import EXAMPLES, RASTER, TOKENS, Sample, look_insi
 from lostreg.backbones import Backbone
 from lostreg.features import patch_features
 from lostreg.forward import Forward
-from lostreg.images import read_image
+from lostreg.images.decode import read_image
 from lostreg.lost import lost_boxes
 from lostreg.outliers import CutoffRule
 

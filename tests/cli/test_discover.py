@@ -18,7 +18,7 @@ from PIL import Image
 
 from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.cli.main import main
-from lostreg.masks import decode_rle
+from lostreg.images.rle import decode_rle
 from lostreg.predictions import read_predictions
 
 FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]

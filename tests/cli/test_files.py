@@ -8,7 +8,7 @@ import pytest
 
 from lostreg.cli.files import find_images
 from lostreg.errors import OptionError
-from lostreg.images import SUFFIXES
+from lostreg.images.decode import SUFFIXES
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.items import gather
 from lostreg.exports.sources import ImageFinder
-from lostreg.masks import encode_rle
+from lostreg.images.rle import encode_rle
 
 MASK: dict[str, Any] = encode_rle(np.zeros((HEIGHT, WIDTH), bool)) | {}  # type: ignore[operator]
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lostreg.errors import ImageError, LostregError
-from lostreg.images import read_image
+from lostreg.images.decode import read_image
 from lostreg.regions import Discovery
 
 PLOT_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp")

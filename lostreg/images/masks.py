@@ -4,16 +4,16 @@ import colorsys
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, TypedDict, cast
+from typing import Final, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lostreg.defaults import MAX_PIXELS
-from lostreg.errors import LostregError, PredictionsError
-from lostreg.regions import Discovery, cells
+from lostreg.errors import LostregError
+from lostreg.images.boxes import cells
+from lostreg.regions import Discovery
 
 Mask = NDArray[np.bool_]
 
@@ -24,16 +24,8 @@ _INSIDE: Final = 1.5  # patches from an object's outline inwards: from there on 
 _OUTSIDE: Final = 0.7  # patches from all outlines outwards: from there on it is surely none
 _DEPTH: Final = 1 / 3  # the same as a share of the deepest place, for what is nowhere that deep
 _LEAST_IOU: Final = 0.3  # with the patches; a sharpened mask that agrees less with them is not believed
-_LONGEST_COUNT: Final = 7  # characters of five bits each: more than any image needs
 MOST_OBJECTS: Final = 255
 _GOLDEN: Final = 0.618034
-
-
-class Rle(TypedDict):
-    """A mask as COCO's tools read and write it: ``size`` is (height, width), ``counts`` their string."""
-
-    size: list[int]
-    counts: str
 
 
 def refine(pixels: NDArray[np.uint8], masks: Mask, patch: tuple[float, float]) -> Mask:
@@ -174,76 +166,6 @@ def mask_boxes(masks: Mask, width: int, height: int) -> NDArray[np.float32]:
                 boxes[index, 2 - axis] = np.searchsorted(places, taken[0], side="left")
                 boxes[index, 4 - axis] = np.searchsorted(places, taken[-1], side="right")
     return boxes
-
-
-def encode_rle(mask: Mask) -> Rle:
-    """A mask in COCO's compressed run-length encoding.
-
-    Args:
-        mask: shape (height, width), bool, of at least one pixel.
-
-    Raises:
-        ValueError: if it is of another shape.
-    """
-    from pycocotools import mask as coco_mask
-
-    if mask.ndim != 2 or not mask.size:
-        raise ValueError(f"expected a mask (height, width) of at least one pixel, got {mask.shape}")
-    encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in mask.shape], "counts": encoded["counts"].decode("ascii")}
-
-
-def decode_rle(rle: Rle, *, max_pixels: int = MAX_PIXELS) -> Mask:
-    """The mask that COCO's compressed run-length encoding stands for.
-
-    Everything is checked before memory is taken for it: pycocotools would read past the end of a cut string, and
-    fill whatever size is named.
-
-    Args:
-        rle: ``size`` is [height, width], ``counts`` a string.
-        max_pixels: a larger mask is refused.
-
-    Returns:
-        Shape (height, width), bool.
-
-    Raises:
-        PredictionsError: if it is of another structure, too large, or the runs do not fill the size.
-    """
-    height, width = _rle_size(rle, max_pixels)
-    runs = _read_counts(rle.get("counts"))
-    if not runs.size or runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:
-        raise PredictionsError(f"malformed mask: expected runs of {width}x{height} pixels in all, found others")
-    values = np.arange(len(runs)) % 2 == 1
-    return np.repeat(values, runs).reshape(width, height).T
-
-
-def _rle_size(rle: Any, max_pixels: int) -> tuple[int, int]:
-    size = rle.get("size") if isinstance(rle, dict) else None
-    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-        found = str(rle if size is None else size)[:60]
-        raise PredictionsError(f'malformed mask: expected {{"size": [height, width], "counts": "..."}}, found {found}')
-    if size[0] * size[1] > max_pixels:
-        raise PredictionsError(f"malformed mask: {size[1]}x{size[0]} is more than the limit of {max_pixels:,} pixels")
-    return size[0], size[1]
-
-
-def _read_counts(counts: Any) -> NDArray[np.int64]:
-    """The lengths of the runs: five bits a character, the lowest first; from the fourth on, differences."""
-    if not isinstance(counts, str):
-        raise PredictionsError(f"malformed mask: expected counts as a compressed string, found {type(counts).__name__}")
-    codes = np.frombuffer(counts.encode("utf-8", "surrogatepass"), dtype=np.uint8).astype(np.int64) - ord("0")
-    ends = np.flatnonzero((codes & 32) == 0)
-    lengths = np.diff(ends, prepend=-1)
-    is_whole = ends.size and ends[-1] == len(codes) - 1 and lengths.max() <= _LONGEST_COUNT
-    if not is_whole or codes.min() < 0 or codes.max() > 63:
-        raise PredictionsError(f"malformed mask: expected counts as COCO compresses them, found {counts[:40]!r}")
-    starts = ends - lengths + 1
-    places = np.arange(len(codes)) - np.repeat(starts, lengths)
-    values = np.add.reduceat((codes & 31) << (5 * places), starts)
-    values -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)
-    values[1::2] = values[1::2].cumsum()
-    values[2::2] = values[2::2].cumsum()
-    return cast("NDArray[np.int64]", values)
 
 
 def save_mask_png(path: Path, found: Discovery) -> None:

@@ -15,15 +15,8 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, JpegImagePlugin
 
 from lostreg.errors import ImageError, OptionError
-from lostreg.images import (
-    MAX_PIXELS,
-    Picture,
-    cut_patches,
-    draw_sample,
-    normalise_patches,
-    patch_grid,
-    read_image,
-)
+from lostreg.images.decode import MAX_PIXELS, Picture, draw_sample, read_image
+from lostreg.images.patches import cut_patches, normalise_patches, patch_grid
 
 WIDTH, HEIGHT = 40, 30
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

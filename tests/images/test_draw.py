@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lostreg.errors import LostregError
-from lostreg.plots import plot_discovery, save_picture
+from lostreg.images.draw import plot_discovery, save_picture
 from lostreg.regions import Discovery
 
 GREEN, RED, YELLOW = (40, 220, 40), (230, 30, 30), (255, 200, 0)

@@ -1,0 +1,76 @@
+"""Boxes: their overlap, and the way from patches to pixels."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lostreg.errors import OptionError
+from lostreg.images.patches import PatchedPicture
+
+
+def pairwise_iou(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
+    """Intersection over union of every box with every other.
+
+    Args:
+        boxes: shape (n, 4), ``x1, y1, x2, y2`` with exclusive right and bottom edges.
+        others: shape (m, 4), likewise.
+
+    Returns:
+        Shape (n, m), in [0, 1]; boxes without area overlap nothing.
+
+    Raises:
+        OptionError: if a shape is not (n, 4).
+    """
+    first, second = _as_boxes(boxes), _as_boxes(others)
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    overlap = np.clip(high - low, 0.0, None).prod(axis=2)
+    union = _areas(first)[:, None] + _areas(second)[None, :] - overlap
+    iou: NDArray[np.float64] = np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+    return iou
+
+
+def _areas(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    areas: NDArray[np.float64] = np.clip(boxes[:, 2:] - boxes[:, :2], 0.0, None).prod(axis=1)
+    return areas
+
+
+def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(boxes, dtype=np.float64)
+    if array.size == 0:
+        return array.reshape(0, 4)
+    if array.ndim != 2 or array.shape[1] != 4:
+        raise OptionError(f"boxes must have shape (n, 4), not {array.shape}")
+    return array
+
+
+def cells(pixels: int, size: float, count: int) -> NDArray[np.int64]:
+    """The cell that each pixel's centre lies in, along one side of an image; the last one may be cut.
+
+    Args:
+        pixels: along that side.
+        size: of a cell, in pixels.
+        count: of cells.
+
+    Returns:
+        Shape (pixels,), in [0, count - 1].
+    """
+    return ((np.arange(pixels) + 0.5) / size).astype(np.int64).clip(max=count - 1)
+
+
+def in_pixels(boxes: NDArray[np.int64], picture: PatchedPicture, patch_size: int) -> NDArray[np.float64]:
+    """Boxes in patches as boxes in pixels of the original image; shape (..., 4) both.
+
+    Args:
+        boxes: ``x1, y1, x2, y2`` with exclusive right and bottom edges, in patches.
+        picture: the image that was cut into patches.
+        patch_size: side of a patch, in pixels of what was cut.
+    """
+    height, width = picture.size
+    pixels: NDArray[np.float64] = np.minimum(boxes * patch_size, [width, height] * 2) * (_scale(picture) * 2)
+    return pixels
+
+
+def _scale(picture: PatchedPicture) -> tuple[float, float]:
+    """Pixels of the original image a pixel of what was cut, across and down."""
+    height, width = picture.size
+    return picture.width / width, picture.height / height

@@ -1,0 +1,96 @@
+"""An image cut into patches, ready for a device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lostreg.images.decode import Picture
+
+
+def patch_grid(pixels: NDArray[np.uint8], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches that cover the pixels: the last ones may be partly padding."""
+    height, width = pixels.shape[:2]
+    return -(-height // patch_size), -(-width // patch_size)
+
+
+@dataclass(frozen=True)
+class PatchedPicture:
+    """An image cut into patches, ready for a device.
+
+    Attributes:
+        patches: RGB, shape (rows, columns, patch, patch, 3), uint8; zeros beyond the image's right and bottom edges.
+        size: (height, width) of what was cut, in pixels.
+        width: of the original image, in pixels.
+        height: of the original image, in pixels.
+        source: the file that it comes from, if it comes from one.
+    """
+
+    patches: NDArray[np.uint8]
+    size: tuple[int, int]
+    width: int
+    height: int
+    source: str | Path | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.patches.shape[0], self.patches.shape[1]
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """What was cut, put together again: shape (*size, 3), uint8."""
+        rows, columns, patch, _, _ = self.patches.shape
+        whole = self.patches.transpose(0, 2, 1, 3, 4).reshape(rows * patch, columns * patch, 3)
+        return np.ascontiguousarray(whole[: self.size[0], : self.size[1]])
+
+
+def cut_patches(picture: Picture, patch_size: int) -> PatchedPicture:
+    """Cut an image into patches, row by row, each with its pixels side by side in memory.
+
+    Args:
+        picture: a decoded image.
+        patch_size: side of a patch in pixels.
+    """
+    pixels = picture.pixels
+    height, width = pixels.shape[:2]
+    rows, columns = patch_grid(pixels, patch_size)
+    if (height, width) != (rows * patch_size, columns * patch_size):
+        padded = np.zeros((rows * patch_size, columns * patch_size, 3), dtype=np.uint8)
+        padded[:height, :width] = pixels
+        pixels = padded
+    patches = pixels.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 1, 3, 4)
+    return PatchedPicture(np.ascontiguousarray(patches), (height, width), picture.width, picture.height)
+
+
+def normalise_patches(patches: Tensor, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """What a model is fed: normalised pixels, and zeros where a patch reaches beyond the image.
+
+    Args:
+        patches: shape (rows, columns, patch, patch, 3), uint8, on the model's device.
+        size: (height, width) of the image in pixels.
+        mean: per channel, in [0, 1].
+        std: per channel, in [0, 1].
+
+    Returns:
+        Shape (rows * columns, patch * patch * 3), float32, on that device.
+    """
+    rows, columns, patch, _, _ = patches.shape
+    shift, scale = (_patch_row(tuple(values), patch, patches.device) for values in (mean, std))
+    values = patches.view(rows * columns, -1).float().div_(255).sub_(shift).div_(scale)
+    pixels = values.view(rows, columns, patch, patch, 3)
+    height, width = size
+    pixels[-1, :, height - (rows - 1) * patch :] = 0
+    pixels[:, -1, :, width - (columns - 1) * patch :] = 0
+    return values
+
+
+@lru_cache(maxsize=32)
+def _patch_row(channels: tuple[float, ...], patch: int, device: torch.device) -> Tensor:
+    """One number a channel, for each number of a patch: over a last dimension of three, arithmetic is slow."""
+    return torch.tensor(channels * patch**2, device=device)
