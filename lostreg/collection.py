@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lostreg.errors import LostregWarning, OptionError
 from lostreg.images.decode import SUFFIXES
-from lostreg.lines import as_line
+from lostreg.jsonio import as_line
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any, Final, Literal
 from lostreg.collection import Collection
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 from lostreg.discoverer import Discoverer
-from lostreg.documents import write_json
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.images.masks import save_mask_png
+from lostreg.jsonio import write_json
 from lostreg.maps import keep_maps, maps_of
 from lostreg.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
 from lostreg.regions import Discovery

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from lostreg.corloc import Corloc, corloc, is_hit, score_auc
 from lostreg.datasets import Benchmark, Example
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
-from lostreg.detection import Detections, DetectionScores, detection_scores
 from lostreg.discoverer import Discoverer
-from lostreg.documents import write_json
 from lostreg.errors import ImageError, PredictionsError
+from lostreg.jsonio import write_json
 from lostreg.maps import ImageMaps, keep_maps, maps_of
+from lostreg.metrics import Corloc, Detections, DetectionScores, corloc, detection_scores, is_hit, score_auc
 from lostreg.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
 from lostreg.regions import Discovery
 from lostreg.runs import (

@@ -10,7 +10,7 @@ from lostreg.datasets.base import ImageId
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
 from lostreg.errors import PredictionsError
 from lostreg.images.rle import Rle, encode_rle
-from lostreg.lines import as_line, is_box, is_finite_number, is_id, keep_lines
+from lostreg.jsonio import as_line, is_box, is_finite_number, is_id, keep_lines
 from lostreg.maps import ImageMaps
 from lostreg.regions import Discovery
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from lostreg.documents import load_document, save_document
 from lostreg.errors import OptionError, RegistersError
+from lostreg.jsonio import load_document, save_document
 
 FORMAT: Final = "lostreg registers 1"
 

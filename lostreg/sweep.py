@@ -18,17 +18,16 @@ from torch import Tensor
 
 from lostreg.backbone_table import Feature
 from lostreg.bias import TRIALS, trial_biases
-from lostreg.corloc import Corloc, is_hit, score_auc
 from lostreg.datasets import Benchmark, Example
 from lostreg.discoverer import Discoverer
-from lostreg.documents import write_json
 from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.features import resolve_layer
 from lostreg.images.boxes import in_pixels
 from lostreg.images.patches import PatchedPicture
-from lostreg.lines import as_line, whole_lines
+from lostreg.jsonio import as_line, whole_lines, write_json
 from lostreg.lost import Objects
+from lostreg.metrics import Corloc, is_hit, score_auc
 from lostreg.runs import (
     benchmark_settings,
     check_same_run,

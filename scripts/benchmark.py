@@ -41,11 +41,11 @@ from scipy import ndimage
 
 from lostreg.backbones import Backbone, build_backbone, find_spec, load_backbone
 from lostreg.discoverer import Discoverer, resolve_device
-from lostreg.documents import write_json
 from lostreg.engine import Engine
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches
+from lostreg.jsonio import write_json
 from lostreg.lost import lost_boxes
 from lostreg.memory import keep_freed_memory
 from lostreg.runs import describe_device, package_versions

@@ -22,16 +22,16 @@ from lostreg.backbone_table import FEATURES, Feature
 from lostreg.backbones import load_backbone
 from lostreg.bias import TRIALS
 from lostreg.charts import plot_sweep
-from lostreg.corloc import Corloc, score_auc
 from lostreg.datasets import Example, load_benchmark
 from lostreg.defaults import CLEAR_SCORE
-from lostreg.documents import write_json
 from lostreg.engine import in_pixels
 from lostreg.features import FeatureExtractor
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches, normalise_patches
+from lostreg.jsonio import write_json
 from lostreg.lost import object_maps, prepare
+from lostreg.metrics import Corloc, score_auc
 from lostreg.runs import package_versions
 from lostreg.score import score_factors
 from lostreg.sweep import SweepRow, with_trials

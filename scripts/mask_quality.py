@@ -25,13 +25,13 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from tqdm import tqdm
 
-from lostreg.corloc import is_hit
 from lostreg.datasets import load_benchmark
 from lostreg.discoverer import Discoverer
-from lostreg.documents import write_json
 from lostreg.images.decode import read_image
 from lostreg.images.masks import Mask, at_working_size, largest_part, markers, mask_boxes, plausible, refine
 from lostreg.images.rle import encode_rle
+from lostreg.jsonio import write_json
+from lostreg.metrics import is_hit
 from lostreg.regions import Discovery
 from lostreg.runs import package_versions
 

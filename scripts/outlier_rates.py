@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lostreg.documents import write_json
+from lostreg.jsonio import write_json
 from lostreg.outliers import CutoffRule, NormTally, find_cutoff
 from lostreg.runs import package_versions
 

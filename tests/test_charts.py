@@ -12,8 +12,8 @@ from PIL import Image
 
 from lostreg.backbone_table import FEATURES
 from lostreg.charts import plot_sweep
-from lostreg.corloc import Corloc
 from lostreg.errors import LostregError
+from lostreg.metrics import Corloc
 from lostreg.sweep import SweepRow
 
 BIASES = (0.0, -0.5, -0.25)

@@ -16,7 +16,6 @@ from fabricate import set_box, write_voc
 
 from lostreg.backbones import Backbone
 from lostreg.cli.main import main
-from lostreg.corloc import Corloc, score_auc
 from lostreg.datasets import Benchmark, Example, load_benchmark
 from lostreg.defaults import MAPS_FILE
 from lostreg.discoverer import Discoverer
@@ -24,6 +23,7 @@ from lostreg.errors import ImageError, PredictionsError
 from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, Progress, evaluate, score_predictions
 from lostreg.images.decode import ImageSource
 from lostreg.maps import read_maps
+from lostreg.metrics import Corloc, score_auc
 from lostreg.predictions import Prediction
 from lostreg.regions import Discovery
 from lostreg.stream import ImageStream

@@ -13,8 +13,8 @@ import torch
 import lostreg
 from lostreg import runs
 from lostreg.datasets import Benchmark, Example
-from lostreg.documents import write_json
 from lostreg.errors import PredictionsError
+from lostreg.jsonio import write_json
 from lostreg.runs import (
     benchmark_settings,
     check_same_run,

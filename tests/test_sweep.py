@@ -16,12 +16,12 @@ from torch import Tensor
 
 from lostreg.backbones import Backbone
 from lostreg.bias import TRIALS
-from lostreg.corloc import Corloc, is_hit
 from lostreg.datasets import Benchmark, load_benchmark
 from lostreg.discoverer import Discoverer
 from lostreg.engine import Engine
 from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.evaluate import evaluate
+from lostreg.metrics import Corloc, is_hit
 from lostreg.stream import ImageStream
 from lostreg.sweep import LINES_FILE, RESULTS_FILE, SweepRow, summary, sweep
 from lostreg.transformer import BlockRunner

@@ -15,8 +15,8 @@ from lostreg.artifacts import figures
 from lostreg.artifacts.measurement import CELLS, Measurement
 from lostreg.artifacts.probes import ClassProbe, PixelProbe, PositionProbe, Skipped, Spread
 from lostreg.artifacts.sample import RASTER
-from lostreg.documents import write_json
 from lostreg.errors import LostregError
+from lostreg.jsonio import write_json
 from lostreg.outliers import NormTally
 
 FORMAT: Final = "lostreg artifacts 1"

@@ -115,8 +115,8 @@ def _progress_bar(backbone: str, total: int) -> Iterator["Callback"]:
     """A bar on standard error with the running corloc; images of an earlier run do not count as fast ones."""
     from tqdm import tqdm
 
-    from lostreg.corloc import Corloc
     from lostreg.evaluate import Progress
+    from lostreg.metrics import Corloc
 
     unreadable = 0
     with ExitStack() as stack:

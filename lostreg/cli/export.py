@@ -171,10 +171,10 @@ def _write(args: argparse.Namespace, chosen: "ExportSet", finder: "ImageFinder")
 
 
 def _write_folder(args: argparse.Namespace, chosen: "ExportSet", finder: "ImageFinder") -> None:
-    from lostreg.documents import write_json
     from lostreg.exports.voc import write_voc
     from lostreg.exports.writing import MARK, whole_folder
     from lostreg.exports.yolo import write_yolo
+    from lostreg.jsonio import write_json
 
     _refuse_among_images(args.out, chosen, finder)
     options = _given(args, "label", "val_share") | ({"placing": args.files} if args.files else {})

@@ -12,7 +12,7 @@ from lostreg.exports.names import below_one_folder, cut
 from lostreg.exports.sources import ImageFinder, Source
 from lostreg.images.decode import SUFFIXES, read_image
 from lostreg.images.rle import Rle, decode_rle
-from lostreg.lines import is_finite_number
+from lostreg.jsonio import is_finite_number
 from lostreg.predictions import Prediction
 
 Box = tuple[float, float, float, float]

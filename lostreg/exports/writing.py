@@ -8,10 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from lostreg.documents import write_whole
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.names import cut
-from lostreg.lines import as_line
+from lostreg.jsonio import as_line, write_whole
 from lostreg.run_images import is_file
 
 MARK: Final = "lostreg-export.json"

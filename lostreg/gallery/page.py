@@ -12,7 +12,7 @@ from typing import Any, Final
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.gallery.entries import Entry, readable
 from lostreg.gallery.run_folder import RunFolder, Survey
-from lostreg.lines import is_finite_number
+from lostreg.jsonio import is_finite_number
 
 _ITEMS: Final = "<!-- items -->\n"
 _ESCAPES: Final = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}

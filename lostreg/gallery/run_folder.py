@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from lostreg.corloc import Corloc, is_hit
 from lostreg.defaults import CLEAR_SCORE, MAPS_FILE, MAX_PIXELS, PREDICTIONS_FILE
 from lostreg.errors import PredictionsError
-from lostreg.lines import is_finite_number
+from lostreg.jsonio import is_finite_number
 from lostreg.maps import ImageMaps, read_maps
+from lostreg.metrics import Corloc, is_hit
 from lostreg.predictions import Prediction, stream_predictions
 from lostreg.run_images import results_of
 

@@ -20,7 +20,7 @@ def pairwise_iou(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
     Raises:
         OptionError: if a shape is not (n, 4).
     """
-    first, second = _as_boxes(boxes), _as_boxes(others)
+    first, second = as_boxes(boxes), as_boxes(others)
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     overlap = np.clip(high - low, 0.0, None).prod(axis=2)
@@ -34,7 +34,8 @@ def _areas(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return areas
 
 
-def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
+def as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
+    """Boxes as an array of shape (n, 4), float64; raises `OptionError` for another shape."""
     array = np.asarray(boxes, dtype=np.float64)
     if array.size == 0:
         return array.reshape(0, 4)

@@ -1,4 +1,4 @@
-"""Class-agnostic average precision and recall of several boxes an image, as pycocotools' ``COCOeval`` computes them."""
+"""Corloc, score AUC, and class-agnostic average precision and recall: pure functions on arrays."""
 
 import contextlib
 import io
@@ -8,9 +8,89 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
+from lostreg.errors import OptionError
+from lostreg.images.boxes import as_boxes, pairwise_iou
+
+IOU_THRESHOLD: Final = 0.5
 _EVERY_AREA: Final = (0.0, 1e12)
 _CATEGORY: Final = 1  # every object is of the same one
+
+
+@dataclass(frozen=True)
+class Corloc:
+    """How many images were hit.
+
+    Attributes:
+        hits: images whose first box has an intersection over union of at least 0.5 with any object.
+        images: images scored.
+    """
+
+    hits: int
+    images: int
+
+    @property
+    def percent(self) -> float:
+        """Corloc in [0, 100]; 0 for no images."""
+        return 100.0 * self.hits / self.images if self.images else 0.0
+
+    def wilson_interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the hit rate in percent (Wilson 1927), as if images were drawn at random."""
+        if not self.images:
+            return (0.0, 100.0)
+        interval = stats.binomtest(self.hits, self.images).proportion_ci(0.95, method="wilson")
+        return (100.0 * float(interval.low), 100.0 * float(interval.high))
+
+    def __str__(self) -> str:
+        return f"corloc {self.percent:.2f} ({self.hits}/{self.images})"
+
+
+def score_auc(scores: ArrayLike, hits: ArrayLike) -> float | None:
+    """Area under the ROC curve: how often a hit has a higher score than a miss, ties counting half.
+
+    Args:
+        scores: one an image, shape (n,).
+        hits: whether each image was hit, shape (n,).
+
+    Returns:
+        In [0, 1]; 0.5 is no better than chance. None where there are no hits or no misses.
+    """
+    values, hit = np.asarray(scores, dtype=np.float64), np.asarray(hits, dtype=bool)
+    if not len(hit) or hit.all() or not hit.any():
+        return None
+    # Its p-value is not asked for: the exact one would take long.
+    statistic = stats.mannwhitneyu(values[hit], values[~hit], method="asymptotic").statistic
+    return float(statistic) / (int(hit.sum()) * int((~hit).sum()))
+
+
+def is_hit(boxes: ArrayLike, truth: ArrayLike) -> bool:
+    """Whether the first predicted box overlaps any object by at least 0.5.
+
+    Args:
+        boxes: predictions, shape (n, 4); only the first counts, and no prediction is a miss.
+        truth: ground truth, shape (m, 4), in the same convention.
+    """
+    predicted = as_boxes(boxes)
+    if not len(predicted):
+        return False
+    return bool((pairwise_iou(predicted[:1], truth) >= IOU_THRESHOLD).any())
+
+
+def corloc(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike]) -> Corloc:
+    """Score one list of boxes an image against one list of objects an image.
+
+    Args:
+        predictions: for each image, boxes of shape (n, 4), best first.
+        truths: for each image, objects of shape (m, 4).
+
+    Raises:
+        OptionError: if the two are of different lengths.
+    """
+    if len(predictions) != len(truths):
+        raise OptionError(f"expected one prediction an image, got {len(predictions)} for {len(truths)} images")
+    hits = sum(is_hit(boxes, truth) for boxes, truth in zip(predictions, truths, strict=True))
+    return Corloc(hits, len(truths))
 
 
 @dataclass(frozen=True)
@@ -69,10 +149,10 @@ def detection_scores(images: Sequence[Detections]) -> DetectionScores:
     Raises:
         ValueError: if there is no object at all, or the scores of an image are not as many as its boxes.
     """
-    if not any(len(_as_boxes(image.objects)) for image in images):
+    if not any(len(as_boxes(image.objects)) for image in images):
         raise ValueError("expected at least one object")
     first = [
-        Detections(_as_boxes(image.boxes)[:1], np.ravel(image.scores)[:1], image.objects, image.crowds)
+        Detections(as_boxes(image.boxes)[:1], np.ravel(image.scores)[:1], image.objects, image.crowds)
         for image in images
     ]
     precision, recall = _evaluate(images)
@@ -84,7 +164,7 @@ def detection_scores(images: Sequence[Detections]) -> DetectionScores:
         ar=100 * float(recall.mean()),
         recall50_first=100 * float(recall_first[0]),
         recall50=100 * float(recall[0]),
-        most=max(len(_as_boxes(image.boxes)) for image in images),
+        most=max(len(as_boxes(image.boxes)) for image in images),
     )
 
 
@@ -97,7 +177,7 @@ def _evaluate(images: Sequence[Detections]) -> tuple[NDArray[np.float64], NDArra
     with contextlib.redirect_stdout(io.StringIO()):  # it reports progress with print
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.params.useCats = 0
-        evaluation.params.maxDets = [max(1, *(len(_as_boxes(image.boxes)) for image in images))]
+        evaluation.params.maxDets = [max(1, *(len(as_boxes(image.boxes)) for image in images))]
         evaluation.params.areaRng = [list(_EVERY_AREA)]
         evaluation.params.areaRngLbl = ["all"]
         evaluation.evaluate()
@@ -122,13 +202,13 @@ def _index(count: int, entries: Iterator[dict[str, Any]]) -> Any:
 def _truths(images: Sequence[Detections]) -> Iterator[dict[str, Any]]:
     for number, image in enumerate(images):
         for crowd, boxes in enumerate((image.objects, image.crowds)):
-            for box in _as_boxes(boxes):
+            for box in as_boxes(boxes):
                 yield {**_entry(number, box), "iscrowd": crowd}
 
 
 def _founds(images: Sequence[Detections]) -> Iterator[dict[str, Any]]:
     for number, image in enumerate(images):
-        for box, score in zip(_as_boxes(image.boxes), np.ravel(image.scores), strict=True):
+        for box, score in zip(as_boxes(image.boxes), np.ravel(image.scores), strict=True):
             yield {**_entry(number, box), "score": float(score)}
 
 
@@ -136,7 +216,3 @@ def _entry(image: int, box: NDArray[np.float64]) -> dict[str, Any]:
     x1, y1, x2, y2 = box.tolist()
     sides = [x2 - x1, y2 - y1]
     return {"image_id": image, "category_id": _CATEGORY, "bbox": [x1, y1, *sides], "area": sides[0] * sides[1]}
-
-
-def _as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
-    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
