@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lostreg.datasets import load_benchmark
     from lostreg.discoverer import Discoverer
     from lostreg.features import patch_features
-    from lostreg.lost import LostResult, lost_boxes
+    from lostreg.methods.lost import LostResult, lost_boxes
     from lostreg.regions import Discovery
     from lostreg.register_search import find_registers
     from lostreg.registers import RegisterNeurons
@@ -59,8 +59,8 @@ _HOMES = {
     "load_benchmark": "datasets",
     "Discoverer": "discoverer",
     "patch_features": "features",
-    "LostResult": "lost",
-    "lost_boxes": "lost",
+    "LostResult": "methods.lost",
+    "lost_boxes": "methods.lost",
     "Discovery": "regions",
     "find_registers": "register_search",
     "RegisterNeurons": "registers",

@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg import defaults
-from lostreg.bias import TRIALS, limits
 from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import CalibrationError, ImageError, OptionError
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import ImageSource, draw_sample
 from lostreg.images.patches import PatchedPicture
 from lostreg.jsonio import load_document, save_document
-from lostreg.lost import Objects
+from lostreg.methods.bias import TRIALS, limits
+from lostreg.methods.lost import Objects
+from lostreg.methods.similarity import Similarities
 from lostreg.metrics import IOU_THRESHOLD
-from lostreg.similarity import Similarities
 
 if TYPE_CHECKING:
     from lostreg.discoverer import Discoverer

@@ -11,7 +11,6 @@ import torch
 
 from lostreg.backbone_table import FEATURES, Feature
 from lostreg.backbones import Backbone, load_backbone, place_model
-from lostreg.bias import TRIALS, check_bias, resolve_normalize
 from lostreg.calibration import Calibration
 from lostreg.defaults import (
     BACKBONE,
@@ -28,8 +27,9 @@ from lostreg.errors import ImageError, LostregWarning, OptionError
 from lostreg.features import resolve_layer
 from lostreg.images.decode import ImageSource, Item
 from lostreg.images.patches import PatchedPicture
-from lostreg.lost import Objects
 from lostreg.memory import keep_freed_memory
+from lostreg.methods.bias import TRIALS, check_bias, resolve_normalize
+from lostreg.methods.lost import Objects
 from lostreg.regions import Discovery
 from lostreg.registers import RegisterNeurons
 from lostreg.results import BoxFrom, ObjectOptions, discoveries
@@ -62,7 +62,7 @@ class Discoverer:
         exif: whether EXIF orientation is applied.
         max_pixels: images with more are refused before they are decoded.
         registers: test-time registers, see `find_registers`; None adds nothing to any image.
-        max_objects: how many objects of an image are looked for at most, at least 1, see `lostreg.several`. The first
+        max_objects: how many objects of an image are looked for at most, at least 1, see `lostreg.methods.multi_object`. The first
             is the same whatever the number.
         min_score: further objects with a lower score are left out and end the search, in [0, 1]. The first is kept.
         refine: whether masks are sharpened on the pixels, see `lostreg.images.masks`.

@@ -16,7 +16,7 @@ from lostreg.backbones import Backbone
 from lostreg.features import FeatureExtractor, Wanted
 from lostreg.forward import normalised, transfer
 from lostreg.images.patches import PatchedPicture
-from lostreg.lost import Bias, ObjectMaps, Objects, object_maps, prepare
+from lostreg.methods.lost import Bias, ObjectMaps, Objects, object_maps, prepare
 
 Grid = tuple[int, int]
 Outcome = TypeVar("Outcome")

@@ -26,7 +26,7 @@ _CGROUPS: Final = (
     ),
 )
 _DROPPABLE: Final = ("total_inactive_file", "inactive_file")
-_BLOCK_ROWS: Final = 128  # of similarities, three of them at once: see `lostreg.similarity`
+_BLOCK_ROWS: Final = 128  # of similarities, three of them at once: see `lostreg.methods.similarity`
 _MAP_BYTES: Final = 512  # a patch, for the degrees and masks of a few biases, with copies
 
 

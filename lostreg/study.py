@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from lostreg.backbones import Backbone
-from lostreg.bias import check_bias, resolve_normalize
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError
 from lostreg.images.decode import ImageSource
 from lostreg.images.patches import PatchedPicture
-from lostreg.lost import ObjectMaps, object_maps, prepare
+from lostreg.methods.bias import check_bias, resolve_normalize
+from lostreg.methods.lost import ObjectMaps, object_maps, prepare
 from lostreg.regions import Discovery
 from lostreg.results import BoxFrom, discoveries
 

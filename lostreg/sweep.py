@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.backbone_table import Feature
-from lostreg.bias import TRIALS, trial_biases
 from lostreg.datasets import Benchmark, Example
 from lostreg.discoverer import Discoverer
 from lostreg.engine import Engine, ObjectsJob
@@ -26,7 +25,9 @@ from lostreg.features import resolve_layer
 from lostreg.images.boxes import in_pixels
 from lostreg.images.patches import PatchedPicture
 from lostreg.jsonio import as_line, whole_lines, write_json
-from lostreg.lost import Objects
+from lostreg.methods.bias import TRIALS, trial_biases
+from lostreg.methods.lost import Objects
+from lostreg.methods.similarity import Similarities
 from lostreg.metrics import Corloc, is_hit, score_auc
 from lostreg.runs import (
     benchmark_settings,
@@ -36,7 +37,6 @@ from lostreg.runs import (
     locked,
     package_versions,
 )
-from lostreg.similarity import Similarities
 
 LINES_FILE: Final = "sweep.jsonl"
 RESULTS_FILE: Final = "sweep.json"

@@ -46,8 +46,8 @@ from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches
 from lostreg.jsonio import write_json
-from lostreg.lost import lost_boxes
 from lostreg.memory import keep_freed_memory
+from lostreg.methods.lost import lost_boxes
 from lostreg.runs import describe_device, package_versions
 from lostreg.sweep import with_trials
 

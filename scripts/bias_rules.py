@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from lostreg.backbone_table import FEATURES, Feature
 from lostreg.backbones import load_backbone
-from lostreg.bias import TRIALS
 from lostreg.charts import plot_sweep
 from lostreg.datasets import Example, load_benchmark
 from lostreg.defaults import CLEAR_SCORE
@@ -30,10 +29,11 @@ from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches, normalise_patches
 from lostreg.jsonio import write_json
-from lostreg.lost import object_maps, prepare
+from lostreg.methods.bias import TRIALS
+from lostreg.methods.lost import object_maps, prepare
+from lostreg.methods.objectness import score_factors
 from lostreg.metrics import Corloc, score_auc
 from lostreg.runs import package_versions
-from lostreg.score import score_factors
 from lostreg.sweep import SweepRow, with_trials
 
 LIMITS: Final = np.round(np.arange(-0.4, 0.99, 0.02), 2)  # a pair more similar than this is connected: minus the bias

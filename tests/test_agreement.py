@@ -13,7 +13,7 @@ from lostreg.backbones import Backbone
 from lostreg.features import collect_features
 from lostreg.images.decode import read_image
 from lostreg.images.patches import patch_grid
-from lostreg.lost import lost_boxes
+from lostreg.methods.lost import lost_boxes
 
 IMAGES = 48
 BATCH = 8

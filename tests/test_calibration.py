@@ -21,7 +21,7 @@ from lostreg.errors import CalibrationError, ImageError, LostregError, OptionErr
 from lostreg.features import patch_features
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import Picture, read_image
-from lostreg.lost import lost_boxes
+from lostreg.methods.lost import lost_boxes
 
 STEPS = [0.5 - 0.125 * step for step in range(25)]  # of the ladder, in deviations
 SIZES = [(98, 70), (70, 112), (140, 84), (84, 84), (112, 98)]  # width, height: whole patches

@@ -14,11 +14,11 @@ from lostreg.engine import Engine
 from lostreg.features import patch_features
 from lostreg.images.decode import Picture
 from lostreg.images.patches import PatchedPicture, cut_patches, patch_grid
-from lostreg.lost import Objects, lost_boxes
+from lostreg.methods.lost import Objects, lost_boxes
+from lostreg.methods.multi_object import find_several
+from lostreg.methods.similarity import Similarities
 from lostreg.regions import Discovery
 from lostreg.results import ObjectOptions, to_discovery
-from lostreg.several import find_several
-from lostreg.similarity import Similarities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

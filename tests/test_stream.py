@@ -22,8 +22,8 @@ from lostreg.engine import Engine, ObjectsJob, Search
 from lostreg.errors import ImageError, LostregWarning
 from lostreg.images.decode import Picture, read_image
 from lostreg.images.patches import PatchedPicture
-from lostreg.lost import Objects
 from lostreg.memory import required_bytes
+from lostreg.methods.lost import Objects
 from lostreg.regions import Discovery
 
 pytestmark = pytest.mark.usefixtures("one_thread")

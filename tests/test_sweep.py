@@ -15,12 +15,12 @@ from fabricate import set_box, write_voc
 from torch import Tensor
 
 from lostreg.backbones import Backbone
-from lostreg.bias import TRIALS
 from lostreg.datasets import Benchmark, load_benchmark
 from lostreg.discoverer import Discoverer
 from lostreg.engine import Engine
 from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.evaluate import evaluate
+from lostreg.methods.bias import TRIALS
 from lostreg.metrics import Corloc, is_hit
 from lostreg.stream import ImageStream
 from lostreg.sweep import LINES_FILE, RESULTS_FILE, SweepRow, summary, sweep

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lostreg.lost import lost_boxes, prepare
-from lostreg.similarity import Similarities
+from lostreg.methods.lost import lost_boxes, prepare
+from lostreg.methods.similarity import Similarities
 
 EIGENVALUES: Final = 16
 

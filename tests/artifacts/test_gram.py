@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lostreg.artifacts.gram import EIGENVALUES, GramView, GramViews, view_gram
-from lostreg.lost import lost_boxes
+from lostreg.methods.lost import lost_boxes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,7 +18,7 @@ from lostreg.backbones import Backbone
 from lostreg.features import patch_features
 from lostreg.forward import Forward
 from lostreg.images.decode import read_image
-from lostreg.lost import lost_boxes
+from lostreg.methods.lost import lost_boxes
 from lostreg.outliers import CutoffRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from reference_lost import Reference, reference_several
 from test_lost import CLEAR, exact_unit_vectors, integer_features
 
-from lostreg import similarity
 from lostreg.images.boxes import pairwise_iou
-from lostreg.lost import Bias, object_maps, prepare
-from lostreg.several import Found, find_several
-from lostreg.similarity import connections_to
+from lostreg.methods import similarity
+from lostreg.methods.lost import Bias, object_maps, prepare
+from lostreg.methods.multi_object import Found, find_several
+from lostreg.methods.similarity import connections_to
 
 
 def several(features: np.ndarray, grid: tuple[int, int], bias: Bias, k: int, most: int, least: float) -> list[Found]:

@@ -13,9 +13,9 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lostreg import similarity
-from lostreg.lost import object_maps, prepare
-from lostreg.similarity import Similarities
+from lostreg.methods import similarity
+from lostreg.methods.lost import object_maps, prepare
+from lostreg.methods.similarity import Similarities
 
 
 @contextmanager

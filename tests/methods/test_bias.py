@@ -7,10 +7,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lostreg.bias import check_bias, limits, resolve_normalize, trial_biases
 from lostreg.errors import OptionError
-from lostreg.lost import lost_boxes, object_maps, prepare
-from lostreg.similarity import Similarities
+from lostreg.methods.bias import check_bias, limits, resolve_normalize, trial_biases
+from lostreg.methods.lost import lost_boxes, object_maps, prepare
+from lostreg.methods.similarity import Similarities
 
 STEPS = [0, -0.25, -0.5, -0.75, -1, -1.25]
 

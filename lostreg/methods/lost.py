@@ -16,10 +16,10 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
-from lostreg.bias import check_bias, resolve_normalize, trial_biases
 from lostreg.errors import OptionError
-from lostreg.score import near_one, object_scores
-from lostreg.similarity import Similarities
+from lostreg.methods.bias import check_bias, resolve_normalize, trial_biases
+from lostreg.methods.objectness import near_one, object_scores
+from lostreg.methods.similarity import Similarities
 
 Bias = float | Literal["auto"] | Tensor | Callable[[Similarities], Tensor]
 
@@ -30,7 +30,7 @@ class LostResult:
 
     Attributes:
         xyxy: boxes, shape (B, 4), int64, ``x1, y1, x2, y2`` with exclusive right and bottom edges.
-        scores: how clearly each box is an object, see `lostreg.score`; shape (B,), float32, in [0, 1]; 0 where the
+        scores: how clearly each box is an object, see `lostreg.methods.objectness`; shape (B,), float32, in [0, 1]; 0 where the
             seed is not connected even to itself.
         seeds: row and column of each seed, shape (B, 2), int64.
         degrees: connections of each patch, shape (B, h, w), int64.
@@ -62,7 +62,7 @@ def lost_boxes(
         grid: (h, w), rows and columns of patches; N = h * w.
         bias: added to every similarity: one number, a tensor (B,) with one number an image, a tensor (B, K) with
             several, a function that makes (B, K) of the images' `Similarities`, or ``auto``, which is
-            `lostreg.bias.trial_biases`. Of several, the one whose object has the highest score is kept.
+            `lostreg.methods.bias.trial_biases`. Of several, the one whose object has the highest score is kept.
         k_patches: how many patches of lowest degree may join the seed, at least 1; images with fewer patches
             use all of them.
         normalize: whether to scale every feature vector to length 1 first. None does so for ``auto`` alone,
@@ -107,7 +107,7 @@ class Objects:
 
     Attributes:
         masks: their patches, shape (B, K, h, w), bool: one connected part each.
-        scores: see `lostreg.score`, shape (B, K), float32; 0 where the seed is not connected.
+        scores: see `lostreg.methods.objectness`, shape (B, K), float32; 0 where the seed is not connected.
         connected: whether each seed is connected to itself, shape (B, K), bool.
         maps: what they come from.
         features: what the maps come from, shape (B, N, D), on any device.

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lostreg.defaults import OVERLAP
 from lostreg.images.boxes import pairwise_iou
-from lostreg.lost import LostResult, ObjectMaps, Objects, exact_float32, expand_seed, lowest_degrees
-from lostreg.similarity import connections_to
+from lostreg.methods.lost import LostResult, ObjectMaps, Objects, exact_float32, expand_seed, lowest_degrees
+from lostreg.methods.similarity import connections_to
 
 
 @dataclass(frozen=True)

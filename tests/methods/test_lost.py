@@ -12,7 +12,7 @@ from reference_lost import Reference, flood, reference_lost
 from safetensors.torch import load_file
 
 from lostreg.errors import OptionError
-from lostreg.lost import (
+from lostreg.methods.lost import (
     LostResult,
     ObjectMaps,
     expand_seed,
@@ -22,7 +22,7 @@ from lostreg.lost import (
     prepare,
     seed_component,
 )
-from lostreg.similarity import Similarities
+from lostreg.methods.similarity import Similarities
 
 # Small integers: every sum is exact in float32, so both sides must agree to the last tie.
 integers = st.integers(-3, 3).map(float)
@@ -392,8 +392,8 @@ def test_a_batch_whose_similarities_cannot_all_be_kept_is_cut_into_parts(several
             sizes.append(len(part))
             super().__init__(part)
 
-    monkeypatch.setattr("lostreg.lost.Similarities", Recorded)
-    monkeypatch.setattr("lostreg.similarity._KEPT_ELEMENTS", {"cpu": 2 * 36 * 36})
+    monkeypatch.setattr("lostreg.methods.lost.Similarities", Recorded)
+    monkeypatch.setattr("lostreg.methods.similarity._KEPT_ELEMENTS", {"cpu": 2 * 36 * 36})
     parts = lost_boxes(features, (6, 6), bias, normalize=True)
     assert sizes == [2, 2, 1]
     for name in ("xyxy", "scores", "seeds", "degrees", "masks"):

@@ -9,8 +9,8 @@ from hypothesis.extra.numpy import arrays
 from reference_lost import object_score, outline_on_border
 from torch import Tensor
 
-from lostreg.lost import prepare
-from lostreg.score import border_share, near_one, object_scores, score_factors
+from lostreg.methods.lost import prepare
+from lostreg.methods.objectness import border_share, near_one, object_scores, score_factors
 
 Case = tuple[Tensor, np.ndarray]
 

@@ -1,6 +1,6 @@
 """The Gram bias: which values are allowed, and which ones ``auto`` tries.
 
-``auto`` tries a few biases on each image and keeps the box with the highest score (`lostreg.score`). No label, no other
+``auto`` tries a few biases on each image and keeps the box with the highest score (`lostreg.methods.objectness`). No label, no other
 image and no number that belongs to a backbone takes part: docs/bias.md has the reasons and the measurements.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lostreg.errors import OptionError
-from lostreg.similarity import Similarities
+from lostreg.methods.similarity import Similarities
 
 TRIALS: Final = (0.0, -0.25, -0.5, -0.75, -1.0, -1.25)
 """Where ``auto`` draws the line between similar and not: standard deviations from an image's mean similarity."""
