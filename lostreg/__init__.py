@@ -7,21 +7,21 @@ d.discover("dog.jpg").xyxy
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lostreg.backbone_table import BACKBONES, BackboneSpec
 from lostreg.errors import LostregError
+from lostreg.models.table import BACKBONES, BackboneSpec
 
 if TYPE_CHECKING:
     from lostreg import artifacts
     from lostreg.attention import AttentionMaps, attention_maps
-    from lostreg.backbones import Backbone, load_backbone
     from lostreg.calibration import Calibration, calibrate
     from lostreg.datasets import load_benchmark
     from lostreg.discoverer import Discoverer
-    from lostreg.features import patch_features
     from lostreg.methods.lost import LostResult, lost_boxes
+    from lostreg.models.backbone import Backbone, load_backbone
+    from lostreg.models.features import patch_features
+    from lostreg.models.registers import RegisterNeurons
     from lostreg.regions import Discovery
     from lostreg.register_search import find_registers
-    from lostreg.registers import RegisterNeurons
     from lostreg.study import Study
 
 __version__ = "0.1.0"
@@ -52,18 +52,18 @@ __all__ = [
 _HOMES = {
     "AttentionMaps": "attention",
     "attention_maps": "attention",
-    "Backbone": "backbones",
-    "load_backbone": "backbones",
+    "Backbone": "models.backbone",
+    "load_backbone": "models.backbone",
     "Calibration": "calibration",
     "calibrate": "calibration",
     "load_benchmark": "datasets",
     "Discoverer": "discoverer",
-    "patch_features": "features",
+    "patch_features": "models.features",
     "LostResult": "methods.lost",
     "lost_boxes": "methods.lost",
     "Discovery": "regions",
     "find_registers": "register_search",
-    "RegisterNeurons": "registers",
+    "RegisterNeurons": "models.registers",
     "Study": "study",
 }
 

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lostreg.backbones import Backbone
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, OptionError
-from lostreg.features import resolve_layer
-from lostreg.forward import Forward, Grid
 from lostreg.images.decode import ImageSource
+from lostreg.models.backbone import Backbone
+from lostreg.models.features import resolve_layer
+from lostreg.models.forward import Forward, Grid
 from lostreg.norms import LookJob
 
 

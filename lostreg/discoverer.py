@@ -9,8 +9,6 @@ from typing import Any, Final, Literal
 
 import torch
 
-from lostreg.backbone_table import FEATURES, Feature
-from lostreg.backbones import Backbone, load_backbone, place_model
 from lostreg.calibration import Calibration
 from lostreg.defaults import (
     BACKBONE,
@@ -24,17 +22,19 @@ from lostreg.defaults import (
 )
 from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import ImageError, LostregWarning, OptionError
-from lostreg.features import resolve_layer
 from lostreg.images.decode import ImageSource, Item
 from lostreg.images.patches import PatchedPicture
 from lostreg.memory import keep_freed_memory
 from lostreg.methods.bias import TRIALS, check_bias, resolve_normalize
 from lostreg.methods.lost import Objects
+from lostreg.models.backbone import Backbone, load_backbone, place_model
+from lostreg.models.blocks import check_compiler
+from lostreg.models.features import resolve_layer
+from lostreg.models.registers import RegisterNeurons
+from lostreg.models.table import FEATURES, Feature
 from lostreg.regions import Discovery
-from lostreg.registers import RegisterNeurons
 from lostreg.results import BoxFrom, ObjectOptions, discoveries
 from lostreg.stream import ImageStream, Job, Outcome
-from lostreg.transformer import check_compiler
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -12,11 +12,11 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lostreg.backbones import Backbone
-from lostreg.features import FeatureExtractor, Wanted
-from lostreg.forward import normalised, transfer
 from lostreg.images.patches import PatchedPicture
 from lostreg.methods.lost import Bias, ObjectMaps, Objects, object_maps, prepare
+from lostreg.models.backbone import Backbone
+from lostreg.models.features import FeatureExtractor, Wanted
+from lostreg.models.forward import normalised, transfer
 
 Grid = tuple[int, int]
 Outcome = TypeVar("Outcome")

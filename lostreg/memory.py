@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from lostreg.backbones import Backbone
+from lostreg.models.backbone import Backbone
 
 _M_TRIM_THRESHOLD: Final = -1  # of glibc's malloc.h
 _M_MMAP_THRESHOLD: Final = -3

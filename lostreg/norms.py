@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lostreg.backbones import Backbone
-from lostreg.forward import Forward, Grid, normalised, transfer
 from lostreg.images.patches import PatchedPicture
+from lostreg.models.backbone import Backbone
+from lostreg.models.forward import Forward, Grid, normalised, transfer
 from lostreg.outliers import NormTally
 
 Outcome = TypeVar("Outcome")

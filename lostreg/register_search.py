@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg import defaults
-from lostreg.backbones import Backbone
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, OptionError, RegistersError
-from lostreg.forward import Forward, Grid
 from lostreg.images.decode import ImageSource, draw_sample
+from lostreg.models.backbone import Backbone
+from lostreg.models.forward import Forward, Grid
+from lostreg.models.registers import RegisterNeurons
 from lostreg.norms import LookJob, TokenNorms, emergence, token_norms
 from lostreg.outliers import CutoffRule, NormTally, find_cutoff
-from lostreg.registers import RegisterNeurons
 
 _TRIED_IMAGES: Final = 8  # on which numbers of neurons are compared
 _MOST_NEURONS: Final = 128

@@ -13,11 +13,11 @@ from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
 import torch
 
-from lostreg.backbones import Backbone
 from lostreg.errors import ImageError, LostregWarning
 from lostreg.images.decode import ImageSource, read_image
 from lostreg.images.patches import PatchedPicture, cut_patches
 from lostreg.memory import available_bytes, describe_bytes, required_bytes
+from lostreg.models.backbone import Backbone
 
 _PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a CPU gains nothing from more
 _OTHER_PACK_PATCHES: Final = 1 << 14

@@ -7,13 +7,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lostreg.backbones import Backbone
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError
 from lostreg.images.decode import ImageSource
 from lostreg.images.patches import PatchedPicture
 from lostreg.methods.bias import check_bias, resolve_normalize
 from lostreg.methods.lost import ObjectMaps, object_maps, prepare
+from lostreg.models.backbone import Backbone
 from lostreg.regions import Discovery
 from lostreg.results import BoxFrom, discoveries
 

@@ -16,12 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lostreg.backbone_table import Feature
 from lostreg.datasets import Benchmark, Example
 from lostreg.discoverer import Discoverer
 from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import ImageError, OptionError, PredictionsError
-from lostreg.features import resolve_layer
 from lostreg.images.boxes import in_pixels
 from lostreg.images.patches import PatchedPicture
 from lostreg.jsonio import as_line, whole_lines, write_json
@@ -29,6 +27,8 @@ from lostreg.methods.bias import TRIALS, trial_biases
 from lostreg.methods.lost import Objects
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import Corloc, is_hit, score_auc
+from lostreg.models.features import resolve_layer
+from lostreg.models.table import Feature
 from lostreg.runs import (
     benchmark_settings,
     check_same_run,

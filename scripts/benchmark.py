@@ -39,7 +39,6 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from lostreg.backbones import Backbone, build_backbone, find_spec, load_backbone
 from lostreg.discoverer import Discoverer, resolve_device
 from lostreg.engine import Engine
 from lostreg.images.boxes import pairwise_iou
@@ -48,6 +47,7 @@ from lostreg.images.patches import cut_patches
 from lostreg.jsonio import write_json
 from lostreg.memory import keep_freed_memory
 from lostreg.methods.lost import lost_boxes
+from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
 from lostreg.runs import describe_device, package_versions
 from lostreg.sweep import with_trials
 

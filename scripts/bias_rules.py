@@ -18,13 +18,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lostreg.backbone_table import FEATURES, Feature
-from lostreg.backbones import load_backbone
 from lostreg.charts import plot_sweep
 from lostreg.datasets import Example, load_benchmark
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.engine import in_pixels
-from lostreg.features import FeatureExtractor
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches, normalise_patches
@@ -33,6 +30,9 @@ from lostreg.methods.bias import TRIALS
 from lostreg.methods.lost import object_maps, prepare
 from lostreg.methods.objectness import score_factors
 from lostreg.metrics import Corloc, score_auc
+from lostreg.models.backbone import load_backbone
+from lostreg.models.features import FeatureExtractor
+from lostreg.models.table import FEATURES, Feature
 from lostreg.runs import package_versions
 from lostreg.sweep import SweepRow, with_trials
 

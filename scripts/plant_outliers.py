@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from lostreg.backbones import Backbone, load_backbone
 from lostreg.cli.files import find_images
-from lostreg.forward import Forward, normalised, transfer
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches
+from lostreg.models.backbone import Backbone, load_backbone
+from lostreg.models.forward import Forward, normalised, transfer
 
 LAYER: Final = 6
 UNITS: Final = (11, 222)

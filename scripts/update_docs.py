@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lostreg.backbone_table import BACKBONES
 from lostreg.cli.backbones import HEADINGS, as_row
 from lostreg.cli.main import build_parser
+from lostreg.models.table import BACKBONES
 
 # Speeds as ratios within a run of scripts/benchmark.py: heading, and which of its ratios or shares.
 SPEEDS = (

@@ -1,4 +1,4 @@
-"""timm's own blocks, one image at a time, with test-time registers put in by hand: what `lostreg.forward` is held to.
+"""timm's own blocks, one image at a time, with test-time registers put in by hand: what `lostreg.models.forward` is held to.
 
 Tokens are appended to what timm embeds, timm's blocks run as they are, and a hook on the input of each MLP's second
 projection moves activations. Queries, keys and values are what timm hands its attention kernel.
@@ -13,7 +13,7 @@ import torch
 from test_features import joined, model_for_grid
 from torch import Tensor, nn
 
-from lostreg.backbones import Backbone
+from lostreg.models.backbone import Backbone
 
 Grid = tuple[int, int]
 

@@ -9,11 +9,11 @@ import torch
 from reference_lost import reference_lost
 from torch import Tensor
 
-from lostreg.backbones import Backbone
-from lostreg.features import collect_features
 from lostreg.images.decode import read_image
 from lostreg.images.patches import patch_grid
 from lostreg.methods.lost import lost_boxes
+from lostreg.models.backbone import Backbone
+from lostreg.models.features import collect_features
 
 IMAGES = 48
 BATCH = 8

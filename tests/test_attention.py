@@ -15,9 +15,9 @@ from torch import nn
 
 from lostreg.attention import AttentionMaps, attention_maps
 from lostreg.attention_plots import AttentionRow, plot_attention, plot_heads
-from lostreg.backbones import Backbone
 from lostreg.errors import ImageError, OptionError
-from lostreg.registers import RegisterNeurons
+from lostreg.models.backbone import Backbone
+from lostreg.models.registers import RegisterNeurons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

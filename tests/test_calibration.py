@@ -14,14 +14,14 @@ from conftest import same, scene, scenes
 from PIL import Image
 
 import lostreg
-from lostreg.backbones import Backbone
 from lostreg.calibration import FORMAT, Calibration, _choose, _Rungs, calibrate
 from lostreg.discoverer import Discoverer
 from lostreg.errors import CalibrationError, ImageError, LostregError, OptionError
-from lostreg.features import patch_features
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import Picture, read_image
 from lostreg.methods.lost import lost_boxes
+from lostreg.models.backbone import Backbone
+from lostreg.models.features import patch_features
 
 STEPS = [0.5 - 0.125 * step for step in range(25)]  # of the ladder, in deviations
 SIZES = [(98, 70), (70, 112), (140, 84), (84, 84), (112, 98)]  # width, height: whole patches

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lostreg.backbone_table import FEATURES
 from lostreg.charts import plot_sweep
 from lostreg.errors import LostregError
 from lostreg.metrics import Corloc
+from lostreg.models.table import FEATURES
 from lostreg.sweep import SweepRow
 
 BIASES = (0.0, -0.5, -0.25)

@@ -12,12 +12,12 @@ from conftest import scene
 from PIL import Image
 
 from lostreg import Discoverer
-from lostreg.backbones import Backbone
 from lostreg.collection import Collection, find_collection
 from lostreg.collection_run import Summary, discover_collection, mask_path
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.images.rle import decode_rle
 from lostreg.maps import read_maps
+from lostreg.models.backbone import Backbone
 from lostreg.predictions import Prediction, read_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lostreg.backbone_table import BACKBONES
-from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.discoverer import Discoverer, resolve_device
 from lostreg.errors import BackboneError, ImageError, OptionError
 from lostreg.images.decode import read_image
+from lostreg.models.backbone import Backbone, build_backbone, find_spec
+from lostreg.models.table import BACKBONES
 
 _cached: dict[str, Discoverer] = {}
 

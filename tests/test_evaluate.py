@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from fabricate import set_box, write_voc
 
-from lostreg.backbones import Backbone
 from lostreg.cli.main import main
 from lostreg.datasets import Benchmark, Example, load_benchmark
 from lostreg.defaults import MAPS_FILE
@@ -24,6 +23,7 @@ from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, Progress, evaluate,
 from lostreg.images.decode import ImageSource
 from lostreg.maps import read_maps
 from lostreg.metrics import Corloc, score_auc
+from lostreg.models.backbone import Backbone
 from lostreg.predictions import Prediction
 from lostreg.regions import Discovery
 from lostreg.stream import ImageStream

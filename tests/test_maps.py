@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from lostreg import Discoverer
-from lostreg.backbones import Backbone
 from lostreg.errors import PredictionsError
 from lostreg.maps import ImageMaps, keep_maps, maps_of, read_maps
+from lostreg.models.backbone import Backbone
 
 degree_maps = arrays(np.int64, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 100_000))
 

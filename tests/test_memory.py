@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.memory import available_bytes, describe_bytes, keep_freed_memory, required_bytes
+from lostreg.models.backbone import Backbone, build_backbone, find_spec
 
 CPU = torch.device("cpu")
 MEMINFO = """\

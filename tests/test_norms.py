@@ -10,12 +10,12 @@ from reference_forward import reference
 from test_features import DEPTH, NARROW, OTHERS, SOME, built
 from test_transformer import GRIDS, patches, picture
 
-from lostreg.backbones import Backbone
-from lostreg.forward import Forward
 from lostreg.images.patches import PatchedPicture
+from lostreg.models.backbone import Backbone
+from lostreg.models.forward import Forward
+from lostreg.models.registers import RegisterNeurons
 from lostreg.norms import LookJob, TokenNorms, emergence, token_norms
 from lostreg.outliers import NormTally
-from lostreg.registers import RegisterNeurons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -67,7 +67,7 @@ def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr("lostreg.datasets.fetch.fetch", fetch)
-    monkeypatch.setattr("lostreg.weights.hub_weights", lambda name: nullcontext(f"random, not {name}"))
+    monkeypatch.setattr("lostreg.models.checkpoints.hub_weights", lambda name: nullcontext(f"random, not {name}"))
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **options: create(name, **options))
     monkeypatch.setattr("lostreg.datasets.registry.load_voc", _load_voc_of_any_length)

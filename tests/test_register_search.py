@@ -13,15 +13,15 @@ from conftest import same
 from planted import Plant, cut, deafened, noise, pixels_of, plant, silenced
 from test_features import OTHERS, built
 
-from lostreg.backbones import Backbone
 from lostreg.discoverer import Discoverer
 from lostreg.errors import LostregWarning, OptionError, RegistersError
-from lostreg.features import FeatureExtractor
-from lostreg.forward import Forward
+from lostreg.models.backbone import Backbone
+from lostreg.models.features import FeatureExtractor
+from lostreg.models.forward import Forward
+from lostreg.models.registers import RegisterNeurons
 from lostreg.norms import TokenNorms, token_norms
 from lostreg.outliers import CutoffRule
 from lostreg.register_search import find_registers
-from lostreg.registers import RegisterNeurons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

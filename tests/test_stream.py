@@ -16,7 +16,6 @@ from fabricate import png_header
 from PIL import Image
 from torch import Tensor
 
-from lostreg.backbones import Backbone
 from lostreg.discoverer import Discoverer
 from lostreg.engine import Engine, ObjectsJob, Search
 from lostreg.errors import ImageError, LostregWarning
@@ -24,6 +23,7 @@ from lostreg.images.decode import Picture, read_image
 from lostreg.images.patches import PatchedPicture
 from lostreg.memory import required_bytes
 from lostreg.methods.lost import Objects
+from lostreg.models.backbone import Backbone
 from lostreg.regions import Discovery
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,9 +3,9 @@ import pytest
 from conftest import same, scene
 
 from lostreg import Discoverer
-from lostreg.backbones import Backbone
 from lostreg.engine import Engine
 from lostreg.errors import ImageError, OptionError
+from lostreg.models.backbone import Backbone
 from lostreg.study import Study
 
 

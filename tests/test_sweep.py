@@ -14,7 +14,6 @@ import torch
 from fabricate import set_box, write_voc
 from torch import Tensor
 
-from lostreg.backbones import Backbone
 from lostreg.datasets import Benchmark, load_benchmark
 from lostreg.discoverer import Discoverer
 from lostreg.engine import Engine
@@ -22,9 +21,10 @@ from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.evaluate import evaluate
 from lostreg.methods.bias import TRIALS
 from lostreg.metrics import Corloc, is_hit
+from lostreg.models.backbone import Backbone
+from lostreg.models.blocks import BlockRunner
 from lostreg.stream import ImageStream
 from lostreg.sweep import LINES_FILE, RESULTS_FILE, SweepRow, summary, sweep
-from lostreg.transformer import BlockRunner
 
 COUNT = 9
 BATCH = 2

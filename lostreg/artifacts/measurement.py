@@ -20,8 +20,8 @@ from lostreg import defaults
 from lostreg.artifacts.sample import Sample, look_inside
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, LostregError, OptionError
-from lostreg.forward import Forward, Grid
 from lostreg.images.decode import ImageSource, draw_sample
+from lostreg.models.forward import Forward, Grid
 from lostreg.norms import LookJob, TokenNorms, emergence, token_norms
 from lostreg.outliers import Cutoff, CutoffRule, NormTally, find_cutoff
 

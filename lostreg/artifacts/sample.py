@@ -24,8 +24,8 @@ from lostreg.artifacts.probes import (
 )
 from lostreg.discoverer import Discoverer
 from lostreg.errors import LostregError
-from lostreg.forward import Forward, Grid
 from lostreg.images.decode import ImageSource
+from lostreg.models.forward import Forward, Grid
 from lostreg.norms import LookJob, TokenNorms
 
 RASTER: Final = 16  # cells across and down that the position probe tells apart

@@ -50,7 +50,7 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw; the exit code is 2 if any image could not be read."""
     from lostreg.attention import attention_maps
-    from lostreg.features import resolve_layer
+    from lostreg.models.features import resolve_layer
 
     backbones = chosen_backbones(args)
     paths = find_images(args.images)

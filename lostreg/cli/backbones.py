@@ -5,8 +5,8 @@ import dataclasses
 import json
 from typing import Any
 
-from lostreg.backbone_table import BACKBONES, BackboneSpec
 from lostreg.cli.parser import Subparsers
+from lostreg.models.table import BACKBONES, BackboneSpec
 
 _BENCHMARKS = ("voc07", "voc12", "coco20k")
 HEADINGS = ("backbone", "timm name", "patch", "reg", "feature", "bias", "norm", "corloc", "licence", "training")

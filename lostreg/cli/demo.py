@@ -83,9 +83,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> "DemoSettings":
     """Checked as far as it goes without loading anything."""
-    from lostreg.backbones import find_spec
     from lostreg.demo.session import DemoSettings
-    from lostreg.registers import RegisterNeurons
+    from lostreg.models.backbone import find_spec
+    from lostreg.models.registers import RegisterNeurons
 
     names = tuple(dict.fromkeys(args.backbone or [_default_backbone()]))
     for name in names:
@@ -97,7 +97,7 @@ def _settings(args: argparse.Namespace) -> "DemoSettings":
 
 
 def _default_backbone() -> str:
-    from lostreg.offline import imgfocus_path
+    from lostreg.models.imgfocus import imgfocus_path
 
     try:
         imgfocus_path()

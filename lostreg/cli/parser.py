@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from lostreg import defaults
-from lostreg.backbone_table import FEATURES
 from lostreg.errors import OptionError
+from lostreg.models.table import FEATURES
 
 if TYPE_CHECKING:
     from lostreg.datasets import Benchmark

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from lostreg.discoverer import Discoverer
     from lostreg.errors import ImageError
     from lostreg.images.decode import ImageSource
+    from lostreg.models.registers import RegisterNeurons
     from lostreg.outliers import CutoffRule
-    from lostreg.registers import RegisterNeurons
 
 REGISTERS_FILE = "registers.json"
 _RESULTS = ("results.json", "sweep.json")
@@ -140,8 +140,8 @@ def with_registers(
     Raises:
         OptionError: if that file is of another number of tokens.
     """
+    from lostreg.models.registers import RegisterNeurons
     from lostreg.register_search import find_registers
-    from lostreg.registers import RegisterNeurons
 
     wanted = args.test_time_registers
     if wanted is None:
@@ -168,7 +168,7 @@ def _earlier(kept: Path, wanted: int) -> "RegisterNeurons | None":
     Raises:
         OptionError: if it added another number of tokens, or did not look for neurons.
     """
-    from lostreg.registers import RegisterNeurons
+    from lostreg.models.registers import RegisterNeurons
 
     if kept.exists():
         found = RegisterNeurons.load(kept)
@@ -199,7 +199,7 @@ def chosen_backbones(args: argparse.Namespace) -> list[str]:
         OptionError: if one file of weights or of neurons is given for several of them.
         BackboneError: if one is unknown.
     """
-    from lostreg.backbones import find_spec
+    from lostreg.models.backbone import find_spec
 
     backbones = list(dict.fromkeys(args.backbone or [defaults.BACKBONE]))
     for option, value in (("--weights", args.weights), ("--test-time-registers", args.test_time_registers)):

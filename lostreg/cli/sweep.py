@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lostreg.backbone_table import FEATURES
 from lostreg.cli.parser import (
     Subparsers,
     add_backbone_options,
@@ -19,6 +18,7 @@ from lostreg.cli.parser import (
 from lostreg.cli.progress import ProgressBar
 from lostreg.cli.registers import REGISTERS_FILE, with_registers
 from lostreg.errors import OptionError
+from lostreg.models.table import FEATURES
 
 if TYPE_CHECKING:
     from lostreg.sweep import SweepRow
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     """Sweep, and print the table."""
     from lostreg.charts import plot_sweep
     from lostreg.datasets import require_images
-    from lostreg.features import resolve_layer
+    from lostreg.models.features import resolve_layer
     from lostreg.sweep import LINES_FILE, RESULTS_FILE, sweep
 
     if args.benchmark == "coco" and args.images is None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from lostreg.attention import AttentionMaps, attention_maps
-from lostreg.backbone_table import Feature
-from lostreg.backbones import Backbone
 from lostreg.defaults import MAX_PIXELS, MAX_SIDE, Precision
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, OptionError
+from lostreg.models.backbone import Backbone
+from lostreg.models.registers import RegisterNeurons
+from lostreg.models.table import Feature
 from lostreg.regions import Discovery
-from lostreg.registers import RegisterNeurons
 from lostreg.study import Study
 
 KEPT_MODELS: Final = 2

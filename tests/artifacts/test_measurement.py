@@ -26,9 +26,9 @@ from lostreg.artifacts.measurement import (
     neighbour_cosines,
 )
 from lostreg.artifacts.probes import ClassProbe, PixelProbe, PositionProbe, Skipped
-from lostreg.backbones import Backbone
 from lostreg.errors import ImageError, LostregError, OptionError
-from lostreg.forward import Forward
+from lostreg.models.backbone import Backbone
+from lostreg.models.forward import Forward
 from lostreg.outliers import CutoffRule, parse_rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,7 +116,7 @@ def test_each_patch_is_shared_out_among_the_cells_that_it_covers(side: int) -> N
 
 
 def test_registers_take_the_outliers_away(found: Measurement) -> None:
-    from lostreg.registers import RegisterNeurons
+    from lostreg.models.registers import RegisterNeurons
 
     registers = RegisterNeurons(world().neurons, count=2)
     cured = measure(pictures(), discoverer(world().backbone).with_registers(registers))
@@ -258,7 +258,7 @@ def test_each_image_is_run_once_and_the_sample_twice() -> None:
 
 
 def test_a_cured_backbone_is_compared_over_the_same_images(found: Measurement) -> None:
-    from lostreg.registers import RegisterNeurons
+    from lostreg.models.registers import RegisterNeurons
 
     one = discoverer(world().backbone).with_registers(RegisterNeurons(world().neurons))
     assert found.cutoff.value is not None

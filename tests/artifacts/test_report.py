@@ -22,8 +22,8 @@ from lostreg.artifacts import as_numbers, figures, report, write_report
 from lostreg.artifacts.measurement import CELLS, COSINE_BINS, Measurement, measure
 from lostreg.artifacts.report import FORMAT
 from lostreg.errors import LostregError
+from lostreg.models.registers import RegisterNeurons
 from lostreg.outliers import parse_rule
-from lostreg.registers import RegisterNeurons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,11 +14,11 @@ from lostreg.artifacts import sample as module
 from lostreg.artifacts.measurement import measure
 from lostreg.artifacts.probes import ClassProbe, Skipped
 from lostreg.artifacts.sample import EXAMPLES, RASTER, TOKENS, Sample, look_inside
-from lostreg.backbones import Backbone
-from lostreg.features import patch_features
-from lostreg.forward import Forward
 from lostreg.images.decode import read_image
 from lostreg.methods.lost import lost_boxes
+from lostreg.models.backbone import Backbone
+from lostreg.models.features import patch_features
+from lostreg.models.forward import Forward
 from lostreg.outliers import CutoffRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,7 @@ from lostreg import register_search
 from lostreg.artifacts import report
 from lostreg.cli.main import main
 from lostreg.errors import BackboneError
-from lostreg.registers import RegisterNeurons
+from lostreg.models.registers import RegisterNeurons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

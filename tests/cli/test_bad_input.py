@@ -19,13 +19,13 @@ from conftest import disc_picture
 from fabricate import png_header, write_voc
 from PIL import Image
 
-from lostreg import backbones
-from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.calibration import FORMAT, Calibration
 from lostreg.cli.main import main
+from lostreg.models import backbone
+from lostreg.models.backbone import Backbone, build_backbone, find_spec
 
 FAST = "--backbone imgfocus_vits14 --device cpu"
-_real_load = backbones.load_backbone
+_real_load = backbone.load_backbone
 _small: list[Backbone] = []
 
 

@@ -13,12 +13,12 @@ from fabricate import write_voc
 from PIL import Image
 
 import lostreg
-from lostreg.backbone_table import BACKBONES
-from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.cli.main import main
 from lostreg.cli.sweep import bias_list
 from lostreg.datasets import BENCHMARKS
 from lostreg.engine import Engine
+from lostreg.models.backbone import Backbone, build_backbone, find_spec
+from lostreg.models.table import BACKBONES
 
 COMMANDS = ("predict", "eval", "score", "calibrate", "sweep", "backbones", "datasets")
 FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]

@@ -16,7 +16,7 @@ from lostreg.cli.demo import _default_backbone
 from lostreg.cli.main import main
 from lostreg.demo.server import listen
 from lostreg.errors import BackboneError
-from lostreg.registers import RegisterNeurons
+from lostreg.models.registers import RegisterNeurons
 
 PROGRAM = """
 import sys
@@ -93,9 +93,9 @@ def test_the_offline_backbone_is_the_first_choice_where_it_is_installed(monkeypa
     def missing() -> Path:
         raise BackboneError("not installed")
 
-    monkeypatch.setattr("lostreg.offline.imgfocus_path", lambda: Path("weights"))
+    monkeypatch.setattr("lostreg.models.imgfocus.imgfocus_path", lambda: Path("weights"))
     assert _default_backbone() == "imgfocus_vits14"
-    monkeypatch.setattr("lostreg.offline.imgfocus_path", missing)
+    monkeypatch.setattr("lostreg.models.imgfocus.imgfocus_path", missing)
     assert _default_backbone() == "dinov2_vits14_reg"
 
 

@@ -16,9 +16,9 @@ from conftest import scene
 from fabricate import png_header, write_voc
 from PIL import Image
 
-from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.cli.main import main
 from lostreg.images.rle import decode_rle
+from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.predictions import read_predictions
 
 FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]

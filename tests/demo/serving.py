@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.demo.server import address_of, is_local, listen, make_server, upload_folder
 from lostreg.demo.session import DemoSettings, Models
-from lostreg.registers import RegisterNeurons
+from lostreg.models.backbone import Backbone, build_backbone, find_spec
+from lostreg.models.registers import RegisterNeurons
 
 FIRST, SECOND, NO_TOKEN = "imgfocus_vits14", "dinov2_vits14_reg", "siglip2_vitb16"
 NEURONS = RegisterNeurons(((0, 3), (1, 5)), count=2, backbone=FIRST)

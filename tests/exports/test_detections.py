@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from conftest import disc_picture
 
-from lostreg.backbones import Backbone
 from lostreg.discoverer import Discoverer
 from lostreg.errors import OptionError
 from lostreg.exports.detections import to_supervision
+from lostreg.models.backbone import Backbone
 from lostreg.regions import Discovery
 
 

@@ -15,10 +15,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lostreg.backbone_table import FEATURES, Feature
-from lostreg.backbones import Backbone
 from lostreg.errors import OptionError
-from lostreg.forward import Forward
+from lostreg.models.backbone import Backbone
+from lostreg.models.forward import Forward
+from lostreg.models.table import FEATURES, Feature
 
 Wanted = Sequence[tuple[Feature, int]]
 

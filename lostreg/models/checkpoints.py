@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lostreg.errors import BackboneError, WeightsError
-from lostreg.offline import IMGFOCUS_SOURCE, imgfocus_state_dict
+from lostreg.models.imgfocus import IMGFOCUS_SOURCE, imgfocus_state_dict
 
 _SUFFIXES: Final = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS: Final = ("state_dict", "model", "teacher")

@@ -14,11 +14,11 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 
-from lostreg import weights as weight_files
-from lostreg.backbone_table import BACKBONES, BackboneSpec
 from lostreg.errors import BackboneError, OptionError
-from lostreg.registers import RegisterNeurons
-from lostreg.transformer import check_mlp
+from lostreg.models import checkpoints
+from lostreg.models.blocks import check_mlp
+from lostreg.models.registers import RegisterNeurons
+from lostreg.models.table import BACKBONES, BackboneSpec
 
 
 @dataclass(frozen=True)
@@ -233,12 +233,12 @@ def load_backbone(
     spec = find_spec(name)
     if weights is not None:
         backbone = build_backbone(spec)
-        source = weight_files.load_file_into(backbone.model, Path(weights))
+        source = checkpoints.load_file_into(backbone.model, Path(weights))
     elif spec.offline:
         backbone = build_backbone(spec)
-        source = weight_files.load_offline_into(backbone.model)
+        source = checkpoints.load_offline_into(backbone.model)
     else:
-        with weight_files.hub_weights(spec.timm_name) as source:
+        with checkpoints.hub_weights(spec.timm_name) as source:
             backbone = build_backbone(spec, pretrained=True)
     backbone.model.to(device=device, dtype=dtype)
     return replace(backbone, weights=source)

@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lostreg.backbone_table import BACKBONES, FEATURES
-from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.errors import OptionError
-from lostreg.features import collect_features, patch_features, resolve_layer
-from lostreg.forward import stretch_position_embedding
+from lostreg.models.backbone import Backbone, build_backbone, find_spec
+from lostreg.models.features import collect_features, patch_features, resolve_layer
+from lostreg.models.forward import stretch_position_embedding
+from lostreg.models.table import BACKBONES, FEATURES
 
 DEPTH = 3
 LAYERS = (0, DEPTH // 2, DEPTH - 1)

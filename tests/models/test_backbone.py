@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 
-from lostreg.backbone_table import BACKBONES, FEATURES
-from lostreg.backbones import Backbone, build_backbone, find_spec, load_backbone, place_model
 from lostreg.errors import BackboneError, LostregError
+from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone, place_model
+from lostreg.models.table import BACKBONES, FEATURES
 
 SHORT = 2
 

@@ -15,10 +15,10 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lostreg.backbone_table import Feature, Interpolation
-from lostreg.backbones import Backbone
 from lostreg.images.patches import PatchedPicture, normalise_patches
-from lostreg.transformer import BlockRunner, Move, Packing, Watch, attention_rows, normed, pack_ropes, project
+from lostreg.models.backbone import Backbone
+from lostreg.models.blocks import BlockRunner, Move, Packing, Watch, attention_rows, normed, pack_ropes, project
+from lostreg.models.table import Feature, Interpolation
 
 _CACHED_TOKENS: Final = 1 << 15  # of position embeddings that are kept for the next images of the same grid
 

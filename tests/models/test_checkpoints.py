@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from lostreg import offline
-from lostreg.backbone_table import BACKBONES
-from lostreg.backbones import Backbone, build_backbone, find_spec, load_backbone
 from lostreg.errors import BackboneError, WeightsError
-from lostreg.weights import load_file_into, read_state_dict, to_timm_names
+from lostreg.models import imgfocus
+from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
+from lostreg.models.checkpoints import load_file_into, read_state_dict, to_timm_names
+from lostreg.models.table import BACKBONES
 
 State = dict[str, Tensor]
 NARROW = {"embed_dim": 192, "num_heads": 3}
@@ -543,9 +543,9 @@ def test_a_model_without_released_weights_asks_for_a_file(cache: Path) -> None:
 
 def test_the_offline_row_never_asks_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = build_backbone(find_spec("imgfocus_vits14"))
-    monkeypatch.setattr("lostreg.weights.imgfocus_state_dict", lambda: state_of(backbone.model))
+    monkeypatch.setattr("lostreg.models.checkpoints.imgfocus_state_dict", lambda: state_of(backbone.model))
     loaded = load_backbone("imgfocus_vits14")
-    assert loaded.weights == offline.IMGFOCUS_SOURCE
+    assert loaded.weights == imgfocus.IMGFOCUS_SOURCE
     assert_same(state_of(loaded.model), state_of(backbone.model))
 
 

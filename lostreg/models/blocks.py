@@ -19,8 +19,8 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lostreg.backbone_table import Feature
 from lostreg.errors import BackboneError, OptionError
+from lostreg.models.table import Feature
 
 varlen_attn: Callable[..., Any] | None
 try:

@@ -13,12 +13,12 @@ from test_features import DEPTH, NARROW, OTHERS, PLAIN, SOME, assert_close, buil
 from test_transformer import GRIDS, patches, picture
 from torch import Tensor
 
-from lostreg import transformer
-from lostreg.backbone_table import BACKBONES, FEATURES
-from lostreg.backbones import Backbone, build_backbone, find_spec, place_model
-from lostreg.features import FeatureExtractor, collect_features
-from lostreg.forward import Forward, Grid, Walk
-from lostreg.registers import RegisterNeurons
+from lostreg.models import blocks
+from lostreg.models.backbone import Backbone, build_backbone, find_spec, place_model
+from lostreg.models.features import FeatureExtractor, collect_features
+from lostreg.models.forward import Forward, Grid, Walk
+from lostreg.models.registers import RegisterNeurons
+from lostreg.models.table import BACKBONES, FEATURES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -341,7 +341,7 @@ def test_watching_changes_nothing(plain: Backbone) -> None:
 def test_chunks_change_nothing_that_is_moved(cured: Backbone, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """An image's largest activation may lie in another chunk than its added tokens."""
     _, whole = run_all(cured, PACK)
-    monkeypatch.setattr(transformer, "_CPU_CHUNK", chunk)
+    monkeypatch.setattr(blocks, "_CPU_CHUNK", chunk)
     _, walk = run_all(cured, PACK)
     assert_close(walk.tokens, whole.tokens)
 

@@ -14,12 +14,12 @@ from timm.layers.mlp import GatedMlp
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from lostreg import transformer
-from lostreg.backbone_table import BACKBONES, FEATURES
-from lostreg.backbones import Backbone
 from lostreg.errors import BackboneError
-from lostreg.features import FeatureExtractor, collect_features
-from lostreg.transformer import Packing, attend, hidden_units
+from lostreg.models import blocks
+from lostreg.models.backbone import Backbone
+from lostreg.models.blocks import Packing, attend, hidden_units
+from lostreg.models.features import FeatureExtractor, collect_features
+from lostreg.models.table import BACKBONES, FEATURES
 
 Grid = tuple[int, int]
 GRIDS: list[Grid] = [(3, 5), (2, 2), (2, 2), (5, 3), (1, 1), (2, 2), (1, 7)]
@@ -92,7 +92,7 @@ def test_a_run_leaves_nothing_behind_that_changes_the_next(backbone: Backbone) -
 def test_what_is_kept_of_grids_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     extractor = FeatureExtractor(built("dinov3_vits16", **NARROW), [("out", 0)])
     expected = run(extractor, GRIDS)
-    monkeypatch.setattr("lostreg.forward._CACHED_TOKENS", 30)
+    monkeypatch.setattr("lostreg.models.forward._CACHED_TOKENS", 30)
     bounded = FeatureExtractor(extractor.backbone, [("out", 0)])
     assert all(torch.equal(one, other) for one, other in zip(run(bounded, GRIDS)[0], expected[0], strict=True))
     assert list(bounded._forward._frames) == [(1, 1), (2, 2), (1, 7)]  # 6 + 9 + 12 tokens, the last ones that were used
@@ -178,10 +178,10 @@ class SlowVarlen:
 
 @pytest.fixture
 def varlen(monkeypatch: pytest.MonkeyPatch) -> SlowVarlen:
-    if transformer.varlen_attn is None:
+    if blocks.varlen_attn is None:
         pytest.skip("this PyTorch has no kernel for sequences of several lengths")
-    slow = SlowVarlen(transformer.varlen_attn)
-    monkeypatch.setattr(transformer, "varlen_attn", slow)
+    slow = SlowVarlen(blocks.varlen_attn)
+    monkeypatch.setattr(blocks, "varlen_attn", slow)
     return slow
 
 
@@ -193,7 +193,7 @@ def test_one_call_for_all_lengths_gives_what_one_for_each_does(
     q, k, v = random_heads(lengths, 6, groups)
     one_by_one = attend(q, k, v, Packing(lengths, CPU))
     assert varlen.calls == 0  # a CPU has no such kernel
-    monkeypatch.setattr(transformer, "_takes_any_lengths", lambda q: True)
+    monkeypatch.setattr(blocks, "_takes_any_lengths", lambda q: True)
     assert_close(attend(q, k, v, Packing(lengths, CPU)), one_by_one)
     assert varlen.calls == 1
     attend(q[:10], k[:10], v[:10], Packing((5, 5), CPU))
@@ -205,7 +205,7 @@ def test_features_are_the_same_with_one_call_for_all_lengths(
 ) -> None:
     extractor = FeatureExtractor(backbone, WANTED)
     one_by_one = run(extractor, GRIDS)
-    monkeypatch.setattr(transformer, "_takes_any_lengths", lambda q: True)
+    monkeypatch.setattr(blocks, "_takes_any_lengths", lambda q: True)
     at_once = run(extractor, GRIDS)
     assert varlen.calls == DEPTH
     for pair, before, after in zip(WANTED, one_by_one, at_once, strict=True):
@@ -218,7 +218,7 @@ def test_how_many_tokens_go_through_an_mlp_at_once_changes_nothing(
 ) -> None:
     extractor = FeatureExtractor(backbone, [("out", -1)])
     whole = run(extractor, GRIDS)
-    monkeypatch.setattr(transformer, "_CPU_CHUNK", chunk)
+    monkeypatch.setattr(blocks, "_CPU_CHUNK", chunk)
     assert_close(torch.cat(run(extractor, GRIDS)[0]), torch.cat(whole[0]))
 
 
@@ -263,7 +263,7 @@ def test_the_largest_activation_is_each_images_and_each_units_own(
     for span, at in zip(packing.spans, first, strict=True):
         rows = [row for place, row in enumerate(activations[span].tolist()) if not at <= place < at + count]
         expected += [[max(column, key=abs) for column in zip(*rows, strict=True)]] * count
-    assert transformer._largest(activations, packing, added).tolist() == expected
+    assert blocks._largest(activations, packing, added).tolist() == expected
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def test_compiled_blocks_give_the_same_and_no_other_shape_is_compiled_again(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slow: a real compiler, for two blocks of a tiny model."""
-    monkeypatch.setattr(transformer, "_CPU_CHUNK", 60)
+    monkeypatch.setattr(blocks, "_CPU_CHUNK", 60)
     table_name, _ = OTHERS.get(name, (name, {}))
     backbone = built(table_name, depth=2, embed_dim=32, num_heads=2)
     wanted = [("k", 1), ("out", -1)]

@@ -8,10 +8,10 @@ import pytest
 from test_features import PLAIN, SMALL, built
 from torch import nn
 
-from lostreg.backbones import Backbone, build_backbone, find_spec
 from lostreg.discoverer import Discoverer
 from lostreg.errors import BackboneError, LostregError, OptionError, RegistersError
-from lostreg.registers import FORMAT, RegisterNeurons
+from lostreg.models.backbone import Backbone, build_backbone, find_spec
+from lostreg.models.registers import FORMAT, RegisterNeurons
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
