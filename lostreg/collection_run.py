@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
-from lostreg.collection import Collection
+from lostreg.datasets.folder import Collection
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, PredictionsError

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from lostreg.cli.files import find_images
+from lostreg.datasets.folder import find_images
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches
 from lostreg.models.backbone import Backbone, load_backbone

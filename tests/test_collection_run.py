@@ -12,8 +12,8 @@ from conftest import scene
 from PIL import Image
 
 from lostreg import Discoverer
-from lostreg.collection import Collection, find_collection
 from lostreg.collection_run import Summary, discover_collection, mask_path
+from lostreg.datasets.folder import Collection, find_collection
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.images.rle import decode_rle
 from lostreg.maps import read_maps

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lostreg import defaults
-from lostreg.cli.files import find_images, make_folder, refuse_among_images
+from lostreg.cli.files import make_folder, refuse_among_images
 from lostreg.cli.parser import (
     Subparsers,
     add_images,
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and report; the exit code is 2 if any image could not be read, though the others count."""
     from lostreg.artifacts.labels import annotated_classes, folder_classes
     from lostreg.artifacts.report import NUMBERS, PAGE, write_report
+    from lostreg.datasets.folder import find_images
 
     backbones = chosen_backbones(args)
     paths = find_images(args.images)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.files import find_images, make_folder, refuse_among_images, unique_names
+from lostreg.cli.files import make_folder, refuse_among_images, unique_names
 from lostreg.cli.parser import Subparsers, add_backbone_options, add_images, add_max_side, make_discoverer, tell
 from lostreg.cli.progress import ProgressBar
 from lostreg.cli.registers import chosen_backbones, with_registers
@@ -50,6 +50,7 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw; the exit code is 2 if any image could not be read."""
     from lostreg.attention import attention_maps
+    from lostreg.datasets.folder import find_images
     from lostreg.models.features import resolve_layer
 
     backbones = chosen_backbones(args)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.files import check_writable, find_images
+from lostreg.cli.files import check_writable
 from lostreg.cli.parser import (
     Subparsers,
     add_backbone_options,
@@ -53,6 +53,7 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Calibrate; the exit code is 2 if any image could not be read, though the others count."""
     from lostreg.calibration import calibrate
+    from lostreg.datasets.folder import find_images
 
     check_writable(args.out, "a bias")
     paths = find_images(args.images)

@@ -57,8 +57,8 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Discover; the exit code is 2 if no photo at all could be read."""
-    from lostreg.collection import find_collection
     from lostreg.collection_run import MASKS_FOLDER, discover_collection
+    from lostreg.datasets.folder import find_collection
 
     if args.mask_png:
         check_mask_pictures("--mask-png", args.max_objects)

@@ -264,7 +264,7 @@ def add_max_pixels(group: Group) -> None:
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """The images that a command is about, for `lostreg.cli.files.find_images`."""
+    """The images that a command is about, for `lostreg.datasets.folder.find_images`."""
     parser.add_argument(
         "images",
         nargs="+",

@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lostreg import defaults
-from lostreg.cli.files import (
-    check_mask_pictures,
-    find_images,
-    make_folder,
-    mask_paths,
-    refuse_among_images,
-    unique_names,
-)
+from lostreg.cli.files import check_mask_pictures, make_folder, mask_paths, refuse_among_images, unique_names
 from lostreg.cli.parser import (
     Subparsers,
     add_images,
@@ -60,6 +53,7 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict; the exit code is 2 if any image could not be read."""
+    from lostreg.datasets.folder import find_images
     from lostreg.images.masks import save_mask_png
 
     paths = find_images(args.images)

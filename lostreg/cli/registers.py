@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.files import check_writable, find_images
+from lostreg.cli.files import check_writable
 from lostreg.cli.parser import (
     Subparsers,
     add_backbone_options,
@@ -87,6 +87,7 @@ def add_threshold(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Find the neurons; the exit code is 2 if any image could not be read, though the others count."""
+    from lostreg.datasets.folder import find_images
     from lostreg.register_search import find_registers
 
     check_writable(args.out, "register neurons")

@@ -1,4 +1,4 @@
-"""A collection of photos without ground truth: which files belong to it, and in what order."""
+"""Photos without ground truth: the files that a folder, glob or list stands for, and their order."""
 
 import glob
 import hashlib
@@ -54,8 +54,8 @@ def find_collection(source: str, apart: Path | None = None) -> Collection:
     """
     path = Path(source)
     if source and path.is_dir():
-        inside = sorted(os.path.relpath(file, path) for file in walk_files(path) if file.lower().endswith(SUFFIXES))
-        return _collect(path, inside, f"no images in {path}: expected files ending in {', '.join(SUFFIXES)}", apart)
+        inside = sorted(os.path.relpath(file, path) for file in _images_below(path))
+        return _collect(path, inside, _no_images(path), apart)
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
             raise OptionError(f"{path} is one image: expected a folder, a glob or a list; use `lostreg predict`")
@@ -69,6 +69,37 @@ def find_collection(source: str, apart: Path | None = None) -> Collection:
     raise OptionError(f"{source!r}: no such folder or list; expected a folder, a glob or a file with a path a line")
 
 
+def find_images(arguments: Iterable[str]) -> list[Path]:
+    """The image files that files, folders and globs stand for, folders and globs sorted.
+
+    Args:
+        arguments: as a command line names them; a file need not be there, and may have any ending.
+
+    Raises:
+        OptionError: if a folder holds no images or a glob matches none.
+    """
+    paths: list[Path] = []
+    for argument in arguments:
+        if not argument:
+            raise OptionError("expected a file, folder or glob, found an empty argument")
+        path = Path(argument)
+        if path.is_dir():
+            inside = sorted(map(Path, _images_below(path)))
+            if not inside:
+                raise OptionError(_no_images(path))
+            paths += inside
+        elif glob.has_magic(argument) and not path.exists():
+            # pathlib's glob takes no absolute patterns
+            matches = sorted(Path(match) for match in glob.glob(argument, recursive=True))  # noqa: PTH207
+            files = [match for match in matches if match.is_file()]
+            if not files:
+                raise OptionError(f"no file matches '{argument}'")
+            paths += files
+        else:
+            paths.append(path)
+    return paths
+
+
 def _collect(root: Path, names: Iterable[str], nothing: str, apart: Path | None) -> Collection:
     kept = tuple(dict.fromkeys(Path(name).as_posix() for name in names))
     if apart is not None and apart.exists():
@@ -78,7 +109,15 @@ def _collect(root: Path, names: Iterable[str], nothing: str, apart: Path | None)
     return Collection(root, kept)
 
 
-def walk_files(folder: str | Path) -> Iterator[str]:
+def _images_below(folder: Path) -> Iterator[str]:
+    return (file for file in _files_below(folder) if file.lower().endswith(SUFFIXES))
+
+
+def _no_images(folder: Path) -> str:
+    return f"no images in {folder}: expected files ending in {', '.join(SUFFIXES)}"
+
+
+def _files_below(folder: str | Path) -> Iterator[str]:
     """The files of a folder and of its subfolders, also those that are links, each folder once."""
     seen: set[str] = set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=_tell):
