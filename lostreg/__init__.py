@@ -13,16 +13,17 @@ from lostreg.models.table import BACKBONES, BackboneSpec
 if TYPE_CHECKING:
     from lostreg import artifacts
     from lostreg.attention import AttentionMaps, attention_maps
-    from lostreg.calibration import Calibration, calibrate
     from lostreg.datasets import load_benchmark
-    from lostreg.discoverer import Discoverer
+    from lostreg.inference.calibrate import calibrate
+    from lostreg.inference.calibration import Calibration
+    from lostreg.inference.discoverer import Discoverer
+    from lostreg.inference.discovery import Discovery
+    from lostreg.inference.study import Study
     from lostreg.methods.lost import LostResult, lost_boxes
     from lostreg.models.backbone import Backbone, load_backbone
     from lostreg.models.features import patch_features
     from lostreg.models.registers import RegisterNeurons
-    from lostreg.regions import Discovery
     from lostreg.register_search import find_registers
-    from lostreg.study import Study
 
 __version__ = "0.1.0"
 
@@ -54,17 +55,17 @@ _HOMES = {
     "attention_maps": "attention",
     "Backbone": "models.backbone",
     "load_backbone": "models.backbone",
-    "Calibration": "calibration",
-    "calibrate": "calibration",
+    "Calibration": "inference.calibration",
+    "calibrate": "inference.calibrate",
     "load_benchmark": "datasets",
-    "Discoverer": "discoverer",
+    "Discoverer": "inference.discoverer",
     "patch_features": "models.features",
     "LostResult": "methods.lost",
     "lost_boxes": "methods.lost",
-    "Discovery": "regions",
+    "Discovery": "inference.discovery",
     "find_registers": "register_search",
     "RegisterNeurons": "models.registers",
-    "Study": "study",
+    "Study": "inference.study",
 }
 
 

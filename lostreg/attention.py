@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, OptionError
 from lostreg.images.decode import ImageSource
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.jobs import LookJob
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import resolve_layer
 from lostreg.models.forward import Forward, Grid
-from lostreg.norms import LookJob
 
 
 @dataclass(frozen=True)

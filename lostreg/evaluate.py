@@ -14,13 +14,13 @@ import torch
 
 from lostreg.datasets import Benchmark, Example
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
-from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, PredictionsError
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import write_json
 from lostreg.maps import ImageMaps, keep_maps, maps_of
 from lostreg.metrics import Corloc, Detections, DetectionScores, corloc, detection_scores, is_hit, score_auc
 from lostreg.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
-from lostreg.regions import Discovery
 from lostreg.runs import (
     benchmark_settings,
     check_same_run,

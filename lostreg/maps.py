@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
+from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import as_line, is_box, is_finite_number, is_id, keep_lines
-from lostreg.regions import Discovery
 
 _MOST_PATCHES: Final = 1 << 20  # along one side
 

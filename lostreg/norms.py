@@ -1,17 +1,15 @@
 """Norms of tokens at every layer: where artifacts show."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lostreg.images.patches import PatchedPicture
-from lostreg.models.backbone import Backbone
-from lostreg.models.forward import Forward, Grid, normalised, transfer
+from lostreg.models.forward import Forward, Grid
 from lostreg.outliers import NormTally
 
 Outcome = TypeVar("Outcome")
@@ -40,37 +38,6 @@ class TokenNorms:
         """Norms of the patches at the output, before the final norm, shape (N,)."""
         norms: NDArray[np.float32] = self.layers[-1, self.prefix :]
         return norms
-
-
-class LookJob(Generic[Outcome]):
-    """The work of an `ImageStream` that looks at a backbone's inside.
-
-    Args:
-        forward: of the backbone.
-        look: makes one outcome an image of a pack's pixels, as `Forward.start` takes them, and grids.
-    """
-
-    def __init__(
-        self, forward: Forward, look: Callable[[Forward, list[Tensor], Sequence[Grid]], list[Outcome]]
-    ) -> None:
-        self.forward = forward
-        self._look = look
-
-    @property
-    def backbone(self) -> Backbone:
-        """The model that is looked into."""
-        return self.forward.backbone
-
-    def start(self, pictures: Sequence[PatchedPicture]) -> list[Outcome]:
-        """Look at a pack."""
-        patches = transfer(pictures, self.backbone.device)
-        pixels = normalised(self.backbone, patches, [picture.size for picture in pictures])
-        return self._look(self.forward, list(pixels), [picture.grid for picture in pictures])
-
-    def finish(self, started: list[Outcome], pictures: Sequence[PatchedPicture]) -> list[Outcome]:
-        """What was seen, one outcome a picture."""
-        del pictures
-        return started
 
 
 def token_norms(forward: Forward, pixels: Sequence[Tensor], grids: Sequence[Grid]) -> list[TokenNorms]:

@@ -10,9 +10,9 @@ from lostreg.datasets.base import ImageId
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
 from lostreg.errors import PredictionsError
 from lostreg.images.rle import Rle, encode_rle
+from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import as_line, is_box, is_finite_number, is_id, keep_lines
 from lostreg.maps import ImageMaps
-from lostreg.regions import Discovery
 
 
 @dataclass(frozen=True)

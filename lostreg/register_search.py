@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg import defaults
-from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, OptionError, RegistersError
-from lostreg.images.decode import ImageSource, draw_sample
+from lostreg.images.decode import ImageSource
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.jobs import LookJob
+from lostreg.inference.stream import draw_sample
 from lostreg.models.backbone import Backbone
 from lostreg.models.forward import Forward, Grid
 from lostreg.models.registers import RegisterNeurons
-from lostreg.norms import LookJob, TokenNorms, emergence, token_norms
+from lostreg.norms import TokenNorms, emergence, token_norms
 from lostreg.outliers import CutoffRule, NormTally, find_cutoff
 
 _TRIED_IMAGES: Final = 8  # on which numbers of neurons are compared

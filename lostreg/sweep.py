@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.datasets import Benchmark, Example
-from lostreg.discoverer import Discoverer
-from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.images.boxes import in_pixels
 from lostreg.images.patches import PatchedPicture
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.jobs import Engine, ObjectsJob
 from lostreg.jsonio import as_line, whole_lines, write_json
 from lostreg.methods.bias import TRIALS, trial_biases
 from lostreg.methods.lost import Objects

@@ -39,13 +39,13 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from lostreg.discoverer import Discoverer, resolve_device
-from lostreg.engine import Engine
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches
+from lostreg.inference.discoverer import Discoverer, resolve_device
+from lostreg.inference.jobs import Engine
+from lostreg.inference.memory import keep_freed_memory
 from lostreg.jsonio import write_json
-from lostreg.memory import keep_freed_memory
 from lostreg.methods.lost import lost_boxes
 from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
 from lostreg.runs import describe_device, package_versions

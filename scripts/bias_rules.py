@@ -21,10 +21,10 @@ from tqdm import tqdm
 from lostreg.charts import plot_sweep
 from lostreg.datasets import Example, load_benchmark
 from lostreg.defaults import CLEAR_SCORE
-from lostreg.engine import in_pixels
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches, normalise_patches
+from lostreg.inference.jobs import in_pixels
 from lostreg.jsonio import write_json
 from lostreg.methods.bias import TRIALS
 from lostreg.methods.lost import object_maps, prepare

@@ -26,13 +26,13 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from lostreg.datasets import load_benchmark
-from lostreg.discoverer import Discoverer
 from lostreg.images.decode import read_image
 from lostreg.images.masks import Mask, at_working_size, largest_part, markers, mask_boxes, plausible, refine
 from lostreg.images.rle import encode_rle
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import write_json
 from lostreg.metrics import is_hit
-from lostreg.regions import Discovery
 from lostreg.runs import package_versions
 
 PARTS: Final = {"all": slice(None), "tuning": slice(0, None, 2), "reporting": slice(1, None, 2)}

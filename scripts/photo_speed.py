@@ -20,8 +20,8 @@ from benchmark import processor_name
 from lostreg import Discoverer, __version__
 from lostreg.demo.panels import draw_degrees, draw_objects
 from lostreg.demo.session import Choice, DemoSettings, Models, View, Visitor
-from lostreg.discoverer import resolve_device
-from lostreg.images.decode import draw_sample
+from lostreg.inference.discoverer import resolve_device
+from lostreg.inference.stream import draw_sample
 
 _BIASES = (-0.9, -0.8, -0.7, -0.5, 0.0)  # slider moves
 

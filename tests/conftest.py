@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from lostreg.inference.discovery import Discovery
 from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
-from lostreg.regions import Discovery
 
 SHAPES = [(150, 110), (90, 120), (98, 70), (150, 112), (60, 60)]  # width, height: two share a grid of 8 x 11
 

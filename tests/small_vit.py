@@ -12,7 +12,7 @@ from PIL import Image
 from planted import Plant, cut, noise, pixels_of, plant
 from safetensors.torch import save_model
 
-from lostreg.discoverer import Discoverer
+from lostreg.inference.discoverer import Discoverer
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.forward import Forward
 from lostreg.norms import TokenNorms, token_norms

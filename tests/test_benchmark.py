@@ -14,7 +14,7 @@ from conftest import disc_picture
 from PIL import Image
 from reference_lost import reference_lost
 
-from lostreg.discoverer import Discoverer
+from lostreg.inference.discoverer import Discoverer
 from lostreg.models.backbone import Backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,16 +17,16 @@ from fabricate import set_box, write_voc
 from lostreg.cli.main import main
 from lostreg.datasets import Benchmark, Example, load_benchmark
 from lostreg.defaults import MAPS_FILE
-from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, Progress, evaluate, score_predictions
 from lostreg.images.decode import ImageSource
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discovery import Discovery
+from lostreg.inference.stream import ImageStream
 from lostreg.maps import read_maps
 from lostreg.metrics import Corloc, score_auc
 from lostreg.models.backbone import Backbone
 from lostreg.predictions import Prediction
-from lostreg.regions import Discovery
-from lostreg.stream import ImageStream
 
 COUNT = 9  # more than a window of 4 batches of 2
 KILLED_COUNT = 16  # of the run that is killed
@@ -170,7 +170,7 @@ def test_images_that_cannot_be_read_have_no_score_to_judge(
 def test_a_run_with_the_trials_of_another_day_is_not_gone_on_with(
     benchmark: Benchmark, discoverer: Discoverer, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lostreg.discoverer.TRIALS", (0.0, -1.0))
+    monkeypatch.setattr("lostreg.inference.discoverer.TRIALS", (0.0, -1.0))
     with pytest.raises(PredictionsError, match=r"auto_trials was \[0\.0, -0\.25, .*\] and is now \[0\.0, -1\.0\]"):
         evaluate(benchmark, discoverer, finished)
     before = json.loads((finished / RESULTS_FILE).read_text())

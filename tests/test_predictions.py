@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lostreg.errors import ImageError, PredictionsError
+from lostreg.inference.discovery import Discovery
 from lostreg.predictions import Prediction, from_discovery, from_error, read_predictions, recover_predictions
-from lostreg.regions import Discovery
 
 IDS = st.one_of(st.text(min_size=1), st.integers(-(2**53), 2**53))
 COORDINATES = st.integers(0, 10**7).map(lambda thousandths: thousandths / 1000)

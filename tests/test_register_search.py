@@ -13,8 +13,8 @@ from conftest import same
 from planted import Plant, cut, deafened, noise, pixels_of, plant, silenced
 from test_features import OTHERS, built
 
-from lostreg.discoverer import Discoverer
 from lostreg.errors import LostregWarning, OptionError, RegistersError
+from lostreg.inference.discoverer import Discoverer
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import FeatureExtractor
 from lostreg.models.forward import Forward

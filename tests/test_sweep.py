@@ -15,15 +15,15 @@ from fabricate import set_box, write_voc
 from torch import Tensor
 
 from lostreg.datasets import Benchmark, load_benchmark
-from lostreg.discoverer import Discoverer
-from lostreg.engine import Engine
 from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.evaluate import evaluate
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.jobs import Engine
+from lostreg.inference.stream import ImageStream
 from lostreg.methods.bias import TRIALS
 from lostreg.metrics import Corloc, is_hit
 from lostreg.models.backbone import Backbone
 from lostreg.models.blocks import BlockRunner
-from lostreg.stream import ImageStream
 from lostreg.sweep import LINES_FILE, RESULTS_FILE, SweepRow, summary, sweep
 
 COUNT = 9
@@ -286,7 +286,7 @@ def test_a_finished_sweep_computes_nothing(
 
     before = {path.name: path.read_bytes() for path in finished.iterdir()}
     monkeypatch.setattr(ImageStream, "_start", never)
-    monkeypatch.setattr("lostreg.stream.read_image", never)
+    monkeypatch.setattr("lostreg.inference.stream.read_image", never)
     rows = sweep(benchmark, discoverer, PAIRS, BIASES, finished)
     assert [row.auto.hits for row in rows] == [row["auto_hits"] for row in results(finished)["rows"]]
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before

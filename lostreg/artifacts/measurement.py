@@ -18,11 +18,13 @@ from torch.nn import functional
 
 from lostreg import defaults
 from lostreg.artifacts.sample import Sample, look_inside
-from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, LostregError, OptionError
-from lostreg.images.decode import ImageSource, draw_sample
+from lostreg.images.decode import ImageSource
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.jobs import LookJob
+from lostreg.inference.stream import draw_sample
 from lostreg.models.forward import Forward, Grid
-from lostreg.norms import LookJob, TokenNorms, emergence, token_norms
+from lostreg.norms import TokenNorms, emergence, token_norms
 from lostreg.outliers import Cutoff, CutoffRule, NormTally, find_cutoff
 
 CELLS: Final = 32  # of the heat map, across and down

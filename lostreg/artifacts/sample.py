@@ -22,11 +22,12 @@ from lostreg.artifacts.probes import (
     probe_pixels,
     probe_position,
 )
-from lostreg.discoverer import Discoverer
 from lostreg.errors import LostregError
 from lostreg.images.decode import ImageSource
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.jobs import LookJob
 from lostreg.models.forward import Forward, Grid
-from lostreg.norms import LookJob, TokenNorms
+from lostreg.norms import TokenNorms
 
 RASTER: Final = 16  # cells across and down that the position probe tells apart
 TOKENS: Final = 32  # of each kind that are drawn from an image for probes of position and pixels

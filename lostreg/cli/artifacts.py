@@ -22,8 +22,8 @@ from lostreg.errors import RegistersError
 
 if TYPE_CHECKING:
     from lostreg.artifacts.measurement import Measurement
-    from lostreg.discoverer import Discoverer
     from lostreg.errors import ImageError
+    from lostreg.inference.discoverer import Discoverer
 
 _OUT = Path("artifacts")
 _OF_A_BACKBONE = ("backbone", "weights", "feature", "layer", "device", "test_time_registers")  # told with its numbers

@@ -15,7 +15,7 @@ from lostreg.errors import ImageError, RegistersError
 
 if TYPE_CHECKING:
     from lostreg.attention import AttentionMaps
-    from lostreg.discoverer import Discoverer
+    from lostreg.inference.discoverer import Discoverer
 
 _OUT = Path("attention")
 

@@ -19,9 +19,9 @@ from lostreg.cli.parser import (
 from lostreg.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from lostreg.calibration import Calibration
     from lostreg.errors import ImageError
     from lostreg.images.decode import ImageSource
+    from lostreg.inference.calibration import Calibration
 
 _FILE = Path("bias.json")
 
@@ -52,8 +52,8 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate; the exit code is 2 if any image could not be read, though the others count."""
-    from lostreg.calibration import calibrate
     from lostreg.datasets.folder import find_images
+    from lostreg.inference.calibrate import calibrate
 
     check_writable(args.out, "a bias")
     paths = find_images(args.images)

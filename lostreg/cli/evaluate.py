@@ -23,7 +23,7 @@ from lostreg.errors import OptionError
 if TYPE_CHECKING:
     from lostreg.datasets import Benchmark, Example
     from lostreg.evaluate import Callback, Evaluation, Hook
-    from lostreg.regions import Discovery
+    from lostreg.inference.discovery import Discovery
 
 
 def add_parser(commands: Subparsers) -> None:

@@ -12,7 +12,7 @@ from lostreg.models.table import FEATURES
 
 if TYPE_CHECKING:
     from lostreg.datasets import Benchmark
-    from lostreg.discoverer import Discoverer
+    from lostreg.inference.discoverer import Discoverer
     from lostreg.outliers import CutoffRule
 
 Subparsers = Any  # argparse keeps these classes to itself
@@ -295,7 +295,7 @@ def _max_side(text: str) -> int | None:
 
 def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> "Discoverer":
     """The `Discoverer` that the method options describe."""
-    from lostreg.discoverer import Discoverer
+    from lostreg.inference.discoverer import Discoverer
 
     return Discoverer(
         backbone,
@@ -315,7 +315,7 @@ def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> 
 
 def _chosen(args: argparse.Namespace) -> dict[str, Any]:
     """Feature, layer, bias and normalisation, as far as the command lets the user choose them."""
-    from lostreg.calibration import Calibration
+    from lostreg.inference.calibration import Calibration
 
     chosen = {name: getattr(args, name) for name in ("feature", "layer", "bias", "normalize") if hasattr(args, name)}
     if isinstance(chosen.get("bias"), Path):

@@ -24,7 +24,7 @@ from lostreg.errors import ImageError, OptionError
 _OTHER_PICTURES = (".bmp", ".eps", ".gif", ".pdf", ".svg", ".tif", ".tiff")  # no folder is meant
 
 if TYPE_CHECKING:
-    from lostreg.regions import Discovery
+    from lostreg.inference.discovery import Discovery
 
 
 def add_parser(commands: Subparsers) -> None:

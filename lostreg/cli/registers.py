@@ -22,9 +22,9 @@ from lostreg.cli.progress import StepBars
 from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
-    from lostreg.discoverer import Discoverer
     from lostreg.errors import ImageError
     from lostreg.images.decode import ImageSource
+    from lostreg.inference.discoverer import Discoverer
     from lostreg.models.registers import RegisterNeurons
     from lostreg.outliers import CutoffRule
 

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lostreg.regions import Discovery
+from lostreg.inference.discovery import Discovery
 
 # RGB, one an object, told apart by people who see few colours too
 COLOURS: Final = (

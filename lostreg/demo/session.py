@@ -8,13 +8,13 @@ from typing import Any, Final, Literal, TypeVar
 
 from lostreg.attention import AttentionMaps, attention_maps
 from lostreg.defaults import MAX_PIXELS, MAX_SIDE, Precision
-from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError, OptionError
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discovery import Discovery
+from lostreg.inference.study import Study
 from lostreg.models.backbone import Backbone
 from lostreg.models.registers import RegisterNeurons
 from lostreg.models.table import Feature
-from lostreg.regions import Discovery
-from lostreg.study import Study
 
 KEPT_MODELS: Final = 2
 KEPT_STUDIES: Final = 2  # of each visitor

@@ -5,8 +5,8 @@ import json
 
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.demo.panels import colour_of
+from lostreg.inference.discovery import Discovery
 from lostreg.predictions import from_discovery
-from lostreg.regions import Discovery
 
 
 def verdict(found: Discovery, asked: int) -> str:

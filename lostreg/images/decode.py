@@ -1,10 +1,9 @@
 """Pictures in, tensors out: decode, orient, bound the size, cut into patches, normalise."""
 
-import random
 import struct
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from lostreg.defaults import MAX_PIXELS
-from lostreg.errors import ImageError, OptionError
+from lostreg.errors import ImageError
 
 Item = TypeVar("Item")
 ImageSource = str | Path | NDArray[np.uint8] | Image.Image
@@ -36,20 +35,6 @@ _UNDO_ORIENTATION: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-
-
-def draw_sample(images: Sequence[Item], count: int, seed: int) -> list[Item]:
-    """Some images, or whatever stands for them, drawn at random and left in order; all of them where there are no more.
-
-    Raises:
-        OptionError: if there are no images, ``count`` is below 1, or ``seed`` below 0.
-    """
-    if not images or count < 1:
-        raise OptionError(f"expected at least one image and a sample of at least 1, not {len(images)} and {count}")
-    if seed < 0:
-        raise OptionError(f"seed must be an integer of at least 0, not {seed}")
-    drawn = random.Random(seed).sample(range(len(images)), min(count, len(images)))  # noqa: S311 - no secret
-    return [images[index] for index in sorted(drawn)]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lostreg.errors import ImageError, LostregError
 from lostreg.images.decode import read_image
-from lostreg.regions import Discovery
+from lostreg.inference.discovery import Discovery
 
 PLOT_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp")
 _BOX: Final = (40, 220, 40)  # RGB

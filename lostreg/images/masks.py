@@ -13,7 +13,7 @@ from PIL import Image
 
 from lostreg.errors import LostregError
 from lostreg.images.boxes import cells
-from lostreg.regions import Discovery
+from lostreg.inference.discovery import Discovery
 
 Mask = NDArray[np.bool_]
 

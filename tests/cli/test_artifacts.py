@@ -226,7 +226,7 @@ def test_several_backbones_stand_in_one_report(
         backbone = world().backbone if name == NAME else small()
         return dataclasses.replace(backbone, spec=dataclasses.replace(backbone.spec, name=name))
 
-    monkeypatch.setattr("lostreg.discoverer.load_backbone", load)
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", load)
     options = ["--backbone", "dino_vits16", "--test-time-registers", "1"]
     assert run(None, "artifacts", images, "--out", tmp_path, *options) == 0
     captured = capsys.readouterr()

@@ -19,8 +19,8 @@ from conftest import disc_picture
 from fabricate import png_header, write_voc
 from PIL import Image
 
-from lostreg.calibration import FORMAT, Calibration
 from lostreg.cli.main import main
+from lostreg.inference.calibration import FORMAT, Calibration
 from lostreg.models import backbone
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 
@@ -51,7 +51,7 @@ def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
             _small.append(build_backbone(find_spec(name), depth=2))
         return _small[0]
 
-    monkeypatch.setattr("lostreg.discoverer.load_backbone", load)
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", load)
 
 
 @pytest.fixture

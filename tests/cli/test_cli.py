@@ -16,7 +16,7 @@ import lostreg
 from lostreg.cli.main import main
 from lostreg.cli.sweep import bias_list
 from lostreg.datasets import BENCHMARKS
-from lostreg.engine import Engine
+from lostreg.inference.jobs import Engine
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.table import BACKBONES
 
@@ -35,7 +35,7 @@ def _small_models(monkeypatch: pytest.MonkeyPatch) -> None:
             _small[name] = build_backbone(find_spec(name), depth=2)
         return _small[name]
 
-    monkeypatch.setattr("lostreg.discoverer.load_backbone", load)
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", load)
 
 
 @pytest.fixture
@@ -564,7 +564,7 @@ def test_an_interrupt_is_told_in_one_line(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lostreg.discoverer.load_backbone", interrupt)
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", interrupt)
     assert predict(images) == 130
     assert capsys.readouterr().err == "\nlostreg: interrupted; what was written so far is kept\n"
 

@@ -50,7 +50,7 @@ def test_a_port_is_a_number_up_to_65535(capsys: pytest.CaptureFixture[str], port
 def test_a_port_in_use_is_refused_before_a_model_is_loaded(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lostreg.discoverer.load_backbone", None)
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", None)
     with listen("127.0.0.1", 0) as bound:
         port = bound.getsockname()[1]
         assert f"port {port} of 127.0.0.1 is in use" in refusal(capsys, "--port", port)
@@ -66,7 +66,7 @@ def test_a_first_backbone_that_cannot_be_loaded_is_told(
     def fail(*_: object, **__: object) -> None:
         raise BackboneError("no weights to be had")
 
-    monkeypatch.setattr("lostreg.discoverer.load_backbone", fail)
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", fail)
     assert "no weights to be had" in refusal(capsys, "--port", 0)
 
 

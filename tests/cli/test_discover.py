@@ -35,7 +35,7 @@ def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
             _small.append(build_backbone(find_spec(name), depth=2))
         return _small[0]
 
-    monkeypatch.setattr("lostreg.discoverer.load_backbone", load)
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", load)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def small(name: str, **_: Any) -> Backbone:
 def small_models(**options: Any) -> Iterator[Models]:
     """Models of a demo on this machine's CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lostreg.discoverer.load_backbone", small)
+        patch.setattr("lostreg.inference.discoverer.load_backbone", small)
         yield Models(DemoSettings(**{"backbones": (FIRST, SECOND, NO_TOKEN), "device": "cpu", **options}))
 
 

@@ -16,7 +16,7 @@ from serving import FIRST, NEURONS, NO_TOKEN, SECOND, small_models
 
 from lostreg.demo.page import Page
 from lostreg.demo.session import Visitor
-from lostreg.engine import Engine
+from lostreg.inference.jobs import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = (FIRST, "k", -1, 0)

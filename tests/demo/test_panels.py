@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lostreg.demo.panels import SEED, colour_of, draw_attention, draw_degrees, draw_objects
-from lostreg.regions import Discovery
+from lostreg.inference.discovery import Discovery
 
 
 def discovery(width: int = 1400, height: int = 700, patch: float = 140.0) -> Discovery:

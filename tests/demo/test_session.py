@@ -11,9 +11,9 @@ pytest.importorskip("gradio")
 from serving import FIRST, NEURONS, NO_TOKEN, SECOND, small, small_models
 
 from lostreg.demo.session import Choice, DemoSettings, Models, View, Visitor
-from lostreg.discoverer import Discoverer
-from lostreg.engine import Engine
 from lostreg.errors import ImageError, OptionError
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.jobs import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,7 +97,7 @@ def test_a_model_is_loaded_once_and_the_longest_unused_one_goes(monkeypatch: pyt
         loaded.append(name)
         return small(name)
 
-    monkeypatch.setattr("lostreg.discoverer.load_backbone", load)
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", load)
     models = Models(DemoSettings((FIRST, SECOND, NO_TOKEN), device="cpu"), limit=2)
     for name in (FIRST, SECOND, FIRST, NO_TOKEN, FIRST):
         models.get(name)

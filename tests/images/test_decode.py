@@ -15,8 +15,9 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, JpegImagePlugin
 
 from lostreg.errors import ImageError, OptionError
-from lostreg.images.decode import MAX_PIXELS, Picture, draw_sample, read_image
+from lostreg.images.decode import MAX_PIXELS, Picture, read_image
 from lostreg.images.patches import cut_patches, normalise_patches, patch_grid
+from lostreg.inference.stream import draw_sample
 
 WIDTH, HEIGHT = 40, 30
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -6,7 +6,7 @@ import pytest
 
 from lostreg.errors import LostregError
 from lostreg.images.draw import plot_discovery, save_picture
-from lostreg.regions import Discovery
+from lostreg.inference.discovery import Discovery
 
 GREEN, RED, YELLOW = (40, 220, 40), (230, 30, 30), (255, 200, 0)
 CAPTION = 34

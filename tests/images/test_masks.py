@@ -14,7 +14,7 @@ from pycocotools import mask as coco_mask
 from lostreg.errors import LostregError, PredictionsError
 from lostreg.images.masks import WORKING_SIDE, mask_boxes, palette, refine, save_mask_png
 from lostreg.images.rle import decode_rle, encode_rle
-from lostreg.regions import Discovery
+from lostreg.inference.discovery import Discovery
 
 bool_masks = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, max_side=70))
 

@@ -8,8 +8,8 @@ import pytest
 from test_features import PLAIN, SMALL, built
 from torch import nn
 
-from lostreg.discoverer import Discoverer
 from lostreg.errors import BackboneError, LostregError, OptionError, RegistersError
+from lostreg.inference.discoverer import Discoverer
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.registers import FORMAT, RegisterNeurons
 

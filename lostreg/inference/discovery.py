@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lostreg.errors import OptionError
 from lostreg.images.boxes import cells
 
 if TYPE_CHECKING:
@@ -107,10 +108,35 @@ class Discovery:
         return plot_discovery(readable_pixels(self), self)
 
     def to_supervision(self, *, masks: bool = True) -> "supervision.Detections":
-        """As `supervision.Detections`: see `lostreg.exports.detections.to_supervision`."""
-        from lostreg.exports.detections import to_supervision
+        """What was found, for supervision's annotators, metrics and data sets.
 
-        return to_supervision(self, masks=masks)
+        Args:
+            masks: whether masks at the image's size go with the boxes: n times its pixels in memory.
+
+        Returns:
+            Boxes, scores as ``confidence``, class 0 for all; ``data`` has ``class_name`` ("object") and ``seeds``.
+
+        Raises:
+            OptionError: if supervision is not installed.
+        """
+        try:
+            from supervision import Detections
+        except ModuleNotFoundError as error:
+            if error.name != "supervision":
+                raise
+            raise OptionError('supervision is not installed: pip install "lostreg[supervision]"') from error
+        count = len(self)
+        pixels = np.zeros((count, self.height, self.width), dtype=bool) if masks else None
+        if pixels is not None:
+            for index in range(count):
+                pixels[index] = self.pixel_mask(index)
+        return Detections(
+            xyxy=self.xyxy.astype(np.float32),
+            mask=pixels,
+            confidence=self.scores.astype(np.float32),
+            class_id=np.zeros(count, dtype=int),
+            data={"class_name": np.full(count, "object"), "seeds": self.seeds.copy()},
+        )
 
     def _repr_png_(self) -> bytes:
         from lostreg.images.draw import encoded

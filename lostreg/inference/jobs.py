@@ -16,7 +16,7 @@ from lostreg.images.patches import PatchedPicture
 from lostreg.methods.lost import Bias, ObjectMaps, Objects, object_maps, prepare
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import FeatureExtractor, Wanted
-from lostreg.models.forward import normalised, transfer
+from lostreg.models.forward import Forward, normalised, transfer
 
 Grid = tuple[int, int]
 Outcome = TypeVar("Outcome")
@@ -153,3 +153,55 @@ class ObjectsJob(Generic[Outcome]):
             run = pictures[len(outcomes) : len(outcomes) + len(objects[0].masks)]
             outcomes += self._convert(objects, list(run))
         return outcomes
+
+
+class LookJob(Generic[Outcome]):
+    """The work of an `ImageStream` that looks at a backbone's inside.
+
+    Args:
+        forward: of the backbone.
+        look: makes one outcome an image of a pack's pixels, as `Forward.start` takes them, and grids.
+    """
+
+    def __init__(
+        self, forward: Forward, look: Callable[[Forward, list[Tensor], Sequence[Grid]], list[Outcome]]
+    ) -> None:
+        self.forward = forward
+        self._look = look
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model that is looked into."""
+        return self.forward.backbone
+
+    def start(self, pictures: Sequence[PatchedPicture]) -> list[Outcome]:
+        """Look at a pack."""
+        patches = transfer(pictures, self.backbone.device)
+        pixels = normalised(self.backbone, patches, [picture.size for picture in pictures])
+        return self._look(self.forward, list(pixels), [picture.grid for picture in pictures])
+
+    def finish(self, started: list[Outcome], pictures: Sequence[PatchedPicture]) -> list[Outcome]:
+        """What was seen, one outcome a picture."""
+        del pictures
+        return started
+
+
+class FeaturesJob:
+    """The work of an `ImageStream` that stops at the features.
+
+    Args:
+        engine: what is done with a pack.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.backbone = engine.backbone
+
+    def start(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
+        """Features of a pack."""
+        return self.engine.forward(self.engine.transfer(pictures), [picture.size for picture in pictures])
+
+    def finish(self, started: list[Tensor], pictures: Sequence[PatchedPicture]) -> list[tuple[PatchedPicture, Tensor]]:
+        """Each image with its features, (N, D)."""
+        sizes = [picture.grid[0] * picture.grid[1] for picture in pictures]
+        return list(zip(pictures, torch.split(started[0], sizes), strict=True))

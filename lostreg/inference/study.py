@@ -1,21 +1,16 @@
 """One image whose features stay at hand: LOST runs on them again and again, without another forward."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from lostreg.discoverer import Discoverer
 from lostreg.errors import ImageError
 from lostreg.images.decode import ImageSource
-from lostreg.images.patches import PatchedPicture
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discovery import Discovery
+from lostreg.inference.jobs import FeaturesJob
+from lostreg.inference.postprocess import BoxFrom, discoveries
 from lostreg.methods.bias import check_bias, resolve_normalize
 from lostreg.methods.lost import ObjectMaps, object_maps, prepare
-from lostreg.models.backbone import Backbone
-from lostreg.regions import Discovery
-from lostreg.results import BoxFrom, discoveries
 
 
 class Study:
@@ -30,7 +25,7 @@ class Study:
     """
 
     def __init__(self, discoverer: Discoverer, image: ImageSource) -> None:
-        (outcome,) = discoverer.stream_of(_Extraction(discoverer)).outcomes([image])
+        (outcome,) = discoverer.stream_of(FeaturesJob(discoverer.engine)).outcomes([image])
         if isinstance(outcome, ImageError):
             raise outcome
         self.discoverer = discoverer
@@ -73,24 +68,3 @@ class Study:
         patch_size = discoverer.backbone.spec.patch_size
         (found,) = discoveries(objects, [self.picture], patch_size, discoverer.k_patches, asked)
         return dataclasses.replace(found, source=self._source, exif=discoverer.exif)
-
-
-class _Extraction:
-    """The work of an `ImageStream` that stops at the features."""
-
-    def __init__(self, discoverer: Discoverer) -> None:
-        self.engine = discoverer.engine
-
-    @property
-    def backbone(self) -> Backbone:
-        """The model that images go through."""
-        return self.engine.backbone
-
-    def start(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
-        """Features of a pack."""
-        return self.engine.forward(self.engine.transfer(pictures), [picture.size for picture in pictures])
-
-    def finish(self, started: list[Tensor], pictures: Sequence[PatchedPicture]) -> list[tuple[PatchedPicture, Tensor]]:
-        """Each image with its features, (N, D)."""
-        sizes = [picture.grid[0] * picture.grid[1] for picture in pictures]
-        return list(zip(pictures, torch.split(started[0], sizes), strict=True))

@@ -14,11 +14,12 @@ from conftest import same, scene, scenes
 from PIL import Image
 
 import lostreg
-from lostreg.calibration import FORMAT, Calibration, _choose, _Rungs, calibrate
-from lostreg.discoverer import Discoverer
 from lostreg.errors import CalibrationError, ImageError, LostregError, OptionError
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import Picture, read_image
+from lostreg.inference.calibrate import _choose, _Rungs, calibrate
+from lostreg.inference.calibration import FORMAT, Calibration
+from lostreg.inference.discoverer import Discoverer
 from lostreg.methods.lost import lost_boxes
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import patch_features
@@ -178,7 +179,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         widths.append(image.shape[1])
         return read_image(image, **options)
 
-    monkeypatch.setattr("lostreg.stream.read_image", record)
+    monkeypatch.setattr("lostreg.inference.stream.read_image", record)
     return widths
 
 

@@ -9,16 +9,16 @@ import torch
 from conftest import disc_picture
 from torch import Tensor
 
-from lostreg.engine import Engine
 from lostreg.images.decode import Picture
 from lostreg.images.patches import PatchedPicture, cut_patches, patch_grid
+from lostreg.inference.discovery import Discovery
+from lostreg.inference.jobs import Engine
+from lostreg.inference.postprocess import ObjectOptions, to_discovery
 from lostreg.methods.lost import Objects, lost_boxes
 from lostreg.methods.multi_object import find_several
 from lostreg.methods.similarity import Similarities
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import patch_features
-from lostreg.regions import Discovery
-from lostreg.results import ObjectOptions, to_discovery
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from conftest import disc_picture
 
-from lostreg.discoverer import Discoverer
 from lostreg.errors import OptionError
-from lostreg.exports.detections import to_supervision
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discovery import Discovery
 from lostreg.models.backbone import Backbone
-from lostreg.regions import Discovery
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def found(backbone: Backbone) -> Discovery:
 
 def test_supervision_gets_boxes_scores_and_masks_of_the_image(found: Discovery) -> None:
     pytest.importorskip("supervision")
-    detections = to_supervision(found)
+    detections = found.to_supervision()
     assert len(detections) == len(found)
     assert detections.xyxy.dtype == np.float32
     assert np.array_equal(detections.xyxy, found.xyxy)
@@ -33,10 +32,10 @@ def test_supervision_gets_boxes_scores_and_masks_of_the_image(found: Discovery) 
     assert detections.mask.shape == (len(found), 110, 150)
     assert detections["class_name"].tolist() == ["object"] * len(found)
     assert np.array_equal(detections["seeds"], found.seeds)
-    assert to_supervision(found, masks=False).mask is None
+    assert found.to_supervision(masks=False).mask is None
 
 
 def test_without_supervision_the_way_to_it_is_named(found: Discovery, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(OptionError, match=r'pip install "lostreg\[supervision\]"'):
-        to_supervision(found)
+        found.to_supervision()

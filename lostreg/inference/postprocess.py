@@ -13,9 +13,9 @@ from lostreg.errors import OptionError
 from lostreg.images.boxes import _scale, in_pixels
 from lostreg.images.masks import mask_boxes, refine
 from lostreg.images.patches import PatchedPicture
+from lostreg.inference.discovery import Discovery
 from lostreg.methods.lost import Objects
 from lostreg.methods.multi_object import Found, find_several
-from lostreg.regions import Discovery
 
 BoxFrom = Literal["patches", "mask"]
 BOX_SOURCES: Final[tuple[BoxFrom, ...]] = get_args(BoxFrom)

@@ -16,15 +16,15 @@ from fabricate import png_header
 from PIL import Image
 from torch import Tensor
 
-from lostreg.discoverer import Discoverer
-from lostreg.engine import Engine, ObjectsJob, Search
 from lostreg.errors import ImageError, LostregWarning
 from lostreg.images.decode import Picture, read_image
 from lostreg.images.patches import PatchedPicture
-from lostreg.memory import required_bytes
+from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discovery import Discovery
+from lostreg.inference.jobs import Engine, ObjectsJob, Search
+from lostreg.inference.memory import required_bytes
 from lostreg.methods.lost import Objects
 from lostreg.models.backbone import Backbone
-from lostreg.regions import Discovery
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -127,7 +127,7 @@ def test_packs_are_neighbours_of_the_list_whatever_their_shapes(
 def test_a_pack_is_cut_where_it_would_be_too_long(
     backbone: Backbone, packs: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lostreg.stream._PACK_PATCHES", {"cpu": 10})
+    monkeypatch.setattr("lostreg.inference.stream._PACK_PATCHES", {"cpu": 10})
     heights = [1, 2, 2, 1, 8, 1, 1, 3, 2, 2]  # half of the patches
     found = list(Discoverer(backbone, device="cpu", batch_size=7).outcomes(numbered(heights)))
     assert [one.degrees.shape[0] for one in found] == heights
@@ -138,7 +138,7 @@ def test_a_pack_is_cut_where_it_would_be_too_long(
 def test_the_length_of_packs_does_not_change_boxes(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     images = scenes(11)
     whole = list(Discoverer(backbone, device="cpu").outcomes(images))
-    monkeypatch.setattr("lostreg.stream._PACK_PATCHES", {"cpu": 150})
+    monkeypatch.setattr("lostreg.inference.stream._PACK_PATCHES", {"cpu": 150})
     for first, second in zip(whole, Discoverer(backbone, device="cpu").outcomes(images), strict=True):
         np.testing.assert_array_equal(first.xyxy, second.xyxy)
         np.testing.assert_array_equal(first.seeds, second.seeds)
@@ -149,7 +149,7 @@ def test_skipping_leaves_packs_as_they_were(
     backbone: Backbone, packs: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, patches: int
 ) -> None:
     """The same image meets the same neighbours: what equal bits rest on, whatever the device."""
-    monkeypatch.setattr("lostreg.stream._PACK_PATCHES", {"cpu": patches})
+    monkeypatch.setattr("lostreg.inference.stream._PACK_PATCHES", {"cpu": patches})
     discoverer = Discoverer(backbone, device="cpu", batch_size=3)
     images = numbered([2, 1, 3, 1, 1, 4, 2, 2, 1, 3, 1])
     list(discoverer.outcomes(images))
@@ -191,7 +191,7 @@ def test_skipped_batches_are_not_decoded(discoverer: Discoverer, monkeypatch: py
         decoded.append(next(number for number, one in enumerate(images) if one is image))
         return read_image(image, **options)
 
-    monkeypatch.setattr("lostreg.stream.read_image", record)
+    monkeypatch.setattr("lostreg.inference.stream.read_image", record)
     assert len(list(discoverer.outcomes(iter(images), skip=5))) == 3
     assert sorted(decoded) == [4, 5, 6, 7]
 
@@ -245,8 +245,8 @@ def test_less_is_decoded_ahead_where_images_are_large(
     whole = list(Discoverer(backbone, device="cpu", batch_size=3).outcomes(images))
     before = packs.copy()
     packs.clear()
-    monkeypatch.setattr("lostreg.stream._DECODED_BYTES", limit)
-    monkeypatch.setattr("lostreg.stream.ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr("lostreg.inference.stream._DECODED_BYTES", limit)
+    monkeypatch.setattr("lostreg.inference.stream.ThreadPoolExecutor", AtOnce)
     taken: list[int] = []
     sources = (taken.append(number) or image for number, image in enumerate(images))
     most = 0
@@ -394,7 +394,7 @@ def test_an_image_that_free_memory_cannot_hold_is_refused_before_it_is_decoded(
     discoverer = Discoverer(backbone, device="cpu", max_side=None)
     path = png_header(tmp_path / "huge.png", 12_000, 14_000)  # no pixels follow: decoding would say so
     free = 3_210_000_000
-    monkeypatch.setattr("lostreg.stream.available_bytes", lambda device: free)
+    monkeypatch.setattr("lostreg.inference.stream.available_bytes", lambda device: free)
     first, refused, last = discoverer.outcomes([scene(1), path, scene(2)])
     assert isinstance(first, Discovery)
     assert isinstance(last, Discovery)
@@ -414,14 +414,14 @@ def test_an_image_that_free_memory_cannot_hold_is_refused_before_it_is_decoded(
 def test_memory_is_asked_for_the_size_that_an_image_is_scaled_down_to(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lostreg.stream.available_bytes", lambda device: 0)
+    monkeypatch.setattr("lostreg.inference.stream.available_bytes", lambda device: 0)
     path = png_header(tmp_path / "huge.png", 12_000, 14_000)
     with pytest.raises(ImageError, match="not a readable image"):  # and no word of memory
         Discoverer(backbone, device="cpu", max_side=800).discover(path)
 
 
 def test_a_very_long_sequence_is_announced(discoverer: Discoverer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lostreg.stream._LONG", 87)
+    monkeypatch.setattr("lostreg.inference.stream._LONG", 87)
     with pytest.warns(LostregWarning, match="an image of 88 patches: .*--max-side bounds it"):
         discoverer.discover(scene(1))
     with warnings.catch_warnings():

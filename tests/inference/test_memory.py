@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lostreg.memory import available_bytes, describe_bytes, keep_freed_memory, required_bytes
+from lostreg.inference.memory import available_bytes, describe_bytes, keep_freed_memory, required_bytes
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="need
 @pytest.fixture
 def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that stands in for the root of the file system; it says that 8,192 MB are available."""
-    monkeypatch.setattr("lostreg.memory.Path", lambda name: tmp_path / name.lstrip("/"))
+    monkeypatch.setattr("lostreg.inference.memory.Path", lambda name: tmp_path / name.lstrip("/"))
     write(tmp_path / "proc" / "meminfo", MEMINFO)
     return tmp_path
 

@@ -1,6 +1,7 @@
 """Images in, outcomes out, in order: decoded ahead, packed with their neighbours, halved where memory runs out."""
 
 import os
+import random
 import threading
 import warnings
 from collections import deque
@@ -13,10 +14,10 @@ from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
 import torch
 
-from lostreg.errors import ImageError, LostregWarning
-from lostreg.images.decode import ImageSource, read_image
+from lostreg.errors import ImageError, LostregWarning, OptionError
+from lostreg.images.decode import ImageSource, Item, read_image
 from lostreg.images.patches import PatchedPicture, cut_patches
-from lostreg.memory import available_bytes, describe_bytes, required_bytes
+from lostreg.inference.memory import available_bytes, describe_bytes, required_bytes
 from lostreg.models.backbone import Backbone
 
 _PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a CPU gains nothing from more
@@ -325,3 +326,17 @@ def _tell(message: str) -> None:
 def _is_out_of_memory(error: BaseException) -> bool:
     """PyTorch has a class for it on GPUs, and on the CPU only its allocator's words."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def draw_sample(images: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """Some images, or whatever stands for them, drawn at random and left in order; all of them where there are no more.
+
+    Raises:
+        OptionError: if there are no images, ``count`` is below 1, or ``seed`` below 0.
+    """
+    if not images or count < 1:
+        raise OptionError(f"expected at least one image and a sample of at least 1, not {len(images)} and {count}")
+    if seed < 0:
+        raise OptionError(f"seed must be an integer of at least 0, not {seed}")
+    drawn = random.Random(seed).sample(range(len(images)), min(count, len(images)))  # noqa: S311 - no secret
+    return [images[index] for index in sorted(drawn)]

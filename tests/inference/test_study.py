@@ -3,10 +3,10 @@ import pytest
 from conftest import same, scene
 
 from lostreg import Discoverer
-from lostreg.engine import Engine
 from lostreg.errors import ImageError, OptionError
+from lostreg.inference.jobs import Engine
+from lostreg.inference.study import Study
 from lostreg.models.backbone import Backbone
-from lostreg.study import Study
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": -0.3}, {"bias": "auto", "max_objects": 4, "min_score": 0.0}])

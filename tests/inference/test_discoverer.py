@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lostreg.discoverer import Discoverer, resolve_device
 from lostreg.errors import BackboneError, ImageError, OptionError
 from lostreg.images.decode import read_image
+from lostreg.inference.discoverer import Discoverer, resolve_device
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.table import BACKBONES
 
@@ -278,8 +278,8 @@ def test_another_precision_leaves_a_shared_backbone_alone(backbone: Backbone) ->
 
 def test_a_gpu_takes_more_images_at_once(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Discoverer(backbone, device="cpu").batch_size == 8
-    monkeypatch.setattr("lostreg.discoverer.resolve_device", torch.device)
-    monkeypatch.setattr("lostreg.discoverer._place", lambda backbone, device, dtype: backbone)
+    monkeypatch.setattr("lostreg.inference.discoverer.resolve_device", torch.device)
+    monkeypatch.setattr("lostreg.inference.discoverer._place", lambda backbone, device, dtype: backbone)
     assert Discoverer(backbone, device="cuda").batch_size == 32
     assert Discoverer(backbone, device="cuda", batch_size=5).batch_size == 5
 

@@ -9,7 +9,6 @@ from typing import Any, Final, Literal
 
 import torch
 
-from lostreg.calibration import Calibration
 from lostreg.defaults import (
     BACKBONE,
     BATCH_SIZE,
@@ -20,11 +19,15 @@ from lostreg.defaults import (
     MAX_SIDE,
     Precision,
 )
-from lostreg.engine import Engine, ObjectsJob
 from lostreg.errors import ImageError, LostregWarning, OptionError
 from lostreg.images.decode import ImageSource, Item
 from lostreg.images.patches import PatchedPicture
-from lostreg.memory import keep_freed_memory
+from lostreg.inference.calibration import Calibration
+from lostreg.inference.discovery import Discovery
+from lostreg.inference.jobs import Engine, ObjectsJob
+from lostreg.inference.memory import keep_freed_memory
+from lostreg.inference.postprocess import BoxFrom, ObjectOptions, discoveries
+from lostreg.inference.stream import ImageStream, Job, Outcome
 from lostreg.methods.bias import TRIALS, check_bias, resolve_normalize
 from lostreg.methods.lost import Objects
 from lostreg.models.backbone import Backbone, load_backbone, place_model
@@ -32,9 +35,6 @@ from lostreg.models.blocks import check_compiler
 from lostreg.models.features import resolve_layer
 from lostreg.models.registers import RegisterNeurons
 from lostreg.models.table import FEATURES, Feature
-from lostreg.regions import Discovery
-from lostreg.results import BoxFrom, ObjectOptions, discoveries
-from lostreg.stream import ImageStream, Job, Outcome
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,7 +73,7 @@ class Discoverer:
         BackboneError: if the backbone or its weights cannot be had.
 
     Note:
-        On a CPU, the C library is told to keep freed memory: see `lostreg.memory.keep_freed_memory`.
+        On a CPU, the C library is told to keep freed memory: see `lostreg.inference.memory.keep_freed_memory`.
     """
 
     def __init__(

@@ -1,0 +1,109 @@
+"""One Gram bias for a whole collection, as a file keeps it."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, get_type_hints
+
+from lostreg.errors import CalibrationError, OptionError
+from lostreg.jsonio import load_document, save_document
+
+FORMAT: Final = "lostreg bias 1"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A bias for one feature of one backbone, and how it was found.
+
+    Attributes:
+        bias: to be added to every cosine similarity.
+        interval: where 90 % of resamples of the images put it (bootstrap), lowest and highest.
+        connectivity: share of pairs of different patches that it connects, mean over the images.
+        agreement: about the share of images in which it gives the box of ``auto``, at an intersection over union of
+            0.5: read from a ladder of biases, on the images that it was chosen by, so a little high.
+        mean: of the cosine similarities, mean over the images.
+        deviation: their standard deviation within an image, mean over the images.
+        images: how many it was found on.
+        unreadable: how many more could not be read.
+        seed: of the sample.
+        backbone: the backbone's name.
+        weights: where its weights came from.
+        feature: ``q``, ``k``, ``v`` or ``out``.
+        layer: block index from 0.
+        k_patches: low-degree patches that might join the seed.
+    """
+
+    bias: float
+    interval: tuple[float, float]
+    connectivity: float
+    agreement: float
+    mean: float
+    deviation: float
+    images: int
+    unreadable: int
+    seed: int
+    backbone: str
+    weights: str
+    feature: str
+    layer: int
+    k_patches: int
+
+    def save(self, path: str | Path) -> None:
+        """Write the file that ``--bias FILE`` takes: one JSON object.
+
+        Raises:
+            CalibrationError: if it cannot be written.
+        """
+        save_document(path, FORMAT, dataclasses.asdict(self), CalibrationError)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Read such a file.
+
+        Raises:
+            CalibrationError: if it cannot be read, or is of something else.
+        """
+        return load_document(path, FORMAT, _parse, CalibrationError, name="bias file", command="lostreg calibrate")
+
+    def require(self, backbone: str, weights: str, feature: str, layer: int) -> None:
+        """Raise `OptionError` unless it was found on this feature."""
+        mine = (self.backbone, self.feature, self.layer)
+        if mine != (backbone, feature, layer):
+            raise OptionError(
+                f"the bias was calibrated for {_describe(*mine)}, not for {_describe(backbone, feature, layer)}"
+            )
+        if self.weights != weights:
+            raise OptionError(f"the bias was calibrated on the weights {self.weights}, not on {weights}")
+
+
+def _parse(fields: dict[str, Any]) -> Calibration:
+    """A calibration out of a file's fields.
+
+    Raises:
+        ValueError: if one has another type than it should.
+        TypeError: if one is missing or unknown.
+    """
+    calibration = Calibration(**fields)
+    for name, kind in get_type_hints(Calibration).items():
+        value = fields[name]
+        if name == "interval":
+            right = isinstance(value, list) and len(value) == 2 and all(_is_finite(bound) for bound in value)
+        elif kind is float:
+            right = _is_finite(value)
+        else:
+            right = type(value) is kind
+        if not right:
+            raise ValueError(f"{name} is {value!r}")
+    low, high = calibration.interval
+    return dataclasses.replace(calibration, interval=(low, high))
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # False for NaN too, and for an integer that is no float
+
+
+def _describe(backbone: str, feature: str, layer: int) -> str:
+    return f"{feature} of layer {layer} of {backbone}"
