@@ -12,7 +12,8 @@ from lostreg.models.table import BACKBONES, BackboneSpec
 
 if TYPE_CHECKING:
     from lostreg import artifacts
-    from lostreg.attention import AttentionMaps, attention_maps
+    from lostreg.artifacts.attention import AttentionMaps, attention_maps
+    from lostreg.artifacts.register_search import find_registers
     from lostreg.datasets import load_benchmark
     from lostreg.inference.calibrate import calibrate
     from lostreg.inference.calibration import Calibration
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from lostreg.models.backbone import Backbone, load_backbone
     from lostreg.models.features import patch_features
     from lostreg.models.registers import RegisterNeurons
-    from lostreg.register_search import find_registers
 
 __version__ = "0.1.0"
 
@@ -51,8 +51,8 @@ __all__ = [
 
 # Loaded when first asked for: PyTorch takes seconds to import, and `lostreg --help` does not need it.
 _HOMES = {
-    "AttentionMaps": "attention",
-    "attention_maps": "attention",
+    "AttentionMaps": "artifacts.attention",
+    "attention_maps": "artifacts.attention",
     "Backbone": "models.backbone",
     "load_backbone": "models.backbone",
     "Calibration": "inference.calibration",
@@ -63,7 +63,7 @@ _HOMES = {
     "LostResult": "methods.lost",
     "lost_boxes": "methods.lost",
     "Discovery": "inference.discovery",
-    "find_registers": "register_search",
+    "find_registers": "artifacts.register_search",
     "RegisterNeurons": "models.registers",
     "Study": "inference.study",
 }

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from lostreg.artifacts.outliers import CutoffRule, NormTally, find_cutoff
 from lostreg.jsonio import write_json
-from lostreg.outliers import CutoffRule, NormTally, find_cutoff
 from lostreg.runs import package_versions
 
 Norms = NDArray[np.float64]

@@ -12,10 +12,10 @@ from PIL import Image
 from planted import Plant, cut, noise, pixels_of, plant
 from safetensors.torch import save_model
 
+from lostreg.artifacts.norms import TokenNorms, token_norms
 from lostreg.inference.discoverer import Discoverer
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.forward import Forward
-from lostreg.norms import TokenNorms, token_norms
 
 NAME = "timm:test_vit"
 LAYER = 2  # that writes the outliers

@@ -12,8 +12,8 @@ from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from lostreg.artifacts.measurement import COSINE_BINS, Measurement
+from lostreg.artifacts.outliers import NormTally
 from lostreg.artifacts.probes import PixelProbe, PositionProbe, Skipped
-from lostreg.outliers import NormTally
 
 _NORMAL: Final = "#3b6ea5"
 _OUTLIER: Final = "#c8442e"

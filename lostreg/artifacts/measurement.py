@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lostreg import defaults
+from lostreg.artifacts.norms import TokenNorms, emergence, token_norms
+from lostreg.artifacts.outliers import Cutoff, CutoffRule, NormTally, find_cutoff
 from lostreg.artifacts.sample import Sample, look_inside
 from lostreg.errors import ImageError, LostregError, OptionError
 from lostreg.images.decode import ImageSource
@@ -24,8 +26,6 @@ from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import LookJob
 from lostreg.inference.stream import draw_sample
 from lostreg.models.forward import Forward, Grid
-from lostreg.norms import TokenNorms, emergence, token_norms
-from lostreg.outliers import Cutoff, CutoffRule, NormTally, find_cutoff
 
 CELLS: Final = 32  # of the heat map, across and down
 COSINE_BINS: Final = 80  # from -1 to 1

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 
 from lostreg.artifacts import figures
 from lostreg.artifacts.measurement import CELLS, Measurement
+from lostreg.artifacts.outliers import NormTally
 from lostreg.artifacts.probes import ClassProbe, PixelProbe, PositionProbe, Skipped, Spread
 from lostreg.artifacts.sample import RASTER
 from lostreg.errors import LostregError
 from lostreg.jsonio import write_json
-from lostreg.outliers import NormTally
 
 FORMAT: Final = "lostreg artifacts 1"
 PAGE: Final = "artifacts.html"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.artifacts.gram import GramView, GramViews, view_gram
+from lostreg.artifacts.norms import TokenNorms
 from lostreg.artifacts.probes import (
     ClassProbe,
     PixelProbe,
@@ -27,7 +28,6 @@ from lostreg.images.decode import ImageSource
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import LookJob
 from lostreg.models.forward import Forward, Grid
-from lostreg.norms import TokenNorms
 
 RASTER: Final = 16  # cells across and down that the position probe tells apart
 TOKENS: Final = 32  # of each kind that are drawn from an image for probes of position and pixels

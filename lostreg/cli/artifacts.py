@@ -107,7 +107,7 @@ def _measure(
 ) -> "Iterator[Measurement]":
     """The backbone and, where test-time registers are asked for and there is something to cure, the same with them."""
     from lostreg.artifacts.measurement import measure
-    from lostreg.outliers import CutoffRule
+    from lostreg.artifacts.outliers import CutoffRule
 
     cured: Discoverer | None = None
     if isinstance(args.test_time_registers, Path):

@@ -14,7 +14,7 @@ from lostreg.cli.registers import chosen_backbones, with_registers
 from lostreg.errors import ImageError, RegistersError
 
 if TYPE_CHECKING:
-    from lostreg.attention import AttentionMaps
+    from lostreg.artifacts.attention import AttentionMaps
     from lostreg.inference.discoverer import Discoverer
 
 _OUT = Path("attention")
@@ -49,7 +49,7 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw; the exit code is 2 if any image could not be read."""
-    from lostreg.attention import attention_maps
+    from lostreg.artifacts.attention import attention_maps
     from lostreg.datasets.folder import find_images
     from lostreg.models.features import resolve_layer
 
@@ -96,7 +96,7 @@ def _write(
     """The files of one image; how many they are."""
     import numpy as np
 
-    from lostreg.attention_plots import AttentionRow, plot_attention, plot_heads
+    from lostreg.artifacts.attention_figures import AttentionRow, plot_attention, plot_heads
     from lostreg.images.decode import read_image
 
     pixels = read_image(path, max_side=args.max_side, max_pixels=args.max_pixels).pixels

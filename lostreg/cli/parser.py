@@ -11,9 +11,9 @@ from lostreg.errors import OptionError
 from lostreg.models.table import FEATURES
 
 if TYPE_CHECKING:
+    from lostreg.artifacts.outliers import CutoffRule
     from lostreg.datasets import Benchmark
     from lostreg.inference.discoverer import Discoverer
-    from lostreg.outliers import CutoffRule
 
 Subparsers = Any  # argparse keeps these classes to itself
 Group = Any
@@ -67,8 +67,8 @@ def registers_value(text: str) -> int | Path:
 
 
 def cutoff_rule(text: str) -> "CutoffRule":
-    """A rule for outliers, see `lostreg.outliers.parse_rule`, for argparse."""
-    from lostreg.outliers import parse_rule
+    """A rule for outliers, see `lostreg.artifacts.outliers.parse_rule`, for argparse."""
+    from lostreg.artifacts.outliers import parse_rule
 
     try:
         return parse_rule(text)

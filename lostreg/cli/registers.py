@@ -22,11 +22,11 @@ from lostreg.cli.progress import StepBars
 from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
+    from lostreg.artifacts.outliers import CutoffRule
     from lostreg.errors import ImageError
     from lostreg.images.decode import ImageSource
     from lostreg.inference.discoverer import Discoverer
     from lostreg.models.registers import RegisterNeurons
-    from lostreg.outliers import CutoffRule
 
 REGISTERS_FILE = "registers.json"
 _RESULTS = ("results.json", "sweep.json")
@@ -87,8 +87,8 @@ def add_threshold(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Find the neurons; the exit code is 2 if any image could not be read, though the others count."""
+    from lostreg.artifacts.register_search import find_registers
     from lostreg.datasets.folder import find_images
-    from lostreg.register_search import find_registers
 
     check_writable(args.out, "register neurons")
     paths = find_images(args.images)
@@ -141,8 +141,8 @@ def with_registers(
     Raises:
         OptionError: if that file is of another number of tokens.
     """
+    from lostreg.artifacts.register_search import find_registers
     from lostreg.models.registers import RegisterNeurons
-    from lostreg.register_search import find_registers
 
     wanted = args.test_time_registers
     if wanted is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from lostreg.attention import AttentionMaps, attention_maps
+from lostreg.artifacts.attention import AttentionMaps, attention_maps
 from lostreg.defaults import MAX_PIXELS, MAX_SIDE, Precision
 from lostreg.errors import ImageError, OptionError
 from lostreg.inference.discoverer import Discoverer

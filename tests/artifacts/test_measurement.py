@@ -25,11 +25,11 @@ from lostreg.artifacts.measurement import (
     measure,
     neighbour_cosines,
 )
+from lostreg.artifacts.outliers import CutoffRule, parse_rule
 from lostreg.artifacts.probes import ClassProbe, PixelProbe, PositionProbe, Skipped
 from lostreg.errors import ImageError, LostregError, OptionError
 from lostreg.models.backbone import Backbone
 from lostreg.models.forward import Forward
-from lostreg.outliers import CutoffRule, parse_rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

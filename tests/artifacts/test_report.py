@@ -20,10 +20,10 @@ from small_vit import LAYER, PATCHES, discoverer, pictures, small, strict_json, 
 
 from lostreg.artifacts import as_numbers, figures, report, write_report
 from lostreg.artifacts.measurement import CELLS, COSINE_BINS, Measurement, measure
+from lostreg.artifacts.outliers import parse_rule
 from lostreg.artifacts.report import FORMAT
 from lostreg.errors import LostregError
 from lostreg.models.registers import RegisterNeurons
-from lostreg.outliers import parse_rule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

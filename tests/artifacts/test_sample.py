@@ -12,6 +12,7 @@ from test_features import built
 
 from lostreg.artifacts import sample as module
 from lostreg.artifacts.measurement import measure
+from lostreg.artifacts.outliers import CutoffRule
 from lostreg.artifacts.probes import ClassProbe, Skipped
 from lostreg.artifacts.sample import EXAMPLES, RASTER, TOKENS, Sample, look_inside
 from lostreg.images.decode import read_image
@@ -19,7 +20,6 @@ from lostreg.methods.lost import lost_boxes
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import patch_features
 from lostreg.models.forward import Forward
-from lostreg.outliers import CutoffRule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,7 @@ from fabricate import SPLIT, set_box
 from PIL import Image
 from small_vit import LAYER, NAME, SHAPES, UNITS, pictures, save_weights, small, strict_json, world, write_images
 
-from lostreg import register_search
-from lostreg.artifacts import report
+from lostreg.artifacts import register_search, report
 from lostreg.cli.main import main
 from lostreg.errors import BackboneError
 from lostreg.models.registers import RegisterNeurons
@@ -572,7 +571,7 @@ def test_artifacts_keep_the_first_pass_when_the_cure_fails(
     def fail(*given: object, **options: object) -> None:
         raise BackboneError("cannot read the hidden units")
 
-    monkeypatch.setattr("lostreg.register_search.find_registers", fail)
+    monkeypatch.setattr("lostreg.artifacts.register_search.find_registers", fail)
     assert run(weights, "artifacts", images, "--out", tmp_path / "out", "--test-time-registers", 1) == 2
     refused(capsys, "cannot read the hidden units")
     assert len(strict_json((tmp_path / "out/artifacts.json").read_text())["backbones"]) == 1
@@ -599,7 +598,7 @@ def test_the_rule_for_outliers_is_that_of_the_neurons_too(
         rules.append(f"{options['rule']}, seed {options['seed']}")
         return find(*given, **options)
 
-    monkeypatch.setattr("lostreg.register_search.find_registers", note)
+    monkeypatch.setattr("lostreg.artifacts.register_search.find_registers", note)
     arguments = ["--out", tmp_path, "--test-time-registers", 1, "--threshold", "20", "--seed", "3"]
     assert run(weights, "artifacts", images, *arguments) == 0
     assert rules == ["20, seed 3"]

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.random import Generator, default_rng
 
+from lostreg.artifacts.outliers import Cutoff, CutoffRule, NormTally, find_cutoff, parse_rule
 from lostreg.errors import OptionError
-from lostreg.outliers import Cutoff, CutoffRule, NormTally, find_cutoff, parse_rule
 
 BIN = 1.01
 AUTO = CutoffRule("auto")

@@ -13,15 +13,15 @@ from conftest import same
 from planted import Plant, cut, deafened, noise, pixels_of, plant, silenced
 from test_features import OTHERS, built
 
+from lostreg.artifacts.norms import TokenNorms, token_norms
+from lostreg.artifacts.outliers import CutoffRule
+from lostreg.artifacts.register_search import find_registers
 from lostreg.errors import LostregWarning, OptionError, RegistersError
 from lostreg.inference.discoverer import Discoverer
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import FeatureExtractor
 from lostreg.models.forward import Forward
 from lostreg.models.registers import RegisterNeurons
-from lostreg.norms import TokenNorms, token_norms
-from lostreg.outliers import CutoffRule
-from lostreg.register_search import find_registers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -384,7 +384,7 @@ def test_nine_in_ten_outliers_have_to_be_cured(monkeypatch: pytest.MonkeyPatch) 
     found = find(both.backbone)
     assert found.neurons == ((LAYER, 5), (LAYER, 6))
     assert found.outliers_left == 0
-    monkeypatch.setattr("lostreg.register_search._CURED", 0.75)
+    monkeypatch.setattr("lostreg.artifacts.register_search._CURED", 0.75)
     found = find(both.backbone)
     assert found.neurons == ((LAYER, 5),)
     patches_of_affected = sum(one.output.size for one in norms_of(both.backbone) if one.output.max() >= norm / 2)
@@ -395,7 +395,7 @@ def test_at_most_so_many_neurons_are_taken(one: Plant, monkeypatch: pytest.Monke
     """Six are needed and four allowed: those come back, and how little they help is told."""
     sick = planted(base("dinov2_vits14"), units=range(30, 36), times=60)
     assert set(find(sick.backbone).neurons) == set(sick.neurons)
-    monkeypatch.setattr("lostreg.register_search._MOST_NEURONS", 4)
+    monkeypatch.setattr("lostreg.artifacts.register_search._MOST_NEURONS", 4)
     found = find(sick.backbone)
     assert set(found.neurons) < set(sick.neurons)
     assert found.outliers_left > 0

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lostreg.artifacts.outliers import NormTally
 from lostreg.models.forward import Forward, Grid
-from lostreg.outliers import NormTally
 
 Outcome = TypeVar("Outcome")
 

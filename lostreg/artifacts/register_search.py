@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg import defaults
+from lostreg.artifacts.norms import TokenNorms, emergence, token_norms
+from lostreg.artifacts.outliers import CutoffRule, NormTally, find_cutoff
 from lostreg.errors import ImageError, OptionError, RegistersError
 from lostreg.images.decode import ImageSource
 from lostreg.inference.discoverer import Discoverer
@@ -23,8 +25,6 @@ from lostreg.inference.stream import draw_sample
 from lostreg.models.backbone import Backbone
 from lostreg.models.forward import Forward, Grid
 from lostreg.models.registers import RegisterNeurons
-from lostreg.norms import TokenNorms, emergence, token_norms
-from lostreg.outliers import CutoffRule, NormTally, find_cutoff
 
 _TRIED_IMAGES: Final = 8  # on which numbers of neurons are compared
 _MOST_NEURONS: Final = 128

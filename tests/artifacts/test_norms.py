@@ -10,13 +10,13 @@ from reference_forward import reference
 from test_features import DEPTH, NARROW, OTHERS, SOME, built
 from test_transformer import GRIDS, patches, picture
 
+from lostreg.artifacts.norms import TokenNorms, emergence, token_norms
+from lostreg.artifacts.outliers import NormTally
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.jobs import LookJob
 from lostreg.models.backbone import Backbone
 from lostreg.models.forward import Forward
 from lostreg.models.registers import RegisterNeurons
-from lostreg.norms import TokenNorms, emergence, token_norms
-from lostreg.outliers import NormTally
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

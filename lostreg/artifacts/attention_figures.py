@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from lostreg.attention import AttentionMaps
+from lostreg.artifacts.attention import AttentionMaps
 
 _SIDE = 2.3  # of a panel, in inches
 

@@ -13,8 +13,8 @@ from small_vit import discoverer, pictures, small, world, write_images
 from test_features import built
 from torch import nn
 
-from lostreg.attention import AttentionMaps, attention_maps
-from lostreg.attention_plots import AttentionRow, plot_attention, plot_heads
+from lostreg.artifacts.attention import AttentionMaps, attention_maps
+from lostreg.artifacts.attention_figures import AttentionRow, plot_attention, plot_heads
 from lostreg.errors import ImageError, OptionError
 from lostreg.models.backbone import Backbone
 from lostreg.models.registers import RegisterNeurons
