@@ -48,8 +48,8 @@ from lostreg.inference.memory import keep_freed_memory
 from lostreg.jsonio import write_json
 from lostreg.methods.lost import lost_boxes
 from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
-from lostreg.runs import describe_device, package_versions
-from lostreg.sweep import with_trials
+from lostreg.runs.folder import describe_device, package_versions
+from lostreg.runs.sweep import with_trials
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROWTH: Final = (500, 1000, 2000, 5000, 10_000, 20_000)

@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lostreg.charts import plot_sweep
 from lostreg.datasets import Example, load_benchmark
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.images.boxes import pairwise_iou
@@ -33,8 +32,9 @@ from lostreg.metrics import Corloc, score_auc
 from lostreg.models.backbone import load_backbone
 from lostreg.models.features import FeatureExtractor
 from lostreg.models.table import FEATURES, Feature
-from lostreg.runs import package_versions
-from lostreg.sweep import SweepRow, with_trials
+from lostreg.runs.folder import package_versions
+from lostreg.runs.sweep import SweepRow, with_trials
+from lostreg.runs.sweep_figure import plot_sweep
 
 LIMITS: Final = np.round(np.arange(-0.4, 0.99, 0.02), 2)  # a pair more similar than this is connected: minus the bias
 FIXED: Final = len(LIMITS)

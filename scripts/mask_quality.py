@@ -33,7 +33,7 @@ from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import write_json
 from lostreg.metrics import is_hit
-from lostreg.runs import package_versions
+from lostreg.runs.folder import package_versions
 
 PARTS: Final = {"all": slice(None), "tuning": slice(0, None, 2), "reporting": slice(1, None, 2)}
 RESAMPLES: Final = 10_000

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lostreg.artifacts.outliers import CutoffRule, NormTally, find_cutoff
 from lostreg.jsonio import write_json
-from lostreg.runs import package_versions
+from lostreg.runs.folder import package_versions
 
 Norms = NDArray[np.float64]
 Family = Callable[[np.random.Generator, int], Norms]

@@ -11,9 +11,9 @@ from conftest import disc_picture
 from PIL import Image, ImageOps
 
 from lostreg.exports.items import ExportSet, gather
-from lostreg.exports.sources import ImageFinder
-from lostreg.maps import ImageMaps
-from lostreg.predictions import Prediction, read_predictions
+from lostreg.runs.locate import ImageFinder
+from lostreg.runs.maps import ImageMaps
+from lostreg.runs.predictions import Prediction, read_predictions
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6  # turn right

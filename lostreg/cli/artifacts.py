@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace, discoverer: "Discoverer", images: int) -> dict[str, object]:
     """How it was measured, for the record."""
-    from lostreg.runs import describe_device, package_versions
+    from lostreg.runs.folder import describe_device, package_versions
 
     return {
         "images": images,

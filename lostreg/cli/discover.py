@@ -17,7 +17,7 @@ from lostreg.cli.progress import ProgressBar
 from lostreg.cli.registers import REGISTERS_FILE, with_registers
 
 if TYPE_CHECKING:
-    from lostreg.collection_run import Summary
+    from lostreg.runs.discover import Summary
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -57,8 +57,8 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Discover; the exit code is 2 if no photo at all could be read."""
-    from lostreg.collection_run import MASKS_FOLDER, discover_collection
     from lostreg.datasets.folder import find_collection
+    from lostreg.runs.discover import MASKS_FOLDER, discover_collection
 
     if args.mask_png:
         check_mask_pictures("--mask-png", args.max_objects)

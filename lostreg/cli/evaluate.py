@@ -22,8 +22,8 @@ from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
     from lostreg.datasets import Benchmark, Example
-    from lostreg.evaluate import Callback, Evaluation, Hook
     from lostreg.inference.discovery import Discovery
+    from lostreg.runs.evaluate import Callback, Evaluation, Hook
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, out: Path) -> "Evaluation":
-    from lostreg.evaluate import evaluate
+    from lostreg.runs.evaluate import evaluate
 
     # Boxes of benchmarks refer to pixels as they are stored.
     discoverer = make_discoverer(args, backbone, exif=False)
@@ -115,8 +115,8 @@ def _progress_bar(backbone: str, total: int) -> Iterator["Callback"]:
     """A bar on standard error with the running corloc; images of an earlier run do not count as fast ones."""
     from tqdm import tqdm
 
-    from lostreg.evaluate import Progress
     from lostreg.metrics import Corloc
+    from lostreg.runs.evaluate import Progress
 
     unreadable = 0
     with ExitStack() as stack:

@@ -12,8 +12,8 @@ from lostreg.errors import OptionError, PredictionsError
 
 if TYPE_CHECKING:
     from lostreg.exports.items import ExportSet
-    from lostreg.exports.sources import ImageFinder
-    from lostreg.predictions import Prediction
+    from lostreg.runs.locate import ImageFinder
+    from lostreg.runs.predictions import Prediction
 
 _SUFFIXES: Final = {"coco": ".json", "csv": ".csv", "labelstudio": ".json"}
 _FOLDERS: Final = ("voc", "yolo")
@@ -77,7 +77,7 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, check, write; the last line says what was exported."""
-    from lostreg.exports.sources import ImageFinder, is_unfinished, predictions_file
+    from lostreg.runs.locate import ImageFinder, is_unfinished, predictions_file
 
     _check_options(args)
     source = predictions_file(args.predictions)
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _read(source: Path) -> "list[Prediction]":
     """The predictions of a run that may have been killed in the middle of a line."""
-    from lostreg.predictions import stream_predictions
+    from lostreg.runs.predictions import stream_predictions
 
     predictions = list(stream_predictions(source))
     if not predictions:
@@ -192,7 +192,7 @@ def _write_folder(args: argparse.Namespace, chosen: "ExportSet", finder: "ImageF
 
 def _refuse_among_images(out: Path, chosen: "ExportSet", finder: "ImageFinder") -> None:
     """Raise if the export could be taken for images the next time."""
-    from lostreg.run_images import is_file
+    from lostreg.runs.locate import is_file
 
     paths = [image.source.path for image in chosen.images if image.source and is_file(image.source.path)]
     refuse_among_images("--out", out, [str(finder.folder)] if finder.folder else [], paths)

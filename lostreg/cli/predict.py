@@ -93,7 +93,7 @@ def _mask_paths(args: argparse.Namespace, paths: list[Path]) -> list[Path] | Non
 
 
 def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None, args: argparse.Namespace) -> None:
-    from lostreg.predictions import from_discovery, from_error
+    from lostreg.runs.predictions import from_discovery, from_error
 
     if isinstance(outcome, ImageError):
         tell(f"error: {outcome}")

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.images is not None and not args.images.is_dir():
         raise OptionError(f"--images {args.images}: expected a folder")
     from lostreg.gallery.build import write_gallery
-    from lostreg.gallery.run_folder import RunFolder
+    from lostreg.runs.reader import RunFolder
 
     folder = RunFolder(args.run_folder, needs_maps=args.images is None)
     check_writable(target, "the page")

@@ -22,8 +22,8 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score; images without a prediction are misses, and are counted."""
-    from lostreg.evaluate import score_detections, score_predictions
-    from lostreg.predictions import read_predictions
+    from lostreg.runs.evaluate import score_detections, score_predictions
+    from lostreg.runs.predictions import read_predictions
 
     predictions = read_predictions(args.predictions)
     benchmark = open_benchmark(args)

@@ -21,7 +21,7 @@ from lostreg.errors import OptionError
 from lostreg.models.table import FEATURES
 
 if TYPE_CHECKING:
-    from lostreg.sweep import SweepRow
+    from lostreg.runs.sweep import SweepRow
 
 _BIASES = "-0.95:0.25:25"
 _PLOT = "sweep.png"
@@ -84,10 +84,10 @@ def bias_list(text: str) -> tuple[float, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Sweep, and print the table."""
-    from lostreg.charts import plot_sweep
     from lostreg.datasets import require_images
     from lostreg.models.features import resolve_layer
-    from lostreg.sweep import LINES_FILE, RESULTS_FILE, sweep
+    from lostreg.runs.sweep import LINES_FILE, RESULTS_FILE, sweep
+    from lostreg.runs.sweep_figure import plot_sweep
 
     if args.benchmark == "coco" and args.images is None:
         raise OptionError("sweep coco needs --images, the folder that file names in the annotations are relative to")
@@ -133,7 +133,7 @@ def _table(rows: "Sequence[SweepRow]") -> str:
 
 
 def _last_line(rows: "Sequence[SweepRow]") -> str:
-    from lostreg.sweep import summary
+    from lostreg.runs.sweep import summary
 
     ends = summary(rows)
     return f"auto - best fixed: mean {ends['mean']:+.2f}, worst {ends['worst']:+.2f} ({len(rows)} features)"

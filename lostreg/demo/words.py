@@ -6,7 +6,7 @@ import json
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.demo.panels import colour_of
 from lostreg.inference.discovery import Discovery
-from lostreg.predictions import from_discovery
+from lostreg.runs.predictions import from_discovery
 
 
 def verdict(found: Discovery, asked: int) -> str:

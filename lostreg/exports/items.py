@@ -9,11 +9,11 @@ from typing import Any, Final
 from lostreg.datasets.base import ImageId, name_some
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.names import below_one_folder, cut
-from lostreg.exports.sources import ImageFinder, Source
 from lostreg.images.decode import SUFFIXES, read_image
 from lostreg.images.rle import Rle, decode_rle
 from lostreg.jsonio import is_finite_number
-from lostreg.predictions import Prediction
+from lostreg.runs.locate import ImageFinder, Source
+from lostreg.runs.predictions import Prediction
 
 Box = tuple[float, float, float, float]
 

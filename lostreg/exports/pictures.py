@@ -11,9 +11,8 @@ from PIL import ExifTags, Image, TiffImagePlugin
 from lostreg.errors import PredictionsError
 from lostreg.exports.items import ExportImage
 from lostreg.exports.names import cut
-from lostreg.exports.sources import Source
 from lostreg.images.decode import SIDEWAYS, decoding, open_file, read_image
-from lostreg.run_images import is_file
+from lostreg.runs.locate import Source, is_file
 
 Placing = Literal["copy", "link", "none"]
 

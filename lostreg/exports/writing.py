@@ -11,7 +11,7 @@ from typing import Any, Final
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.names import cut
 from lostreg.jsonio import as_line, write_whole
-from lostreg.run_images import is_file
+from lostreg.runs.locate import is_file
 
 MARK: Final = "lostreg-export.json"
 """Written into every exported folder: only a folder that has it is ever replaced."""

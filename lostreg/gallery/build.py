@@ -14,7 +14,7 @@ import numpy as np
 from lostreg.errors import OptionError
 from lostreg.gallery.entries import Entry, make_entry
 from lostreg.gallery.page import page_head, page_item, page_tail
-from lostreg.gallery.run_folder import RunFolder, Shown, Survey
+from lostreg.runs.reader import RunFolder, Shown, Survey
 
 Choice: TypeAlias = Literal["first", "lowest", "highest", "even"]
 CHOICES: Final[tuple[Choice, ...]] = get_args(Choice)

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from lostreg.errors import ImageError
 from lostreg.gallery.masks import small_mask
-from lostreg.gallery.run_folder import Shown, clean_scores
 from lostreg.images.decode import read_image
-from lostreg.maps import ImageMaps
-from lostreg.predictions import Prediction
-from lostreg.run_images import find_below
+from lostreg.runs.locate import find_below
+from lostreg.runs.maps import ImageMaps
+from lostreg.runs.predictions import Prediction
+from lostreg.runs.reader import Shown, clean_scores
 
 SIDE: Final = 480
 QUALITY: Final = 75

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.gallery.entries import Entry, readable
-from lostreg.gallery.run_folder import RunFolder, Survey
 from lostreg.jsonio import is_finite_number
+from lostreg.runs.reader import RunFolder, Survey
 
 _ITEMS: Final = "<!-- items -->\n"
 _ESCAPES: Final = {ord("<"): "\\u003c", ord(">"): "\\u003e", ord("&"): "\\u0026"}

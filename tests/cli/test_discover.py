@@ -19,7 +19,7 @@ from PIL import Image
 from lostreg.cli.main import main
 from lostreg.images.rle import decode_rle
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
-from lostreg.predictions import read_predictions
+from lostreg.runs.predictions import read_predictions
 
 FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]
 _small: list[Backbone] = []

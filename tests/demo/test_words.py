@@ -7,7 +7,7 @@ import numpy as np
 from test_panels import discovery
 
 from lostreg.demo.words import box_json, box_table, hint, problem, verdict
-from lostreg.predictions import from_discovery
+from lostreg.runs.predictions import from_discovery
 
 
 def scored(*scores: float) -> str:

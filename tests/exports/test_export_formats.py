@@ -249,7 +249,7 @@ def test_no_cell_is_a_formula_and_ids_come_back(image_id: str) -> None:
 
 
 def _predictions(fields: dict[str, Any]) -> list[Any]:
-    from lostreg.predictions import Prediction
+    from lostreg.runs.predictions import Prediction
 
     return [Prediction(**fields)]
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.items import gather
-from lostreg.exports.sources import ImageFinder
 from lostreg.images.rle import encode_rle
+from lostreg.runs.locate import ImageFinder
 
 MASK: dict[str, Any] = encode_rle(np.zeros((HEIGHT, WIDTH), bool)) | {}  # type: ignore[operator]
 

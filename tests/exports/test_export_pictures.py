@@ -13,7 +13,7 @@ from lostreg.errors import ImageError, PredictionsError
 from lostreg.exports import voc, yolo
 from lostreg.exports.items import ExportImage
 from lostreg.exports.pictures import Plan, place, plan
-from lostreg.maps import ImageMaps
+from lostreg.runs.maps import ImageMaps
 
 KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     # name: how it is saved, and what becomes of it for YOLO

@@ -14,8 +14,8 @@ from conftest import scene
 from PIL import Image
 
 from lostreg.datasets.base import ImageId
-from lostreg.maps import ImageMaps
-from lostreg.predictions import Prediction
+from lostreg.runs.maps import ImageMaps
+from lostreg.runs.predictions import Prediction
 
 WIDTH, HEIGHT, PATCH = 150, 110, 14
 GRID = (8, 11)

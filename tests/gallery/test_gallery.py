@@ -19,8 +19,8 @@ from lostreg.gallery import build
 from lostreg.gallery.build import choose_images, write_gallery
 from lostreg.gallery.entries import Entry
 from lostreg.gallery.masks import small_mask
-from lostreg.gallery.run_folder import RunFolder
-from lostreg.predictions import read_predictions, stream_predictions
+from lostreg.runs.predictions import read_predictions, stream_predictions
+from lostreg.runs.reader import RunFolder
 
 NASTY = [
     "</script><script>document.title = 'taken'</script>",

@@ -12,7 +12,7 @@ from fabricate_run import GRID, HEIGHT, PATCH, TRUTH, WIDTH, write_run
 from pycocotools import mask as coco
 
 from lostreg.gallery.build import write_gallery
-from lostreg.gallery.run_folder import RunFolder
+from lostreg.runs.reader import RunFolder
 
 pytestmark = needs_browser
 

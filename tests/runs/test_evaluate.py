@@ -18,15 +18,15 @@ from lostreg.cli.main import main
 from lostreg.datasets import Benchmark, Example, load_benchmark
 from lostreg.defaults import MAPS_FILE
 from lostreg.errors import ImageError, PredictionsError
-from lostreg.evaluate import PREDICTIONS_FILE, RESULTS_FILE, Progress, evaluate, score_predictions
 from lostreg.images.decode import ImageSource
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
 from lostreg.inference.stream import ImageStream
-from lostreg.maps import read_maps
 from lostreg.metrics import Corloc, score_auc
 from lostreg.models.backbone import Backbone
-from lostreg.predictions import Prediction
+from lostreg.runs.evaluate import PREDICTIONS_FILE, RESULTS_FILE, Progress, evaluate, score_predictions
+from lostreg.runs.maps import read_maps
+from lostreg.runs.predictions import Prediction
 
 COUNT = 9  # more than a window of 4 batches of 2
 KILLED_COUNT = 16  # of the run that is killed

@@ -14,6 +14,7 @@ import filelock
 import torch
 
 from lostreg.datasets import Benchmark
+from lostreg.defaults import RESULTS_FILE
 from lostreg.errors import PredictionsError
 
 _PACKAGES: Final = (
@@ -167,3 +168,13 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     return f"{device.type}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def results_of(folder: Path) -> dict[str, Any] | None:
+    """What a run says of itself; None where it says nothing that can be read."""
+    path = folder / RESULTS_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

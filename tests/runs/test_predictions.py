@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.inference.discovery import Discovery
-from lostreg.predictions import Prediction, from_discovery, from_error, read_predictions, recover_predictions
+from lostreg.runs.predictions import Prediction, from_discovery, from_error, read_predictions, recover_predictions
 
 IDS = st.one_of(st.text(min_size=1), st.integers(-(2**53), 2**53))
 COORDINATES = st.integers(0, 10**7).map(lambda thousandths: thousandths / 1000)

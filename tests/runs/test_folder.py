@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import lostreg
-from lostreg import runs
 from lostreg.datasets import Benchmark, Example
 from lostreg.errors import PredictionsError
 from lostreg.jsonio import write_json
-from lostreg.runs import (
+from lostreg.runs import folder
+from lostreg.runs.folder import (
     benchmark_settings,
     check_same_run,
     describe_device,
@@ -175,7 +175,7 @@ def test_a_run_is_complete_when_its_results_say_so(tmp_path: Path) -> None:
 
 
 def test_versions_of_what_is_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "_PACKAGES", ("lostreg", "no-such-package", "torch"))
+    monkeypatch.setattr(folder, "_PACKAGES", ("lostreg", "no-such-package", "torch"))
     assert package_versions() == {"lostreg": lostreg.__version__, "torch": metadata.version("torch")}
 
 

@@ -1,4 +1,4 @@
-"""The run that finds the objects of a collection: appended to files that survive a kill, as `lostreg.evaluate` does it.
+"""The run that finds the objects of a collection: appended to files that survive a kill, as `lostreg.runs.evaluate` does it.
 
 Nothing grows in memory with the number of images but their names.
 """
@@ -19,9 +19,9 @@ from lostreg.images.masks import save_mask_png
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import write_json
-from lostreg.maps import keep_maps, maps_of
-from lostreg.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
-from lostreg.runs import check_same_run, is_complete, locked, read_results, run_facts
+from lostreg.runs.folder import check_same_run, is_complete, locked, read_results, run_facts
+from lostreg.runs.maps import keep_maps, maps_of
+from lostreg.runs.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
 
 FAILED_FILE: Final = "failed.csv"
 MASKS_FOLDER: Final = "masks"

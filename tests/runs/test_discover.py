@@ -12,13 +12,13 @@ from conftest import scene
 from PIL import Image
 
 from lostreg import Discoverer
-from lostreg.collection_run import Summary, discover_collection, mask_path
 from lostreg.datasets.folder import Collection, find_collection
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.images.rle import decode_rle
-from lostreg.maps import read_maps
 from lostreg.models.backbone import Backbone
-from lostreg.predictions import Prediction, read_predictions
+from lostreg.runs.discover import Summary, discover_collection, mask_path
+from lostreg.runs.maps import read_maps
+from lostreg.runs.predictions import Prediction, read_predictions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = ("predictions.jsonl", "maps.jsonl", "failed.csv")

@@ -18,16 +18,10 @@ from lostreg.errors import ImageError, PredictionsError
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import write_json
-from lostreg.maps import ImageMaps, keep_maps, maps_of
 from lostreg.metrics import Corloc, Detections, DetectionScores, corloc, detection_scores, is_hit, score_auc
-from lostreg.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
-from lostreg.runs import (
-    benchmark_settings,
-    check_same_run,
-    is_complete,
-    locked,
-    run_facts,
-)
+from lostreg.runs.folder import benchmark_settings, check_same_run, is_complete, locked, run_facts
+from lostreg.runs.maps import ImageMaps, keep_maps, maps_of
+from lostreg.runs.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
 
 
 @dataclass(frozen=True)

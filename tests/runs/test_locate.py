@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from lostreg.gallery.entries import make_entry
-from lostreg.gallery.run_folder import Shown
-from lostreg.maps import ImageMaps
-from lostreg.predictions import Prediction
-from lostreg.run_images import below, find_below, results_of
+from lostreg.runs.folder import results_of
+from lostreg.runs.locate import below, find_below
+from lostreg.runs.maps import ImageMaps
+from lostreg.runs.predictions import Prediction
+from lostreg.runs.reader import Shown
 
 
 def touch(path: Path) -> Path:

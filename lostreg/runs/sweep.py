@@ -29,7 +29,7 @@ from lostreg.methods.similarity import Similarities
 from lostreg.metrics import Corloc, is_hit, score_auc
 from lostreg.models.features import resolve_layer
 from lostreg.models.table import Feature
-from lostreg.runs import (
+from lostreg.runs.folder import (
     benchmark_settings,
     check_same_run,
     describe_device,

@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lostreg.charts import plot_sweep
 from lostreg.errors import LostregError
 from lostreg.metrics import Corloc
 from lostreg.models.table import FEATURES
-from lostreg.sweep import SweepRow
+from lostreg.runs.sweep import SweepRow
+from lostreg.runs.sweep_figure import plot_sweep
 
 BIASES = (0.0, -0.5, -0.25)
 

@@ -8,10 +8,10 @@ from typing import Any, Final
 from lostreg.defaults import CLEAR_SCORE, MAPS_FILE, MAX_PIXELS, PREDICTIONS_FILE
 from lostreg.errors import PredictionsError
 from lostreg.jsonio import is_finite_number
-from lostreg.maps import ImageMaps, read_maps
 from lostreg.metrics import Corloc, is_hit
-from lostreg.predictions import Prediction, stream_predictions
-from lostreg.run_images import results_of
+from lostreg.runs.folder import results_of
+from lostreg.runs.maps import ImageMaps, read_maps
+from lostreg.runs.predictions import Prediction, stream_predictions
 
 FAILED_LISTED: Final = 1000  # images without a box that are named; the others are counted
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lostreg.errors import LostregError
-from lostreg.sweep import SweepRow
+from lostreg.runs.sweep import SweepRow
 
 
 def plot_sweep(path: Path, rows: Sequence[SweepRow], title: str) -> None:

@@ -12,7 +12,7 @@ from lostreg.errors import PredictionsError
 from lostreg.images.rle import Rle, encode_rle
 from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import as_line, is_box, is_finite_number, is_id, keep_lines
-from lostreg.maps import ImageMaps
+from lostreg.runs.maps import ImageMaps
 
 
 @dataclass(frozen=True)

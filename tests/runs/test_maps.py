@@ -13,8 +13,8 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 from lostreg import Discoverer
 from lostreg.errors import PredictionsError
-from lostreg.maps import ImageMaps, keep_maps, maps_of, read_maps
 from lostreg.models.backbone import Backbone
+from lostreg.runs.maps import ImageMaps, keep_maps, maps_of, read_maps
 
 degree_maps = arrays(np.int64, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 100_000))
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lostreg.datasets import Benchmark, load_benchmark
 from lostreg.errors import ImageError, OptionError, PredictionsError
-from lostreg.evaluate import evaluate
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import Engine
 from lostreg.inference.stream import ImageStream
@@ -24,7 +23,8 @@ from lostreg.methods.bias import TRIALS
 from lostreg.metrics import Corloc, is_hit
 from lostreg.models.backbone import Backbone
 from lostreg.models.blocks import BlockRunner
-from lostreg.sweep import LINES_FILE, RESULTS_FILE, SweepRow, summary, sweep
+from lostreg.runs.evaluate import evaluate
+from lostreg.runs.sweep import LINES_FILE, RESULTS_FILE, SweepRow, summary, sweep
 
 COUNT = 9
 BATCH = 2
@@ -296,7 +296,7 @@ def test_a_finished_sweep_keeps_the_versions_that_it_was_computed_with(
     benchmark: Benchmark, discoverer: Discoverer, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = results(finished)
-    monkeypatch.setattr("lostreg.sweep.package_versions", lambda: {"lostreg": "of another day"})
+    monkeypatch.setattr("lostreg.runs.sweep.package_versions", lambda: {"lostreg": "of another day"})
     sweep(benchmark, discoverer, PAIRS, BIASES, finished)
     assert results(finished) == before
 
@@ -438,7 +438,7 @@ def test_other_settings_are_refused_and_named(
 def test_trials_of_another_day_are_a_difference(
     benchmark: Benchmark, discoverer: Discoverer, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lostreg.sweep.TRIALS", (0.0, -1.0))
+    monkeypatch.setattr("lostreg.runs.sweep.TRIALS", (0.0, -1.0))
     with pytest.raises(PredictionsError, match=r"auto_trials was \[0\.0, -0\.25, .* and is now \[0\.0, -1\.0\]"):
         sweep(benchmark, discoverer, PAIRS, BIASES, finished)
 
