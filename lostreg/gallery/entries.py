@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lostreg.errors import ImageError
-from lostreg.gallery.masks import small_mask
+from lostreg.errors import ImageError, PredictionsError
 from lostreg.images.decode import read_image
+from lostreg.images.rle import decode_rle
 from lostreg.runs.locate import find_below
 from lostreg.runs.maps import ImageMaps
 from lostreg.runs.predictions import Prediction
@@ -19,6 +19,7 @@ from lostreg.runs.reader import Shown, clean_scores
 
 SIDE: Final = 480
 QUALITY: Final = 75
+_MASK_SIDE: Final = 320
 
 
 @dataclass(frozen=True)
@@ -126,3 +127,33 @@ def _reach(prediction: Prediction) -> tuple[int, int]:
 def readable(text: str) -> str:
     """A text that can be written: a file name that is not UTF-8 has lone surrogates, shown as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def small_mask(rle: Any, side: int = _MASK_SIDE) -> dict[str, Any] | None:
+    """A mask at a page's size.
+
+    Args:
+        rle: as COCO has it, of the whole image.
+        side: the longer side of the result at most, in pixels.
+
+    Returns:
+        ``size``, [height, width], and ``runs``, the lengths of runs down the columns, zeros first; None for what is
+        no mask.
+    """
+    try:
+        mask = decode_rle(rle)
+    except PredictionsError:
+        return None
+    height, width = mask.shape
+    scale = min(1.0, side / max(height, width))
+    high, wide = max(1, round(height * scale)), max(1, round(width * scale))
+    rows = ((np.arange(high) + 0.5) * height / high).astype(int)
+    columns = ((np.arange(wide) + 0.5) * width / wide).astype(int)
+    return {"size": [high, wide], "runs": _runs(mask[rows][:, columns].T.ravel())}
+
+
+def _runs(values: NDArray[np.bool_]) -> list[int]:
+    """Lengths of runs, zeros first."""
+    edges = np.flatnonzero(np.diff(values)) + 1
+    lengths: list[int] = np.diff(np.concatenate([[0], edges, [len(values)]])).tolist()
+    return [0, *lengths] if values[0] else lengths

@@ -17,8 +17,7 @@ from pycocotools import mask as coco
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.gallery import build
 from lostreg.gallery.build import choose_images, write_gallery
-from lostreg.gallery.entries import Entry
-from lostreg.gallery.masks import small_mask
+from lostreg.gallery.entries import Entry, small_mask
 from lostreg.runs.predictions import read_predictions, stream_predictions
 from lostreg.runs.reader import RunFolder
 
