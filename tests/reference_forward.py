@@ -1,4 +1,4 @@
-"""timm's own blocks, one image at a time, with test-time registers put in by hand: what `lostreg.models.forward` is held to.
+"""The oracle of `lostreg.models.forward`: timm's own blocks, an image at a time, test-time registers put in by hand.
 
 Tokens are appended to what timm embeds, timm's blocks run as they are, and a hook on the input of each MLP's second
 projection moves activations. Queries, keys and values are what timm hands its attention kernel.

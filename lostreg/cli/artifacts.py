@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lostreg import defaults
+from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers
 from lostreg.cli.files import make_folder, refuse_among_images
-from lostreg.cli.parser import (
+from lostreg.cli.options import (
     Subparsers,
     add_images,
     add_max_side,
     add_method_options,
     add_seed,
-    make_discoverer,
+    add_threshold,
     positive_int,
 )
 from lostreg.cli.progress import StepBars
-from lostreg.cli.registers import add_threshold, chosen_backbones, with_registers
 from lostreg.errors import RegistersError
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
+from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers
 from lostreg.cli.files import make_folder, refuse_among_images, unique_names
-from lostreg.cli.parser import Subparsers, add_backbone_options, add_images, add_max_side, make_discoverer, tell
+from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, tell
 from lostreg.cli.progress import ProgressBar
-from lostreg.cli.registers import chosen_backbones, with_registers
 from lostreg.errors import ImageError, RegistersError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
-from lostreg.cli.parser import Subparsers
+from lostreg.cli.options import Subparsers
 from lostreg.models.table import BACKBONES, BackboneSpec
 
 _BENCHMARKS = ("voc07", "voc12", "coco20k")

@@ -5,17 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
+from lostreg.cli.build import make_discoverer
 from lostreg.cli.files import check_writable
-from lostreg.cli.parser import (
-    Subparsers,
-    add_backbone_options,
-    add_images,
-    add_max_side,
-    add_seed,
-    make_discoverer,
-    positive_int,
-    tell,
-)
+from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, add_seed, positive_int, tell
 from lostreg.cli.progress import ProgressBar
 
 if TYPE_CHECKING:

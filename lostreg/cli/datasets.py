@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from lostreg.cli.parser import Subparsers, positive_int
+from lostreg.cli.options import Subparsers, positive_int
 from lostreg.datasets import FETCHABLE
 
 

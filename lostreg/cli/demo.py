@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.parser import Subparsers, add_device, add_max_pixels, add_max_side, positive_int, tell
+from lostreg.cli.options import Subparsers, add_device, add_max_pixels, add_max_side, positive_int, tell
 from lostreg.errors import BackboneError, OptionError
 
 if TYPE_CHECKING:

@@ -5,16 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
+from lostreg.cli.build import REGISTERS_FILE, make_discoverer, with_registers
 from lostreg.cli.files import check_mask_pictures
-from lostreg.cli.parser import (
-    Subparsers,
-    add_max_side,
-    add_method_options,
-    add_object_options,
-    make_discoverer,
-)
+from lostreg.cli.options import Subparsers, add_max_side, add_method_options, add_object_options
 from lostreg.cli.progress import ProgressBar
-from lostreg.cli.registers import REGISTERS_FILE, with_registers
 
 if TYPE_CHECKING:
     from lostreg.runs.discover import Summary

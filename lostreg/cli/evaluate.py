@@ -7,16 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lostreg.cli.parser import (
-    Subparsers,
-    add_benchmark_options,
-    add_max_side,
-    add_method_options,
-    add_object_options,
-    make_discoverer,
-    open_benchmark,
-)
-from lostreg.cli.registers import REGISTERS_FILE, chosen_backbones, with_registers
+from lostreg.cli.build import REGISTERS_FILE, chosen_backbones, make_discoverer, open_benchmark, with_registers
+from lostreg.cli.options import Subparsers, add_benchmark_options, add_max_side, add_method_options, add_object_options
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 from lostreg.errors import OptionError
 

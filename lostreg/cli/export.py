@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lostreg import __version__, defaults
 from lostreg.cli.files import check_writable, refuse_among_images
-from lostreg.cli.parser import Subparsers, as_finite, tell, unit_interval
+from lostreg.cli.options import Subparsers, as_finite, tell, unit_interval
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError, PredictionsError
 

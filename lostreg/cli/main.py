@@ -27,7 +27,7 @@ from lostreg.cli import (
     score,
     sweep,
 )
-from lostreg.cli.parser import Parser, tell
+from lostreg.cli.options import Parser, tell
 from lostreg.errors import LostregError, LostregWarning
 
 _COMMANDS = (

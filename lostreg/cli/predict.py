@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lostreg import defaults
+from lostreg.cli.build import make_discoverer, with_registers
 from lostreg.cli.files import check_mask_pictures, make_folder, mask_paths, refuse_among_images, unique_names
-from lostreg.cli.parser import (
+from lostreg.cli.options import (
     Subparsers,
     add_images,
     add_mask_folder,
     add_max_side,
     add_method_options,
     add_object_options,
-    make_discoverer,
     tell,
 )
-from lostreg.cli.registers import with_registers
 from lostreg.errors import ImageError, OptionError
 
 _OTHER_PICTURES = (".bmp", ".eps", ".gif", ".pdf", ".svg", ".tif", ".tiff")  # no folder is meant

@@ -4,7 +4,7 @@ import sys
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lostreg.cli.parser import tell
+from lostreg.cli.options import tell
 
 if TYPE_CHECKING:
     from tqdm import tqdm

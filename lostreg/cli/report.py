@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from lostreg.cli.files import check_writable
-from lostreg.cli.parser import Subparsers, positive_int, tell
+from lostreg.cli.options import Subparsers, positive_int, tell
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError
 

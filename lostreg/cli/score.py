@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from lostreg.cli.parser import Subparsers, add_benchmark_options, open_benchmark, tell
+from lostreg.cli.build import open_benchmark
+from lostreg.cli.options import Subparsers, add_benchmark_options, tell
 
 
 def add_parser(commands: Subparsers) -> None:

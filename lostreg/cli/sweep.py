@@ -6,17 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lostreg.cli.parser import (
-    Subparsers,
-    add_backbone_options,
-    add_benchmark_options,
-    add_max_side,
-    as_finite,
-    make_discoverer,
-    open_benchmark,
-)
+from lostreg.cli.build import REGISTERS_FILE, make_discoverer, open_benchmark, with_registers
+from lostreg.cli.options import Subparsers, add_backbone_options, add_benchmark_options, add_max_side, as_finite
 from lostreg.cli.progress import ProgressBar
-from lostreg.cli.registers import REGISTERS_FILE, with_registers
 from lostreg.errors import OptionError
 from lostreg.models.table import FEATURES
 

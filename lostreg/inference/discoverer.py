@@ -62,8 +62,8 @@ class Discoverer:
         exif: whether EXIF orientation is applied.
         max_pixels: images with more are refused before they are decoded.
         registers: test-time registers, see `find_registers`; None adds nothing to any image.
-        max_objects: how many objects of an image are looked for at most, at least 1, see `lostreg.methods.multi_object`. The first
-            is the same whatever the number.
+        max_objects: how many objects of an image are looked for at most, at least 1, see
+            `lostreg.methods.multi_object`. The first is the same whatever the number.
         min_score: further objects with a lower score are left out and end the search, in [0, 1]. The first is kept.
         refine: whether masks are sharpened on the pixels, see `lostreg.images.masks`.
         box_from: ``patches``, or ``mask`` for boxes around the refined masks.

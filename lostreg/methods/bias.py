@@ -1,7 +1,8 @@
 """The Gram bias: which values are allowed, and which ones ``auto`` tries.
 
-``auto`` tries a few biases on each image and keeps the box with the highest score (`lostreg.methods.objectness`). No label, no other
-image and no number that belongs to a backbone takes part: docs/bias.md has the reasons and the measurements.
+``auto`` tries a few biases on each image and keeps the box with the highest score (`lostreg.methods.objectness`). No
+label, no other image and no number that belongs to a backbone takes part: docs/bias.md has the reasons and the
+measurements.
 """
 
 import math

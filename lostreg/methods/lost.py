@@ -30,8 +30,8 @@ class LostResult:
 
     Attributes:
         xyxy: boxes, shape (B, 4), int64, ``x1, y1, x2, y2`` with exclusive right and bottom edges.
-        scores: how clearly each box is an object, see `lostreg.methods.objectness`; shape (B,), float32, in [0, 1]; 0 where the
-            seed is not connected even to itself.
+        scores: how clearly each box is an object, see `lostreg.methods.objectness`; shape (B,), float32, in [0, 1]; 0
+            where the seed is not connected even to itself.
         seeds: row and column of each seed, shape (B, 2), int64.
         degrees: connections of each patch, shape (B, h, w), int64.
         masks: the patches of each object, shape (B, h, w), bool.

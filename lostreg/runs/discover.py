@@ -1,4 +1,4 @@
-"""The run that finds the objects of a collection: appended to files that survive a kill, as `lostreg.runs.evaluate` does it.
+"""The run that finds the objects of a collection: appended to files that survive a kill.
 
 Nothing grows in memory with the number of images but their names.
 """

@@ -12,7 +12,7 @@ from fabricate_run import Page, write_run
 from PIL import Image
 
 from lostreg.cli import report
-from lostreg.cli.parser import Parser
+from lostreg.cli.options import Parser
 from lostreg.errors import LostregError
 from lostreg.gallery import build
 

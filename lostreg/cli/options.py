@@ -12,8 +12,6 @@ from lostreg.models.table import FEATURES
 
 if TYPE_CHECKING:
     from lostreg.artifacts.outliers import CutoffRule
-    from lostreg.datasets import Benchmark
-    from lostreg.inference.discoverer import Discoverer
 
 Subparsers = Any  # argparse keeps these classes to itself
 Group = Any
@@ -293,50 +291,6 @@ def _max_side(text: str) -> int | None:
     return None if text == "none" else positive_int(text)
 
 
-def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> "Discoverer":
-    """The `Discoverer` that the method options describe."""
-    from lostreg.inference.discoverer import Discoverer
-
-    return Discoverer(
-        backbone,
-        weights=args.weights,
-        k_patches=args.k_patches,
-        device=args.device,
-        precision=args.precision,
-        batch_size=args.batch_size,
-        compile=args.compile,
-        max_side=args.max_side,
-        max_pixels=args.max_pixels,
-        **_chosen(args),
-        **_objects(args),
-        **options,
-    )
-
-
-def _chosen(args: argparse.Namespace) -> dict[str, Any]:
-    """Feature, layer, bias and normalisation, as far as the command lets the user choose them."""
-    from lostreg.inference.calibration import Calibration
-
-    chosen = {name: getattr(args, name) for name in ("feature", "layer", "bias", "normalize") if hasattr(args, name)}
-    if isinstance(chosen.get("bias"), Path):
-        chosen["bias"] = Calibration.load(chosen["bias"])
-    return chosen
-
-
-def _objects(args: argparse.Namespace) -> dict[str, Any]:
-    """What is wanted of each image, where the command lets the user say it."""
-    if not hasattr(args, "max_objects"):
-        return {}
-    if args.box_from == "mask" and args.masks != "refined":
-        raise OptionError("--box-from mask takes boxes from refined masks: add --masks refined")
-    return {
-        "max_objects": args.max_objects,
-        "min_score": args.min_score,
-        "refine": args.masks == "refined",
-        "box_from": args.box_from,
-    }
-
-
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     """The options that name a benchmark, shared by ``eval`` and ``score``."""
     group = parser.add_argument_group("benchmark")
@@ -348,23 +302,18 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
 
 
-def open_benchmark(args: argparse.Namespace) -> "Benchmark":
-    """The benchmark that the options name, limited as asked; what was left out is told on standard error."""
-    from lostreg.datasets import load_benchmark
-
-    benchmark = load_benchmark(
-        args.benchmark,
-        root=args.root,
-        split=args.split,
-        images=args.images,
-        annotations=args.annotations,
-        no_hard=args.no_hard,
-    )
-    for note in benchmark.notes:
-        tell(note)
-    return benchmark.limited(args.limit)
-
-
 def tell(message: str) -> None:
     """A line for the person at the terminal, out of the way of standard output."""
     sys.stderr.write(f"lostreg: {' '.join(message.split())}\n")
+
+
+def add_threshold(parser: argparse.ArgumentParser) -> None:
+    """The option that says which tokens are outliers."""
+    parser.add_argument(
+        "--threshold",
+        type=cutoff_rule,
+        default="auto",
+        metavar="RULE",
+        help="norm from which a patch token at the output, before the final norm, is an outlier: a number such as 150, "
+        "mean+3sigma, 99.5%%, or auto, which looks for a second mode and may find none (default: auto)",
+    )

@@ -1,0 +1,175 @@
+"""Parsed options become objects: the discoverer, the benchmark, test-time registers."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lostreg import defaults
+from lostreg.cli.options import tell
+from lostreg.cli.progress import StepBars
+from lostreg.errors import OptionError
+
+if TYPE_CHECKING:
+    from lostreg.artifacts.outliers import CutoffRule
+    from lostreg.datasets import Benchmark
+    from lostreg.images.decode import ImageSource
+    from lostreg.inference.discoverer import Discoverer
+    from lostreg.models.registers import RegisterNeurons
+
+REGISTERS_FILE = "registers.json"
+_RESULTS = ("results.json", "sweep.json")
+
+
+def with_registers(
+    args: argparse.Namespace,
+    discoverer: "Discoverer",
+    images: "Sequence[ImageSource]",
+    *,
+    kept: Path | None = None,
+    rule: "CutoffRule | None" = None,
+    seed: int = 0,
+) -> "Discoverer":
+    """The discoverer with the test-time registers that ``--test-time-registers`` asks for.
+
+    Args:
+        args: with the option; a number of tokens means that neurons are looked for in the images at hand.
+        discoverer: without them.
+        images: what is about to be processed.
+        kept: file for the neurons that are found: a run that goes on takes them from there.
+        rule: which tokens are outliers; None looks for a second mode of the norms.
+        seed: of the sample of images that neurons are looked for in.
+
+    Raises:
+        OptionError: if that file is of another number of tokens.
+    """
+    from lostreg.artifacts.register_search import find_registers
+    from lostreg.models.registers import RegisterNeurons
+
+    wanted = args.test_time_registers
+    if wanted is None:
+        return discoverer
+    if isinstance(wanted, Path):
+        return discoverer.with_registers(RegisterNeurons.load(wanted))
+    if kept and not args.overwrite:
+        earlier = _earlier(kept, wanted)
+        if earlier:
+            return discoverer.with_registers(earlier)
+    with StepBars("registers") as bars:
+        found = find_registers(
+            images, discoverer, count=wanted, rule=rule, seed=seed, on_progress=lambda *told: bars.advance(*told[:3])
+        )
+    tell(describe_neurons(found))
+    if kept:
+        found.save(kept)
+    return discoverer.with_registers(found)
+
+
+def _earlier(kept: Path, wanted: int) -> "RegisterNeurons | None":
+    """The neurons that an earlier run into the same folder found; None where there was none.
+
+    Raises:
+        OptionError: if it added another number of tokens, or did not look for neurons.
+    """
+    from lostreg.models.registers import RegisterNeurons
+
+    if kept.exists():
+        found = RegisterNeurons.load(kept)
+        if found.count == wanted:
+            return found
+        told = f"{found.count} test-time register{'s' * (found.count > 1)}, not {wanted}"
+    elif any((kept.parent / results).exists() for results in _RESULTS):
+        told = "other settings: it did not look for register neurons"
+    else:
+        return None
+    raise OptionError(f"{kept.parent} holds a run with {told}; use --overwrite or another --out")
+
+
+def chosen_backbones(args: argparse.Namespace) -> list[str]:
+    """The backbones that a command for several of them is to run, each known and each once.
+
+    Raises:
+        OptionError: if one file of weights or of neurons is given for several of them.
+        BackboneError: if one is unknown.
+    """
+    from lostreg.models.backbone import find_spec
+
+    backbones = list(dict.fromkeys(args.backbone or [defaults.BACKBONE]))
+    for option, value in (("--weights", args.weights), ("--test-time-registers", args.test_time_registers)):
+        if isinstance(value, Path) and len(backbones) > 1:
+            raise OptionError(f"{option} is one file, but there are {len(backbones)} backbones")
+    for backbone in backbones:
+        find_spec(backbone)
+    return backbones
+
+
+def describe_neurons(found: "RegisterNeurons") -> str:
+    """A line on register neurons that were found, for the person at the terminal."""
+    layers = sorted({layer for layer, _ in found.neurons})
+    return (
+        f"{len(found.neurons)} register neurons in layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))} of "
+        f"{found.backbone}: outliers have norms of {found.cutoff:.4g} and more, emerge in layer {found.layer} and are "
+        f"{100 * found.outliers:.2f} % of patches of {found.images} images, {100 * found.outliers_left:.2f} % with "
+        "the neurons moved (on a few of them)"
+    )
+
+
+def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> "Discoverer":
+    """The `Discoverer` that the method options describe."""
+    from lostreg.inference.discoverer import Discoverer
+
+    return Discoverer(
+        backbone,
+        weights=args.weights,
+        k_patches=args.k_patches,
+        device=args.device,
+        precision=args.precision,
+        batch_size=args.batch_size,
+        compile=args.compile,
+        max_side=args.max_side,
+        max_pixels=args.max_pixels,
+        **_chosen(args),
+        **_objects(args),
+        **options,
+    )
+
+
+def _chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """Feature, layer, bias and normalisation, as far as the command lets the user choose them."""
+    from lostreg.inference.calibration import Calibration
+
+    chosen = {name: getattr(args, name) for name in ("feature", "layer", "bias", "normalize") if hasattr(args, name)}
+    if isinstance(chosen.get("bias"), Path):
+        chosen["bias"] = Calibration.load(chosen["bias"])
+    return chosen
+
+
+def _objects(args: argparse.Namespace) -> dict[str, Any]:
+    """What is wanted of each image, where the command lets the user say it."""
+    if not hasattr(args, "max_objects"):
+        return {}
+    if args.box_from == "mask" and args.masks != "refined":
+        raise OptionError("--box-from mask takes boxes from refined masks: add --masks refined")
+    return {
+        "max_objects": args.max_objects,
+        "min_score": args.min_score,
+        "refine": args.masks == "refined",
+        "box_from": args.box_from,
+    }
+
+
+def open_benchmark(args: argparse.Namespace) -> "Benchmark":
+    """The benchmark that the options name, limited as asked; what was left out is told on standard error."""
+    from lostreg.datasets import load_benchmark
+
+    benchmark = load_benchmark(
+        args.benchmark,
+        root=args.root,
+        split=args.split,
+        images=args.images,
+        annotations=args.annotations,
+        no_hard=args.no_hard,
+    )
+    for note in benchmark.notes:
+        tell(note)
+    return benchmark.limited(args.limit)
