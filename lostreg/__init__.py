@@ -4,7 +4,7 @@ d = lostreg.Discoverer("dinov2_vits14_reg")
 d.discover("dog.jpg").xyxy
 """
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from lostreg.errors import LostregError
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from lostreg.inference.discoverer import Discoverer
     from lostreg.inference.discovery import Discovery
     from lostreg.inference.study import Study
+
+    __version__: str
     from lostreg.methods.lost import LostResult, lost_boxes
     from lostreg.models.backbone import Backbone, load_backbone
     from lostreg.models.features import patch_features
     from lostreg.models.registers import RegisterNeurons
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BACKBONES",
@@ -70,6 +70,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("lostreg")
     if name == "artifacts":
         return import_module("lostreg.artifacts")
     if name not in _HOMES:

@@ -8,6 +8,8 @@ import numpy as np
 from conftest import disc_picture
 from PIL import Image
 
+from lostreg.inference.discovery import Discovery
+
 SPLIT = "trainval"
 BOX = "<object><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
 
@@ -40,3 +42,21 @@ def png_header(path: Path, width: int, height: int) -> Path:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
     return path
+
+
+def discovery(width: int = 1400, height: int = 700, patch: float = 140.0) -> Discovery:
+    """Two objects on a grid of 5 x 10 patches: left and right."""
+    masks = np.zeros((2, 5, 10), bool)
+    masks[0, 1:3, 1:3] = masks[1, 2:4, 6:9] = True
+    return Discovery(
+        xyxy=np.array([[1, 1, 3, 3], [6, 2, 9, 4]], np.float32) * patch,
+        scores=np.array([0.6, 0.3], np.float32),
+        seeds=np.array([[1, 1], [2, 6]]),
+        biases=np.array([-0.2, -0.2], np.float32),
+        masks=masks,
+        degrees=np.arange(50).reshape(5, 10),
+        width=width,
+        height=height,
+        patch_width=patch,
+        patch_height=patch,
+    )

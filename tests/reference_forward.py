@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_features import joined, model_for_grid
+from random_models import joined, model_for_grid
 from torch import Tensor, nn
 
 from lostreg.models.backbone import Backbone

@@ -1,10 +1,11 @@
 """``lostreg export``: predictions in the formats of other tools; runs no model."""
 
 import argparse
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from lostreg import __version__, defaults
+from lostreg import defaults
 from lostreg.cli.files import check_writable, refuse_among_images
 from lostreg.cli.options import Subparsers, as_finite, tell, unit_interval
 from lostreg.cli.progress import ProgressBar
@@ -181,7 +182,12 @@ def _write_folder(args: argparse.Namespace, chosen: "ExportSet", finder: "ImageF
     write = write_yolo if args.format == "yolo" else write_voc
     with whole_folder(args.out) as folder, ProgressBar("export", len(chosen.images)) as bar:
         encoded = write(folder, chosen, **options, advance=bar.advance)
-        about = {"kind": args.format, "lostreg": __version__, "images": len(chosen.images), "boxes": chosen.boxes}
+        about = {
+            "kind": args.format,
+            "lostreg": metadata.version("lostreg"),
+            "images": len(chosen.images),
+            "boxes": chosen.boxes,
+        }
         write_json(folder / MARK, {"format": "lostreg export 1", **about, "min_score": args.min_score})
     if encoded:
         tell(

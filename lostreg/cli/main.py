@@ -7,10 +7,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lostreg import __version__
 from lostreg.cli import (
     artifacts,
     attention,
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="lostreg",
         description="Find the main object of images without labels: LOST on frozen Vision Transformers.",
     )
-    parser.add_argument("--version", action="version", version=f"lostreg {__version__}")
+    parser.add_argument("--version", action="version", version=f"lostreg {metadata.version('lostreg')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)

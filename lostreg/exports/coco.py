@@ -1,8 +1,8 @@
 """COCO: one JSON with images, annotations and one category."""
 
+from importlib import metadata
 from typing import Any
 
-from lostreg import __version__
 from lostreg.exports.items import ExportBox, ExportImage, ExportSet
 from lostreg.exports.names import utf8_name
 
@@ -27,7 +27,7 @@ def as_coco(collection: ExportSet, label: str = "object") -> dict[str, Any]:
         for box in image.boxes
     ]
     return {
-        "info": {"description": "boxes found by lostreg, without labels", "version": __version__},
+        "info": {"description": "boxes found by lostreg, without labels", "version": metadata.version("lostreg")},
         "licenses": [],
         "categories": [{"id": CATEGORY, "name": label, "supercategory": ""}],
         "images": [

@@ -1,10 +1,10 @@
 """Label Studio: tasks with pre-annotations, and the labelling configuration that they need."""
 
+from importlib import metadata
 from typing import Any, Final
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
-from lostreg import __version__
 from lostreg.exports.items import ExportBox, ExportImage, ExportSet
 from lostreg.exports.names import escaped, utf8_name
 
@@ -40,7 +40,7 @@ def as_tasks(collection: ExportSet, label: str = "object", image_url: str = IMAG
 
 def _task(image: ExportImage, label: str, image_url: str) -> dict[str, Any]:
     prediction: dict[str, Any] = {
-        "model_version": f"lostreg {__version__}",
+        "model_version": f"lostreg {metadata.version('lostreg')}",
         "result": [_region(image, box, number, label) for number, box in enumerate(image.boxes, start=1)],
     }
     if image.boxes and image.boxes[0].score is not None:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from planted import noise
+from random_models import built
 from reference_forward import reference
 from small_vit import discoverer, pictures, small, world, write_images
-from test_features import built
 from torch import nn
 
 from lostreg.artifacts.attention import AttentionMaps, attention_maps

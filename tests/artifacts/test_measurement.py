@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from planted import cut, noise, pixels_of
+from random_models import built
 from reference_forward import reference
 from small_vit import LAYER, PATCHES, SHAPES, discoverer, norms_of, pictures, small, world, write_images
-from test_features import built
 
 from lostreg.artifacts.measurement import (
     CELLS,

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 from planted import cut, noise, pixels_of
+from random_models import DEPTH, GRIDS, NARROW, OTHERS, SOME, built, patches, picture
 from reference_forward import reference
-from test_features import DEPTH, NARROW, OTHERS, SOME, built
-from test_transformer import GRIDS, patches, picture
 
 from lostreg.artifacts.norms import TokenNorms, emergence, token_norms
 from lostreg.artifacts.outliers import NormTally

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import same
 from planted import Plant, cut, deafened, noise, pixels_of, plant, silenced
-from test_features import OTHERS, built
+from random_models import OTHERS, built
 
 from lostreg.artifacts.norms import TokenNorms, token_norms
 from lostreg.artifacts.outliers import CutoffRule

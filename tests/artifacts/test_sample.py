@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from planted import cut, noise, pixels_of
+from random_models import built
 from small_vit import PATCHES, discoverer, norms_of, pictures, small, world
-from test_features import built
 
 from lostreg.artifacts import sample as module
 from lostreg.artifacts.measurement import measure

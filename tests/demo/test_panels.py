@@ -4,28 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from fabricate import discovery
 
 from lostreg.demo.panels import SEED, colour_of, draw_attention, draw_degrees, draw_objects
 from lostreg.inference.discovery import Discovery
-
-
-def discovery(width: int = 1400, height: int = 700, patch: float = 140.0) -> Discovery:
-    """Two objects on a grid of 5 x 10 patches: left and right."""
-    masks = np.zeros((2, 5, 10), bool)
-    masks[0, 1:3, 1:3] = masks[1, 2:4, 6:9] = True
-    return Discovery(
-        xyxy=np.array([[1, 1, 3, 3], [6, 2, 9, 4]], np.float32) * patch,
-        scores=np.array([0.6, 0.3], np.float32),
-        seeds=np.array([[1, 1], [2, 6]]),
-        biases=np.array([-0.2, -0.2], np.float32),
-        masks=masks,
-        degrees=np.arange(50).reshape(5, 10),
-        width=width,
-        height=height,
-        patch_width=patch,
-        patch_height=patch,
-    )
-
 
 GREY = np.full((350, 700, 3), 128, np.uint8)
 

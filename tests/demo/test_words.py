@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
-from test_panels import discovery
+from fabricate import discovery
 
 from lostreg.demo.words import box_json, box_table, hint, problem, verdict
 from lostreg.runs.predictions import from_discovery

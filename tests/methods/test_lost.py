@@ -8,6 +8,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from random_features import CLEAR, exact_unit_vectors, integer_features
 from reference_lost import Reference, flood, reference_lost
 from safetensors.torch import load_file
 
@@ -25,18 +26,6 @@ from lostreg.methods.lost import (
 from lostreg.methods.similarity import Similarities
 
 # Small integers: every sum is exact in float32, so both sides must agree to the last tie.
-integers = st.integers(-3, 3).map(float)
-
-CLEAR = 2e-5  # what decisions must be clear by, where sums are rounded
-
-
-@st.composite
-def integer_features(draw: st.DrawFn, batch: int | None = None) -> tuple[np.ndarray, tuple[int, int]]:
-    images = batch or draw(st.integers(1, 3))
-    grid = (draw(st.integers(1, 6)), draw(st.integers(1, 6)))
-    depth = draw(st.integers(1, 5))
-    shape = (images, grid[0] * grid[1], depth)
-    return draw(arrays(np.float32, shape, elements=integers)), grid
 
 
 def assert_same(result: LostResult, index: int, expected: Reference) -> None:
@@ -56,18 +45,6 @@ def test_everything_equals_the_oracle_where_sums_are_exact(case, bias, k) -> Non
     result = lost_boxes(torch.from_numpy(features), grid, float(bias), k)
     for index, image in enumerate(features):
         assert_same(result, index, reference_lost(image, grid, bias, k))
-
-
-def exact_unit_vectors(seed: int) -> np.ndarray:
-    """Features of 2 images of 6x7 patches whose products are exact: one-hot, or a signed half in each of 4 places."""
-    random = np.random.default_rng(seed)
-    vectors = np.zeros((2, 42, 16), dtype=np.float32)
-    for vector in vectors.reshape(-1, 16):
-        if random.random() < 0.3:
-            vector[random.integers(16)] = random.choice([-1, 1])
-        else:
-            vector[random.choice(16, 4, replace=False)] = random.choice([-0.5, 0.5], 4)
-    return vectors
 
 
 @given(st.integers(0, 10_000), st.sampled_from([-0.375, -0.125, 0.0, 0.0625]))

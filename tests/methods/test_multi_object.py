@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from random_features import CLEAR, exact_unit_vectors, integer_features
 from reference_lost import Reference, reference_several
-from test_lost import CLEAR, exact_unit_vectors, integer_features
 
 from lostreg.images.boxes import pairwise_iou
 from lostreg.methods import similarity

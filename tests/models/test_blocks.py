@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_features import DEPTH, LAYERS, NARROW, OTHERS, SOME, assert_close, built, images_for
+from random_models import DEPTH, GRIDS, LAYERS, NARROW, OTHERS, SOME, assert_close, built, patches, picture
 from timm.layers.mlp import GatedMlp
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -22,7 +22,6 @@ from lostreg.models.features import FeatureExtractor, collect_features
 from lostreg.models.table import BACKBONES, FEATURES
 
 Grid = tuple[int, int]
-GRIDS: list[Grid] = [(3, 5), (2, 2), (2, 2), (5, 3), (1, 1), (2, 2), (1, 7)]
 WANTED = [(feature, layer) for feature in FEATURES for layer in LAYERS]
 CPU = torch.device("cpu")
 
@@ -33,17 +32,6 @@ CPU = torch.device("cpu")
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     name, options = OTHERS.get(request.param, (request.param, NARROW))
     return built(name, **options)
-
-
-def picture(backbone: Backbone, grid: Grid, number: int = 0) -> Tensor:
-    return images_for(backbone, grid, batch=number + 1)[number:]
-
-
-def patches(image: Tensor, patch: int) -> Tensor:
-    """(1, 3, H, W) to (N, patch * patch * 3): of each patch its pixels, of each pixel red, green, blue."""
-    _, _, height, width = image.shape
-    corners = [(y, x) for y in range(0, height, patch) for x in range(0, width, patch)]
-    return torch.stack([image[0, :, y : y + patch, x : x + patch].permute(1, 2, 0).flatten() for y, x in corners])
 
 
 def run(extractor: FeatureExtractor, grids: Sequence[Grid], numbers: Sequence[int] | None = None) -> list[list[Tensor]]:

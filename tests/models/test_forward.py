@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from random_models import DEPTH, GRIDS, NARROW, OTHERS, PLAIN, SOME, assert_close, built, images_for, patches, picture
 from reference_forward import Reference, reference
-from test_features import DEPTH, NARROW, OTHERS, PLAIN, SOME, assert_close, built, images_for
-from test_transformer import GRIDS, patches, picture
 from torch import Tensor
 
 from lostreg.models import blocks

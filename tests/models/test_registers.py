@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_features import PLAIN, SMALL, built
+from random_models import PLAIN, SMALL, built
 from torch import nn
 
 from lostreg.errors import BackboneError, LostregError, OptionError, RegistersError
