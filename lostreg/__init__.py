@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from lostreg.artifacts.attention import AttentionMaps, attention_maps
     from lostreg.artifacts.register_search import find_registers
     from lostreg.datasets import load_benchmark
+    from lostreg.inference.allocator import keep_freed_memory
     from lostreg.inference.calibrate import calibrate
     from lostreg.inference.calibration import Calibration
     from lostreg.inference.discoverer import Discoverer
     from lostreg.inference.discovery import Discovery
+    from lostreg.inference.options import Options
     from lostreg.inference.study import Study
 
     __version__: str
@@ -37,12 +39,14 @@ __all__ = [
     "Discovery",
     "LostResult",
     "LostregError",
+    "Options",
     "RegisterNeurons",
     "Study",
     "artifacts",
     "attention_maps",
     "calibrate",
     "find_registers",
+    "keep_freed_memory",
     "load_backbone",
     "load_benchmark",
     "lost_boxes",
@@ -65,6 +69,8 @@ _HOMES = {
     "Discovery": "inference.discovery",
     "find_registers": "artifacts.register_search",
     "RegisterNeurons": "models.registers",
+    "keep_freed_memory": "inference.allocator",
+    "Options": "inference.options",
     "Study": "inference.study",
 }
 

@@ -21,6 +21,9 @@ class Reference:
     `margin` is how clear the closest decision was: the distance from 0 of the biased similarity or sum of them that is
     nearest to it, and from the best score of the next object's where several biases were tried. Shorter numbers, or
     sums in another order, may decide otherwise what lies within their rounding.
+
+    `alike` are the biases that give the same mask, `bias` the first of them: their scores are equal but for rounding,
+    and so another of them may be the one that shorter numbers keep.
     """
 
     box: tuple[int, int, int, int]
@@ -30,6 +33,7 @@ class Reference:
     mask: np.ndarray
     bias: float
     margin: float
+    alike: Sequence[float] = ()
 
 
 def reference_lost(
@@ -87,6 +91,7 @@ def best_of_biases(
     best = max(tried, key=lambda one: one.score)  # the first of equal ones
     others = [best.score - one.score for one in tried if not np.array_equal(one.mask, best.mask)]
     best.margin = min([one.margin for one in tried] + others)
+    best.alike = [one.bias for one in tried if np.array_equal(one.mask, best.mask)]
     return best
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from lostreg.defaults import MAX_PIXELS
 from lostreg.demo.server import address_of, is_local, listen, make_server, upload_folder
 from lostreg.demo.session import DemoSettings, Models
+from lostreg.inference.options import Options
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.registers import RegisterNeurons
 
@@ -27,11 +29,12 @@ def small(name: str, **_: Any) -> Backbone:
 
 
 @contextmanager
-def small_models(**options: Any) -> Iterator[Models]:
+def small_models(max_pixels: int = MAX_PIXELS, **settings: Any) -> Iterator[Models]:
     """Models of a demo on this machine's CPU."""
+    options = Options(bias="auto", device="cpu", max_pixels=max_pixels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lostreg.inference.discoverer.load_backbone", small)
-        yield Models(DemoSettings(**{"backbones": (FIRST, SECOND, NO_TOKEN), "device": "cpu", **options}))
+        yield Models(DemoSettings((FIRST, SECOND, NO_TOKEN), options, **settings))
 
 
 @contextmanager

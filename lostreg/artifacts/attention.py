@@ -75,7 +75,7 @@ def attention_maps(
     def look(forward: Forward, pixels: list[Tensor], grids: Sequence[Grid]) -> list[list[AttentionMaps]]:
         return _maps_of(forward, pixels, grids, wanted)
 
-    forward = Forward(backbone, compiled=discoverer.compile)
+    forward = Forward(backbone, compiled=discoverer.options.compile)
     return discoverer.stream_of(LookJob(forward, look)).outcomes(images)
 
 

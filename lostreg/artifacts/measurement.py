@@ -199,7 +199,7 @@ def measure(
     draw_sample(images, sample, seed)  # an option out of range costs no pass
     backbone = discoverer.backbone
     seen = Pass.empty(backbone.depth, backbone.prefix_tokens, rule)
-    forward = Forward(backbone, compiled=discoverer.compile)
+    forward = Forward(backbone, compiled=discoverer.options.compile)
 
     def advance(step: str, done: int, total: int, outcome: object = None) -> None:
         if on_progress:
@@ -233,8 +233,8 @@ def measure(
         weights=backbone.weights,
         prefix_names=tuple(backbone.prefix_names),
         registers=backbone.registers.describe() if backbone.registers else None,
-        feature=discoverer.feature,
-        layer=discoverer.layer,
+        feature=discoverer.options.feature,
+        layer=discoverer.options.layer,
         seen=seen,
         cutoff=cutoff,
         emerges=None if cutoff.value is None else emergence(seen.layers, cutoff.value),

@@ -229,7 +229,7 @@ class _Search:
         sources: Sequence[ImageSource],
         step: str,
     ) -> list[tuple[ImageSource, Outcome | ImageError]]:
-        job = LookJob(Forward(backbone, compiled=self._discoverer.compile), look)
+        job = LookJob(Forward(backbone, compiled=self._discoverer.options.compile), look)
         found = []
         for source, outcome in zip(sources, self._discoverer.stream_of(job).outcomes(sources), strict=True):
             found.append((source, outcome))

@@ -160,9 +160,9 @@ class _Collection:
             seen.features,
             seen.norms.grid,
             outlier,
-            self._discoverer.bias,
-            self._discoverer.k_patches,
-            normalize=self._discoverer.normalize,
+            self._discoverer.options.bias,
+            self._discoverer.options.k_patches,
+            normalize=self._discoverer.options.normalize,
         )
         self._views[number] = (views.every, views.normal)
         if self._like is None or number in self._like.shown:
@@ -302,7 +302,7 @@ class _Look:
     """Norms, final tokens, pixels and LOST's features of a pack, from one forward."""
 
     def __init__(self, discoverer: Discoverer) -> None:
-        self._feature, self._layer = discoverer.feature, discoverer.layer
+        self._feature, self._layer = discoverer.options.feature, discoverer.options.layer
 
     def __call__(self, forward: Forward, pixels: list[Tensor], grids: Sequence[Grid]) -> list[_Seen]:
         walk = forward.start(pixels, grids)

@@ -114,48 +114,40 @@ def describe_neurons(found: "RegisterNeurons") -> str:
     )
 
 
-def make_discoverer(args: argparse.Namespace, backbone: str, **options: Any) -> "Discoverer":
-    """The `Discoverer` that the method options describe."""
+def make_discoverer(args: argparse.Namespace, backbone: str, **given: Any) -> "Discoverer":
+    """The `Discoverer` that the parsed options describe.
+
+    Args:
+        args: of a command.
+        backbone: one of those that the command names.
+        given: options that the command decides.
+
+    Raises:
+        OptionError: if options contradict each other.
+    """
     from lostreg.inference.discoverer import Discoverer
 
-    return Discoverer(
-        backbone,
-        weights=args.weights,
-        k_patches=args.k_patches,
-        device=args.device,
-        precision=args.precision,
-        batch_size=args.batch_size,
-        compile=args.compile,
-        max_side=args.max_side,
-        max_pixels=args.max_pixels,
-        **_chosen(args),
-        **_objects(args),
-        **options,
-    )
+    return Discoverer(backbone, **options_of(args), **given)
 
 
-def _chosen(args: argparse.Namespace) -> dict[str, Any]:
-    """Feature, layer, bias and normalisation, as far as the command lets the user choose them."""
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The parsed options that are named as a field of `lostreg.Options`, but for the backbone.
+
+    Raises:
+        OptionError: if options contradict each other.
+    """
     from lostreg.inference.calibration import Calibration
+    from lostreg.inference.options import Options
 
-    chosen = {name: getattr(args, name) for name in ("feature", "layer", "bias", "normalize") if hasattr(args, name)}
-    if isinstance(chosen.get("bias"), Path):
-        chosen["bias"] = Calibration.load(chosen["bias"])
-    return chosen
-
-
-def _objects(args: argparse.Namespace) -> dict[str, Any]:
-    """What is wanted of each image, where the command lets the user say it."""
-    if not hasattr(args, "max_objects"):
-        return {}
-    if args.box_from == "mask" and args.masks != "refined":
-        raise OptionError("--box-from mask takes boxes from refined masks: add --masks refined")
-    return {
-        "max_objects": args.max_objects,
-        "min_score": args.min_score,
-        "refine": args.masks == "refined",
-        "box_from": args.box_from,
-    }
+    names = Options.__dataclass_fields__.keys() - {"backbone"}
+    options = {name: value for name, value in vars(args).items() if name in names}
+    if isinstance(options.get("bias"), Path):
+        options["bias"] = Calibration.load(options["bias"])
+    if "masks" in args:
+        options["refine"] = args.masks == "refined"
+        if args.box_from == "mask" and not options["refine"]:
+            raise OptionError("--box-from mask takes boxes from refined masks: add --masks refined")
+    return options
 
 
 def open_benchmark(args: argparse.Namespace) -> "Benchmark":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
+from lostreg.cli.build import options_of
 from lostreg.cli.options import Subparsers, add_device, add_max_pixels, add_max_side, positive_int, tell
 from lostreg.errors import BackboneError, OptionError
 
@@ -84,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> "DemoSettings":
     """Checked as far as it goes without loading anything."""
     from lostreg.demo.session import DemoSettings
+    from lostreg.inference.options import Options
     from lostreg.models.backbone import find_spec
     from lostreg.models.registers import RegisterNeurons
 
@@ -93,7 +95,7 @@ def _settings(args: argparse.Namespace) -> "DemoSettings":
     neurons = RegisterNeurons.load(args.test_time_registers) if args.test_time_registers else None
     if neurons and neurons.backbone not in ("", *names):
         raise OptionError(f"the register neurons are those of {neurons.backbone}: add it to --backbone")
-    return DemoSettings(names, args.device, args.precision, args.max_side, args.max_pixels, args.max_upload_mb, neurons)
+    return DemoSettings(names, Options(bias="auto", **options_of(args)), args.max_upload_mb, neurons)
 
 
 def _default_backbone() -> str:

@@ -87,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from lostreg.inference.allocator import keep_freed_memory
+
+    keep_freed_memory()
     logging.getLogger("timm").setLevel(logging.ERROR)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text of any encoding

@@ -11,9 +11,10 @@ import gradio as gr
 from lostreg.demo.looks import ATTENTION, DEGREES, INTRO, OBJECTS, START, TITLE, caption, panel
 from lostreg.demo.messages import is_upload, printable
 from lostreg.demo.panels import draw_attention, draw_degrees, draw_objects
-from lostreg.demo.session import MAX_OBJECTS, MAX_REGISTERS, Choice, DemoSettings, Models, View, Visitor
+from lostreg.demo.session import MAX_OBJECTS, MAX_REGISTERS, DemoSettings, Models, Visitor
 from lostreg.demo.words import box_json, box_table, hint, problem, verdict
 from lostreg.errors import ImageError, LostregError, OptionError
+from lostreg.inference.options import Options
 from lostreg.models.table import BackboneSpec
 
 _SHOWN_BY_BROWSERS: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -265,7 +266,7 @@ class Page:
         try:
             visitor.look(
                 self.models,
-                self._choice(backbone, feature, layer, registers),
+                self._chosen(backbone, feature, layer, registers),
                 lambda text: progress(0.3, desc=text),
             )
             answer = self._answer(visitor, automatic, bias, objects, masks)
@@ -293,7 +294,7 @@ class Page:
         if visitor is None or visitor.study is None or visitor.found is None:
             return [None, gr.skip()]
         try:
-            found = visitor.attention(self.models, self._choice(backbone, feature, layer, registers))
+            found = visitor.attention(self.models, self._chosen(backbone, feature, layer, registers))
             drawn = draw_attention(visitor.study.picture.pixels, visitor.found, found.mean[0])
         except LostregError as error:
             return [None, caption(str(error))]
@@ -307,7 +308,9 @@ class Page:
         return [drawn, caption(text + "it is on patches. For comparison: LOST does not use it.")]
 
     def _answer(self, visitor: Visitor, automatic: bool, bias: float, objects: int, masks: Any) -> list[Any]:
-        found = visitor.discover(View("auto" if automatic else float(bias), int(objects), masks))
+        found = visitor.discover(
+            max_objects=int(objects), bias="auto" if automatic else float(bias), refine=masks == "refined"
+        )
         assert visitor.study is not None  # noqa: S101 - discover saw to it
         pixels = visitor.study.picture.pixels
         return [
@@ -325,10 +328,11 @@ class Page:
             return gr.skip()
         return visitor.study.picture.pixels
 
-    def _choice(self, backbone: str, feature: Any, layer: int | None, registers: int | None) -> Choice:
+    def _chosen(self, backbone: str, feature: Any, layer: int | None, registers: int | None) -> Options:
         if layer is None or registers is None:  # a list with nothing chosen
             raise OptionError("expected a layer and a number of registers")
-        return Choice(backbone, feature, int(layer), int(registers) if self.settings.has_registers(backbone) else 0)
+        has_registers = self.settings.has_registers(backbone)
+        return self.settings.chosen(backbone, feature, int(layer), int(registers) if has_registers else 0)
 
     def _registers_of(self, backbone: str) -> int:
         neurons = self.settings.neurons

@@ -4,15 +4,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 from lostreg.artifacts.attention import AttentionMaps, attention_maps
-from lostreg.defaults import MAX_PIXELS, MAX_SIDE, Precision
 from lostreg.errors import ImageError, OptionError
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
+from lostreg.inference.options import Options
 from lostreg.inference.study import Study
-from lostreg.models.backbone import Backbone
 from lostreg.models.registers import RegisterNeurons
 from lostreg.models.table import Feature
 
@@ -22,7 +21,6 @@ MAX_OBJECTS: Final = 10
 MAX_REGISTERS: Final = 8
 
 Tell = Callable[[str], None]
-Masks = Literal["patches", "refined"]
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -33,19 +31,13 @@ class DemoSettings:
 
     Attributes:
         backbones: names that visitors choose from; the first is loaded at once.
-        device: see `Discoverer`.
-        precision: of the backbones.
-        max_side: longer photos are scaled down to this side.
-        max_pixels: photos with more are refused before they are decoded.
+        options: of every visitor, as far as these do not choose.
         max_upload_mb: larger files are refused.
         neurons: register neurons of one of the backbones; None hides test-time registers.
     """
 
     backbones: tuple[str, ...]
-    device: str = "auto"
-    precision: Precision = "fp32"
-    max_side: int | None = MAX_SIDE
-    max_pixels: int = MAX_PIXELS
+    options: Options
     max_upload_mb: int = 20
     neurons: RegisterNeurons | None = None
 
@@ -53,37 +45,24 @@ class DemoSettings:
         """Whether test-time registers can be added to a backbone."""
         return self.neurons is not None and self.neurons.backbone in ("", backbone)
 
+    def chosen(self, backbone: str, feature: Feature, layer: int = -1, registers: int = 0) -> Options:
+        """The options of a visitor who chose what needs a forward.
 
-@dataclass(frozen=True)
-class Choice:
-    """The options that need a forward.
+        Args:
+            backbone: its name.
+            feature: ``q``, ``k``, ``v`` or ``out``.
+            layer: block index from 0, or from the end when negative.
+            registers: blank tokens added to the photo; 0 for none.
 
-    Attributes:
-        backbone: its name.
-        feature: ``q``, ``k``, ``v`` or ``out``.
-        layer: block index from 0, or from the end when negative.
-        registers: blank tokens added to the photo; 0 for none.
-    """
-
-    backbone: str
-    feature: Feature
-    layer: int = -1
-    registers: int = 0
-
-
-@dataclass(frozen=True)
-class View:
-    """The options that need none: LOST runs again on the same features.
-
-    Attributes:
-        bias: Gram bias, or ``auto``.
-        objects: how many to look for, at most.
-        masks: whole patches, or sharpened on the pixels.
-    """
-
-    bias: float | Literal["auto"] = "auto"
-    objects: int = 1
-    masks: Masks = "patches"
+        Raises:
+            OptionError: if there is no such feature, or registers cannot be added.
+        """
+        neurons = None
+        if registers:
+            if self.neurons is None or not 0 < registers <= MAX_REGISTERS:
+                raise OptionError(f"expected 0 to {MAX_REGISTERS} blank tokens, and neurons for them")
+            neurons = replace(self.neurons, count=registers)
+        return replace(self.options, backbone=backbone, feature=feature, layer=layer, registers=neurons)
 
 
 class Models:
@@ -111,7 +90,7 @@ class Models:
         if name not in self._loaded:
             while len(self._loaded) >= self._limit:  # first, so that both never need room at once
                 self._loaded.popitem(last=False)
-            self._loaded[name] = self._discoverer(name)
+            self._loaded[name] = Discoverer(**{**vars(self.settings.options), "backbone": name})
         self._loaded.move_to_end(name)
         return self._loaded[name]
 
@@ -119,33 +98,14 @@ class Models:
         """Whether it would be given at once."""
         return name in self._loaded
 
-    def discoverer(self, choice: Choice) -> Discoverer:
-        """What a choice describes, on the shared backbone.
+    def discoverer(self, options: Options) -> Discoverer:
+        """What a visitor's options describe, on the shared backbone.
 
         Raises:
             OptionError: if the backbone has no such layer or feature, or registers cannot be added.
             BackboneError: if its weights cannot be had.
         """
-        shared = self.get(choice.backbone)
-        made = self._discoverer(shared.backbone, feature=choice.feature, layer=choice.layer)
-        if not choice.registers:
-            return made
-        neurons = self.settings.neurons
-        if neurons is None or not 0 < choice.registers <= MAX_REGISTERS:
-            raise OptionError(f"expected 0 to {MAX_REGISTERS} blank tokens, and neurons for them")
-        return made.with_registers(replace(neurons, count=choice.registers))
-
-    def _discoverer(self, backbone: str | Backbone, **options: Any) -> Discoverer:
-        settings = self.settings
-        return Discoverer(
-            backbone,
-            bias="auto",
-            device=settings.device,
-            precision=settings.precision,
-            max_side=settings.max_side,
-            max_pixels=settings.max_pixels,
-            **options,
-        )
+        return Discoverer(**{**vars(options), "backbone": self.get(str(options.backbone)).backbone})
 
 
 @dataclass
@@ -156,55 +116,60 @@ class Visitor:
         photo: the uploaded file; None before the first.
         name: of the file, as the visitor knows it.
         study: what is looked at; None where there is nothing to show.
-        found: in it, with the last view.
+        found: in it, when LOST last ran.
     """
 
     photo: Path | None = None
     name: str = ""
     study: Study | None = None
     found: Discovery | None = None
-    _studies: OrderedDict[tuple[Path, Choice], Study] = field(default_factory=OrderedDict)
-    _attention: OrderedDict[tuple[Path, str, int], AttentionMaps] = field(default_factory=OrderedDict)
+    _studies: OrderedDict[tuple[Path, Options], Study] = field(default_factory=OrderedDict)
+    _attention: OrderedDict[tuple[Path, Options], AttentionMaps] = field(default_factory=OrderedDict)
 
     def take(self, photo: Path | None, name: str) -> None:
         """A new photo, or none."""
         self.photo, self.name, self.study, self.found = photo, name, None, None
 
-    def look(self, models: Models, choice: Choice, tell: Tell) -> Study:
-        """The features of the photo for a choice: one forward, or none where they are kept.
+    def look(self, models: Models, options: Options, tell: Tell) -> Study:
+        """The features of the photo for some options: one forward, or none where they are kept.
 
         Raises:
-            OptionError: if there is no photo, or the choice does not fit the backbone.
+            OptionError: if there is no photo, or the options do not fit the backbone.
             BackboneError: if the backbone cannot be loaded.
             ImageError: if the photo cannot be read.
         """
         self.study = self.found = None  # whatever fails from here on, no old answer stands beside the new choice
         photo = self._photo()
-        key = (photo, choice)
+        key = (photo, options)
         if key not in self._studies:
-            if not models.is_loaded(choice.backbone):
-                tell(f"Loading {choice.backbone}")
-                models.get(choice.backbone)
+            backbone = str(options.backbone)
+            if not models.is_loaded(backbone):
+                tell(f"Loading {backbone}")
+                models.get(backbone)
             tell("Looking at the photo")
-            self._studies[key] = Study(models.discoverer(choice), photo)
+            self._studies[key] = Study(models.discoverer(options), photo)
         _trim(self._studies, key)
         self.study = self._studies[key]
         return self.study
 
-    def discover(self, view: View) -> Discovery:
+    def discover(self, *, max_objects: int = 1, **changes: Any) -> Discovery:
         """LOST on the kept features, kept as `found`: no forward.
+
+        Args:
+            max_objects: how many to look for, at most.
+            changes: the other options of `Study.discover`.
 
         Raises:
             OptionError: if there is nothing to search, or an option is out of its range.
         """
         if self.study is None:
             raise OptionError("there is no photo here any more: please drop it again")
-        if not 1 <= view.objects <= MAX_OBJECTS:
-            raise OptionError(f"expected 1 to {MAX_OBJECTS} objects, not {view.objects}")
-        self.found = self.study.discover(bias=view.bias, max_objects=view.objects, refine=view.masks == "refined")
+        if not 1 <= max_objects <= MAX_OBJECTS:
+            raise OptionError(f"expected 1 to {MAX_OBJECTS} objects, not {max_objects}")
+        self.found = self.study.discover(max_objects=max_objects, **changes)
         return self.found
 
-    def attention(self, models: Models, choice: Choice) -> AttentionMaps:
+    def attention(self, models: Models, options: Options) -> AttentionMaps:
         """What the tokens in front of the patches attend to in the last layer.
 
         Raises:
@@ -212,9 +177,9 @@ class Visitor:
             ImageError: if the photo cannot be read.
         """
         photo = self._photo()
-        key = (photo, choice.backbone, choice.registers)
+        key = (photo, replace(options, feature=None, layer=-1))  # which say nothing about attention
         if key not in self._attention:
-            (found,) = attention_maps([photo], models.discoverer(choice))
+            (found,) = attention_maps([photo], models.discoverer(options))
             if isinstance(found, ImageError):
                 raise found
             self._attention[key] = found[0]

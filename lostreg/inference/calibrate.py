@@ -20,10 +20,10 @@ from lostreg.images.decode import ImageSource
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.calibration import Calibration
 from lostreg.inference.discoverer import Discoverer
-from lostreg.inference.jobs import Engine, ObjectsJob
+from lostreg.inference.jobs import ObjectsJob
 from lostreg.inference.stream import draw_sample
 from lostreg.methods.bias import TRIALS, limits
-from lostreg.methods.lost import Objects
+from lostreg.methods.lost import Candidates
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import IOU_THRESHOLD
 
@@ -55,19 +55,11 @@ def calibrate(
         CalibrationError: if no image can be read.
     """
     sources = draw_sample(images, sample, seed)
-    engine = Engine(
-        discoverer.backbone,
-        [(discoverer.feature, discoverer.layer)],
-        _ladder,
-        discoverer.k_patches,
-        normalize=True,
-        compiled=discoverer.compile,
-    )
+    options = discoverer.options
+    job = ObjectsJob(discoverer.features, _ladder, options.k_patches, normalize=True, convert=_convert)
     found: list[_Rungs] = []
     errors: list[ImageError] = []
-    for source, outcome in zip(
-        sources, discoverer.stream_of(ObjectsJob(engine, _convert)).outcomes(sources), strict=True
-    ):
+    for source, outcome in zip(sources, discoverer.stream_of(job).outcomes(sources), strict=True):
         if isinstance(outcome, ImageError):
             errors.append(outcome)
         else:
@@ -83,9 +75,9 @@ def calibrate(
         seed=seed,
         backbone=discoverer.backbone.spec.name,
         weights=discoverer.backbone.weights,
-        feature=discoverer.feature,
-        layer=discoverer.layer,
-        k_patches=discoverer.k_patches,
+        feature=options.feature,
+        layer=options.layer,
+        k_patches=options.k_patches,
     )
 
 
@@ -108,8 +100,8 @@ def _ladder(similarities: Similarities) -> Tensor:
     return -limits(similarities, _LADDER)
 
 
-def _convert(objects: list[Objects], pictures: list[PatchedPicture]) -> list[_Rungs]:
-    (found,) = objects
+def _convert(candidates: list[Candidates], pictures: list[PatchedPicture]) -> list[_Rungs]:
+    (found,) = candidates
     trials = [_LADDER.index(step) for step in TRIALS]
     boxes = found.boxes()
     best = np.asarray(trials)[found.scores[:, trials].argmax(axis=1)]

@@ -2,196 +2,122 @@
 
 import copy
 import dataclasses
+import inspect
 import warnings
-from collections.abc import Iterable, Iterator, Sized
-from pathlib import Path
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
+from typing import Any, Concatenate, Final, ParamSpec
 
 import torch
 
-from lostreg.defaults import (
-    BACKBONE,
-    BATCH_SIZE,
-    CLEAR_SCORE,
-    CUDA_BATCH_SIZE,
-    K_PATCHES,
-    MAX_PIXELS,
-    MAX_SIDE,
-    Precision,
-)
+from lostreg.defaults import BACKBONE
 from lostreg.errors import ImageError, LostregWarning, OptionError
 from lostreg.images.decode import ImageSource, Item
 from lostreg.images.patches import PatchedPicture
-from lostreg.inference.calibration import Calibration
 from lostreg.inference.discovery import Discovery
-from lostreg.inference.jobs import Engine, ObjectsJob
-from lostreg.inference.memory import keep_freed_memory
-from lostreg.inference.postprocess import BoxFrom, ObjectOptions, discoveries
+from lostreg.inference.jobs import FeaturesJob, ObjectsJob
+from lostreg.inference.options import Options
+from lostreg.inference.postprocess import discoveries
 from lostreg.inference.stream import ImageStream, Job, Outcome
-from lostreg.methods.bias import TRIALS, check_bias, resolve_normalize
-from lostreg.methods.lost import Objects
+from lostreg.methods.lost import Candidates
 from lostreg.models.backbone import Backbone, load_backbone, place_model
 from lostreg.models.blocks import check_compiler
-from lostreg.models.features import resolve_layer
 from lostreg.models.registers import RegisterNeurons
-from lostreg.models.table import FEATURES, Feature
 
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_Keywords = ParamSpec("_Keywords")
+
+
+def _keywords_of(
+    options: Callable[_Keywords, object],
+) -> Callable[[Callable[..., None]], Callable[Concatenate["Discoverer", _Keywords], None]]:
+    """Tells `help` and type checkers that a method takes what a dataclass takes."""
+    signature = inspect.signature(options)
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+    def decorate(method: Callable[..., None]) -> Callable[Concatenate["Discoverer", _Keywords], None]:
+        parameters = [this, *signature.parameters.values()]
+        method.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return method
+
+    return decorate
 
 
 class Discoverer:
     """Finds the main objects of images with one backbone and one set of options.
 
     Args:
-        backbone: a name of the backbone table, ``timm:NAME``, or a `Backbone` that is already loaded. It is
-            copied where it is on another device or in another precision, and shared otherwise.
-        feature: ``q``, ``k``, ``v`` or ``out``; None takes the row's.
-        layer: block index from 0, or from the end when negative.
-        bias: Gram bias, ``auto``, a `Calibration` of the same feature, or None for the row's.
-        normalize: whether features are L2-normalised; None takes the row's, or what ``auto`` needs.
-        k_patches: how many low-degree patches may join the seed, at least 1.
-        weights: a weights file, see `load_backbone`.
-        device: ``auto`` (CUDA, then MPS, then CPU), or a PyTorch device.
-        precision: of the backbone's products; tokens are added up, normalised and scaled, and similarities taken, in
-            float32 always. On a CPU, ``bf16`` is quick where the CPU has instructions for it (AVX512-BF16, AMX).
-        batch_size: images that go through the backbone together at most, at least 1; None takes 8, on CUDA 32.
-        compile: whether the backbone's blocks are compiled (`torch.compile`): once, for images of all shapes. That
-            takes up to minutes, and pays in long runs.
-        max_side: longer images are scaled down to this side; boxes are in pixels of the original all the same.
-            None keeps every size, as benchmarks do; time grows with the square of the number of patches.
-        exif: whether EXIF orientation is applied.
-        max_pixels: images with more are refused before they are decoded.
-        registers: test-time registers, see `find_registers`; None adds nothing to any image.
-        max_objects: how many objects of an image are looked for at most, at least 1, see
-            `lostreg.methods.multi_object`. The first is the same whatever the number.
-        min_score: further objects with a lower score are left out and end the search, in [0, 1]. The first is kept.
-        refine: whether masks are sharpened on the pixels, see `lostreg.images.masks`.
-        box_from: ``patches``, or ``mask`` for boxes around the refined masks.
+        backbone: a name of the backbone table, ``timm:NAME``, or a `Backbone` that is already loaded.
+        options: the other fields of `lostreg.Options`, as keywords; they are told there.
+
+    Attributes:
+        backbone: the frozen model.
+        options: with what was left open decided.
 
     Raises:
         OptionError: if an option is out of its range, or nothing can be compiled here.
         BackboneError: if the backbone or its weights cannot be had.
 
-    Note:
-        On a CPU, the C library is told to keep freed memory: see `lostreg.inference.memory.keep_freed_memory`.
+    Example:
+        >>> import lostreg, numpy
+        >>> backbone = lostreg.models.backbone.build_backbone(lostreg.BACKBONES["dinov2_vits14_reg"], depth=1)
+        >>> discoverer = lostreg.Discoverer(backbone, feature="k", bias="auto", device="cpu")
+        >>> discoverer.discover(numpy.zeros((98, 70, 3), numpy.uint8)).xyxy.shape
+        (1, 4)
     """
 
-    def __init__(
-        self,
-        backbone: str | Backbone = BACKBONE,
-        *,
-        feature: Feature | None = None,
-        layer: int = -1,
-        bias: float | Literal["auto"] | Calibration | None = None,
-        normalize: bool | None = None,
-        k_patches: int = K_PATCHES,
-        weights: str | Path | None = None,
-        device: str | torch.device = "auto",
-        precision: Precision = "fp32",
-        batch_size: int | None = None,
-        compile: bool = False,  # noqa: A002 - as the command line's option
-        max_side: int | None = MAX_SIDE,
-        exif: bool = True,
-        max_pixels: int = MAX_PIXELS,
-        registers: RegisterNeurons | None = None,
-        max_objects: int = 1,
-        min_score: float = CLEAR_SCORE,
-        refine: bool = False,
-        box_from: BoxFrom = "patches",
-    ) -> None:
-        self.object_options = ObjectOptions(max_objects, min_score, refine, box_from)
-        _check_options(feature, bias, precision)
-        where = resolve_device(device)
-        if batch_size is None:
-            batch_size = CUDA_BATCH_SIZE if where.type == "cuda" else BATCH_SIZE
-        counts = {"k_patches": k_patches, "batch_size": batch_size, "max_side": max_side, "max_pixels": max_pixels}
-        _check_counts(counts)
-        if where.type == "cpu":
-            keep_freed_memory()
-            if precision == "bf16" and not _has_quick_bf16():
-                message = "this CPU has no instructions for bf16 (AVX512-BF16 or AMX): fp32 will be quicker"
-                warnings.warn(message, LostregWarning, stacklevel=2)
-        if compile:
-            check_compiler(where)
+    @_keywords_of(Options)
+    def __init__(self, backbone: str | Backbone = BACKBONE, **options: Any) -> None:
+        asked = Options(backbone, **options)
+        device = resolve_device(asked.device)
+        if device.type == "cpu" and asked.precision == "bf16" and not _has_quick_bf16():
+            message = "this CPU has no instructions for bf16 (AVX512-BF16 or AMX): fp32 will be quicker"
+            warnings.warn(message, LostregWarning, stacklevel=2)
+        if asked.compile:
+            check_compiler(device)
         if isinstance(backbone, str):
-            backbone = load_backbone(backbone, weights=weights, device=where)
-        elif weights is not None:
+            backbone = load_backbone(backbone, weights=asked.weights, device=device)
+        elif asked.weights is not None:
             raise OptionError("weights are for a backbone that is named: this one is loaded already")
-        backbone = _place(backbone, where, _DTYPES[precision])
-        if registers is not None:
-            backbone = backbone.with_registers(registers)
-        spec = backbone.spec
-        self.backbone = backbone
-        self.feature: Feature = feature or spec.feature
-        self.layer = resolve_layer(backbone, layer)
-        if isinstance(bias, Calibration):
-            bias.require(spec.name, backbone.weights, self.feature, self.layer)
-            if normalize is False:
-                raise OptionError("a calibrated bias is defined on normalised features: give a number, or normalise")
-            normalize = True
-            bias = bias.bias
-        self.bias: float | Literal["auto"] = spec.bias if bias is None else bias
-        self.normalize = resolve_normalize(self.bias, normalize, default=spec.normalize)
-        self.k_patches = k_patches
-        self.precision: Precision = precision
-        self.batch_size = batch_size
-        self.compile = compile
-        self.max_side = max_side
-        self.exif = exif
-        self.max_pixels = max_pixels
-        self._start()
+        backbone = _place(backbone, device, _DTYPES[asked.precision])
+        if asked.registers is not None:
+            backbone = backbone.with_registers(asked.registers)
+        self._start(backbone, asked)
 
     def stream_of(self, job: Job[Outcome]) -> ImageStream[Outcome]:
         """Another job on the same backbone, fed as this one's own is: see `ImageStream`."""
+        options = self.options
         return ImageStream(
             job,
-            batch_size=self.batch_size,
-            max_side=self.max_side,
-            exif=self.exif,
-            max_pixels=self.max_pixels,
+            batch_size=options.batch_size,
+            max_side=options.max_side,
+            exif=options.exif,
+            max_pixels=options.max_pixels,
         )
 
     def with_registers(self, registers: RegisterNeurons | None) -> "Discoverer":
         """The same options with test-time registers on the backbone, or without: see `Backbone.with_registers`."""
         other = copy.copy(self)
-        other.backbone = self.backbone.with_registers(registers)
-        other._start()
+        other._start(self.backbone.with_registers(registers), self.options)
         return other
 
-    def _start(self) -> None:
-        """Make what works: an engine on the backbone, and the stream that feeds it."""
-        self.engine = Engine(
-            self.backbone,
-            [(self.feature, self.layer)],
-            self.bias,
-            self.k_patches,
-            normalize=self.normalize,
-            compiled=self.compile,
-        )
-        self.stream = self.stream_of(ObjectsJob(self.engine, self._discoveries))
+    def _start(self, backbone: Backbone, options: Options) -> None:
+        """Decide what is left open, and make what works."""
+        self.backbone = backbone
+        self.options = options.resolved(backbone)
+        wanted = [(self.options.feature, self.options.layer)]
+        self.features = FeaturesJob(backbone, wanted, compiled=options.compile)
+        self.stream = self.stream_of(self._objects_job())
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Everything that decides the boxes, as plain values: recorded with the results."""
-        return {
-            "backbone": self.backbone.spec.name,
-            "weights": self.backbone.weights,
-            "feature": self.feature,
-            "layer": self.layer,
-            "bias": self.bias,
-            "normalize": self.normalize,
-            "k_patches": self.k_patches,
-            "device": self.backbone.device.type,
-            "precision": self.precision,
-            "batch_size": self.batch_size,
-            "compile": self.compile,
-            "max_side": self.max_side,
-            "exif": self.exif,
-            "max_pixels": self.max_pixels,
-            "auto_trials": list(TRIALS) if self.bias == "auto" else None,
-            "test_time_registers": self.backbone.registers.describe() if self.backbone.registers else None,
-            **self.object_options.options,
-        }
+    def _objects_job(self, *, keep_pixels: bool = False) -> ObjectsJob[Discovery]:
+        options = self.options
+        return ObjectsJob(
+            self.features,
+            options.bias,
+            options.k_patches,
+            normalize=options.normalize,
+            convert=partial(self._discoveries, keep_pixels=keep_pixels),
+        )
 
     def discover(self, image: ImageSource) -> Discovery:
         """Find the main objects of one image.
@@ -231,7 +157,9 @@ class Discoverer:
                 raise outcome
             yield outcome
 
-    def outcomes(self, images: Iterable[ImageSource], skip: int = 0) -> Iterator[Discovery | ImageError]:
+    def outcomes(
+        self, images: Iterable[ImageSource], skip: int = 0, *, keep_pixels: bool = False
+    ) -> Iterator[Discovery | ImageError]:
         """Like `discover_many`, with the error in place of the discovery where an image cannot be read.
 
         The same image meets the same neighbours of the list, wherever an interrupted run goes on, and gets the same
@@ -240,15 +168,20 @@ class Discoverer:
         Args:
             images: as for `discover`.
             skip: how many outcomes at the start are known already and are not computed again.
+            keep_pixels: whether each discovery holds the decoded image as its source, so that a picture of it needs no
+                second decoding; it takes up memory for as long as the discovery is kept.
 
         Yields:
             One outcome an image, in input order, beginning with number ``skip``.
         """
-        return self.stream.outcomes(images, skip)
+        stream = self.stream_of(self._objects_job(keep_pixels=True)) if keep_pixels else self.stream
+        return stream.outcomes(images, skip)
 
-    def _discoveries(self, objects: list[Objects], pictures: list[PatchedPicture]) -> list[Discovery]:
-        found = discoveries(objects[0], pictures, self.backbone.spec.patch_size, self.k_patches, self.object_options)
-        return found if self.exif else [dataclasses.replace(one, exif=False) for one in found]
+    def _discoveries(
+        self, candidates: list[Candidates], pictures: list[PatchedPicture], *, keep_pixels: bool
+    ) -> list[Discovery]:
+        patch_size = self.backbone.spec.patch_size
+        return discoveries(candidates[0], pictures, patch_size, self.options, keep_pixels=keep_pixels)
 
 
 def _with_bar(outcomes: Iterator[Item], images: Iterable[ImageSource]) -> Iterator[Item]:
@@ -296,20 +229,3 @@ def _has_quick_bf16() -> bool:
     if capabilities.get("architecture") != "x86_64":
         return True
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def _check_options(feature: str | None, bias: object, precision: str) -> None:
-    if feature is not None and feature not in FEATURES:
-        raise OptionError(f"feature must be one of {', '.join(FEATURES)}, not '{feature}'")
-    if not (bias is None or isinstance(bias, Calibration)):
-        check_bias(bias)
-    if precision not in _DTYPES:
-        raise OptionError(f"precision must be one of {', '.join(_DTYPES)}, not '{precision}'")
-
-
-def _check_counts(counts: dict[str, int | None]) -> None:
-    for name, value in counts.items():
-        if name == "max_side" and value is None:
-            continue
-        if not isinstance(value, int) or value < 1:
-            raise OptionError(f"{name} must be an integer of at least 1, not {value!r}")

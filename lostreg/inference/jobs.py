@@ -1,19 +1,19 @@
-"""One pack of images through backbone and LOST: the four stages between pixels and objects.
+"""What is done with a pack of images, between pixels and outcomes: features, objects, or a look inside the backbone.
 
-`transfer` and `forward` and `search` only queue work where the device is a GPU; `finish` waits for its result. A caller
-that finishes a pack after starting the next keeps the device busy.
+Where the device is a GPU, `start` only queues work and `finish` waits for it: a caller that finishes a pack after
+starting the next keeps the device busy.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from lostreg.images.patches import PatchedPicture
-from lostreg.methods.lost import Bias, ObjectMaps, Objects, object_maps, prepare
+from lostreg.methods.lost import Bias, Candidates, LostMaps, lost_maps, prepare
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import FeatureExtractor, Wanted
 from lostreg.models.forward import Forward, normalised, transfer
@@ -22,49 +22,17 @@ Grid = tuple[int, int]
 Outcome = TypeVar("Outcome")
 
 
-@dataclass(frozen=True)
-class Search:
-    """What LOST found in a pack, on its way to the host, by runs of neighbours of equal grid.
-
-    Attributes:
-        grids: (h, w) of each run.
-        features: of each run, what LOST saw: one tensor (B, N, D) for each of the engine's features, on the device.
-        maps: of each run, packed `ObjectMaps` for each of them, on the host.
-        done: recorded on the device after the transfer; None where there is nothing to wait for.
-    """
-
-    grids: list[Grid]
-    features: list[list[Tensor]]
-    maps: list[list[Tensor]]
-    done: torch.cuda.Event | None
-
-
-class Engine:
-    """A backbone and LOST's options, for packs of images of any shapes.
+class FeaturesJob:
+    """The work of an `ImageStream` that stops at the features.
 
     Args:
         backbone: a frozen model.
         wanted: pairs of feature and layer, all from one forward.
-        bias: Gram bias, ``auto``, or a function that makes biases (B, K) of an image batch's similarities.
-        k_patches: how many low-degree patches may join the seed.
-        normalize: whether features are L2-normalised.
         compiled: whether the blocks are compiled.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        wanted: Wanted,
-        bias: Bias,
-        k_patches: int,
-        *,
-        normalize: bool,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, backbone: Backbone, wanted: Wanted, *, compiled: bool = False) -> None:
         self.backbone = backbone
-        self.bias = bias
-        self.k_patches = k_patches
-        self.normalize = normalize
         self._extract = FeatureExtractor(backbone, wanted, compiled=compiled)
 
     def transfer(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
@@ -72,23 +40,82 @@ class Engine:
         return transfer(pictures, self.backbone.device)
 
     def forward(self, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-        """Features of all patches of the pack.
+        """Features of all patches of a pack.
 
         Args:
             patches: as `transfer` gives them.
             sizes: (height, width) of each image in pixels.
 
         Returns:
-            For each of the engine's features, shape (sum of all N, D), float32.
+            For each of the wanted features, shape (sum of all N, D), float32.
         """
         pixels = normalised(self.backbone, patches, sizes)
         return self._extract(pixels, [(image.shape[0], image.shape[1]) for image in patches])
 
+    def start(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
+        """Queue a pack's forward."""
+        return self.forward(self.transfer(pictures), [picture.size for picture in pictures])
+
+    def finish(self, started: list[Tensor], pictures: Sequence[PatchedPicture]) -> list[tuple[PatchedPicture, Tensor]]:
+        """Each image with the first of the wanted features, (N, D)."""
+        sizes = [picture.grid[0] * picture.grid[1] for picture in pictures]
+        return list(zip(pictures, torch.split(started[0], sizes), strict=True))
+
+
+@dataclass(frozen=True)
+class Search:
+    """What LOST found in a pack, on its way to the host, by runs of neighbours of equal grid.
+
+    Attributes:
+        grids: (h, w) of each run.
+        features: of each run, what LOST saw: one tensor (B, N, D) for each of the wanted features, on the device.
+        maps: of each run, those of each feature, on the host.
+        done: recorded on the device after the transfer; None where there is nothing to wait for.
+    """
+
+    grids: list[Grid]
+    features: list[list[Tensor]]
+    maps: list[list[LostMaps]]
+    done: torch.cuda.Event | None
+
+
+class ObjectsJob(Generic[Outcome]):
+    """The work of an `ImageStream` that looks for objects.
+
+    Args:
+        features: what LOST runs on.
+        bias: Gram bias, ``auto``, or a function that makes biases (B, K) of an image batch's similarities.
+        k_patches: how many low-degree patches may join the seed.
+        normalize: whether features are L2-normalised.
+        convert: makes outcomes of a run of pictures of equal grid and their candidates, one `Candidates` for each of
+            the wanted features.
+    """
+
+    def __init__(
+        self,
+        features: FeaturesJob,
+        bias: Bias,
+        k_patches: int,
+        *,
+        normalize: bool,
+        convert: Callable[[list[Candidates], list[PatchedPicture]], list[Outcome]],
+    ) -> None:
+        self.features = features
+        self.backbone = features.backbone
+        self.bias = bias
+        self.k_patches = k_patches
+        self.normalize = normalize
+        self._convert = convert
+
+    def start(self, pictures: Sequence[PatchedPicture]) -> Search:
+        """Queue a pack's work."""
+        return self.search(self.features.start(pictures), [picture.grid for picture in pictures])
+
     def search(self, features: Sequence[Tensor], grids: Sequence[Grid]) -> Search:
-        """LOST on the device, and the start of one transfer of its maps to the host.
+        """LOST on the device, and the start of the transfer of its maps to the host.
 
         Args:
-            features: as `forward` gives them.
+            features: as `FeaturesJob.forward` gives them.
             grids: (h, w) of each image.
         """
         runs = [(grid, len(list(group))) for grid, group in groupby(grids)]
@@ -99,59 +126,35 @@ class Engine:
             for (_, images), *parts in zip(runs, *by_feature, strict=True)
         ]
         maps = [
-            [object_maps(batch, grid, self.bias, self.k_patches).pack() for batch in run]
+            [lost_maps(batch, grid, self.bias, self.k_patches) for batch in run]
             for (grid, _), run in zip(runs, batches, strict=True)
         ]
-        shapes = [grid for grid, _ in runs]
-        if self.backbone.device.type != "cuda":
-            return Search(shapes, batches, maps, None)
-        on_host = [[torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True) for packed in run] for run in maps]
-        for host, packed in zip(chain(*on_host), chain(*maps), strict=True):
-            host.copy_(packed, non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(torch.cuda.current_stream(self.backbone.device))
-        return Search(shapes, batches, on_host, done)
+        on_host = [[of_feature.to_host(wait=False) for of_feature in run] for run in maps]
+        done = None
+        if self.backbone.device.type == "cuda":
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(torch.cuda.current_stream(self.backbone.device))
+        return Search([grid for grid, _ in runs], batches, on_host, done)
 
-    def finish(self, search: Search) -> list[list[Objects]]:
+    def candidates(self, search: Search) -> list[list[Candidates]]:
         """Wait for the maps; connected components and their scores.
 
         Returns:
-            Of each run of neighbours of equal grid, the objects in each of the engine's features.
+            Of each run of neighbours of equal grid, the candidates in each of the wanted features.
         """
         if search.done is not None:
             search.done.synchronize()
         return [
-            [ObjectMaps.unpack(packed).objects(batch, grid) for packed, batch in zip(maps, features, strict=True)]
+            [of_feature.candidates(batch, grid) for of_feature, batch in zip(maps, features, strict=True)]
             for grid, features, maps in zip(search.grids, search.features, search.maps, strict=True)
         ]
-
-
-class ObjectsJob(Generic[Outcome]):
-    """The work of an `ImageStream` that looks for objects.
-
-    Args:
-        engine: what is done with a pack.
-        convert: makes outcomes of a run of pictures of equal grid and their objects, one `Objects` for each feature
-            of the engine.
-    """
-
-    def __init__(self, engine: Engine, convert: Callable[[list[Objects], list[PatchedPicture]], list[Outcome]]) -> None:
-        self.engine = engine
-        self.backbone = engine.backbone
-        self._convert = convert
-
-    def start(self, pictures: Sequence[PatchedPicture]) -> Search:
-        """Queue a pack's work."""
-        patches = self.engine.transfer(pictures)
-        features = self.engine.forward(patches, [picture.size for picture in pictures])
-        return self.engine.search(features, [picture.grid for picture in pictures])
 
     def finish(self, started: Search, pictures: Sequence[PatchedPicture]) -> list[Outcome]:
         """One outcome a picture, in their order."""
         outcomes: list[Outcome] = []
-        for objects in self.engine.finish(started):
-            run = pictures[len(outcomes) : len(outcomes) + len(objects[0].masks)]
-            outcomes += self._convert(objects, list(run))
+        for candidates in self.candidates(started):
+            run = pictures[len(outcomes) : len(outcomes) + len(candidates[0].masks)]
+            outcomes += self._convert(candidates, list(run))
         return outcomes
 
 
@@ -167,12 +170,8 @@ class LookJob(Generic[Outcome]):
         self, forward: Forward, look: Callable[[Forward, list[Tensor], Sequence[Grid]], list[Outcome]]
     ) -> None:
         self.forward = forward
+        self.backbone = forward.backbone
         self._look = look
-
-    @property
-    def backbone(self) -> Backbone:
-        """The model that is looked into."""
-        return self.forward.backbone
 
     def start(self, pictures: Sequence[PatchedPicture]) -> list[Outcome]:
         """Look at a pack."""
@@ -184,24 +183,3 @@ class LookJob(Generic[Outcome]):
         """What was seen, one outcome a picture."""
         del pictures
         return started
-
-
-class FeaturesJob:
-    """The work of an `ImageStream` that stops at the features.
-
-    Args:
-        engine: what is done with a pack.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.backbone = engine.backbone
-
-    def start(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
-        """Features of a pack."""
-        return self.engine.forward(self.engine.transfer(pictures), [picture.size for picture in pictures])
-
-    def finish(self, started: list[Tensor], pictures: Sequence[PatchedPicture]) -> list[tuple[PatchedPicture, Tensor]]:
-        """Each image with its features, (N, D)."""
-        sizes = [picture.grid[0] * picture.grid[1] for picture in pictures]
-        return list(zip(pictures, torch.split(started[0], sizes), strict=True))

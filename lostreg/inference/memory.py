@@ -1,9 +1,5 @@
-"""How much memory an image will need, how much there is, and how not to ask the system for it again and again."""
+"""How much memory an image will need, and how much there is."""
 
-import ctypes
-import os
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -11,11 +7,6 @@ import torch
 
 from lostreg.models.backbone import Backbone
 
-_M_TRIM_THRESHOLD: Final = -1  # of glibc's malloc.h
-_M_MMAP_THRESHOLD: Final = -3
-_LARGEST_MMAP_THRESHOLD: Final = 32 << 20  # more is refused by glibc
-_KEPT_BYTES: Final = 1 << 30
-_CHOSEN: Final = ("MALLOC_", "GLIBC_TUNABLES")
 # Where Linux tells a container's limit, its use, and the part of that which is files' contents and can be dropped.
 _CGROUPS: Final = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
@@ -28,28 +19,6 @@ _CGROUPS: Final = (
 _DROPPABLE: Final = ("total_inactive_file", "inactive_file")
 _BLOCK_ROWS: Final = 128  # of similarities, three of them at once: see `lostreg.methods.similarity`
 _MAP_BYTES: Final = 512  # a patch, for the degrees and masks of a few biases, with copies
-
-
-@cache
-def keep_freed_memory() -> bool:
-    """Have the C library keep up to 1 GiB of what is freed, for the next tensors, instead of giving it back at once.
-
-    A forward on a CPU frees and takes the same megabytes hundreds of times an image; each time the system maps and
-    clears pages anew. What that costs is in the benchmark's figures, where a bare backbone runs with and without.
-    The setting is the process's.
-    It is left alone where the user has chosen one (an environment variable ``MALLOC_...`` or ``GLIBC_TUNABLES``) and
-    where the C library is not glibc.
-
-    Returns:
-        Whether the setting was made.
-    """
-    if not sys.platform.startswith("linux") or any(name.startswith(_CHOSEN) for name in os.environ):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
 
 
 def available_bytes(device: torch.device) -> int | None:

@@ -1,16 +1,14 @@
 """One image whose features stay at hand: LOST runs on them again and again, without another forward."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 from lostreg.errors import ImageError
 from lostreg.images.decode import ImageSource
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
-from lostreg.inference.jobs import FeaturesJob
-from lostreg.inference.postprocess import BoxFrom, discoveries
-from lostreg.methods.bias import check_bias, resolve_normalize
-from lostreg.methods.lost import ObjectMaps, object_maps, prepare
+from lostreg.inference.postprocess import discoveries
+from lostreg.methods.lost import find_candidates, prepare
 
 
 class Study:
@@ -25,46 +23,26 @@ class Study:
     """
 
     def __init__(self, discoverer: Discoverer, image: ImageSource) -> None:
-        (outcome,) = discoverer.stream_of(FeaturesJob(discoverer.engine)).outcomes([image])
+        (outcome,) = discoverer.stream_of(discoverer.features).outcomes([image])
         if isinstance(outcome, ImageError):
             raise outcome
         self.discoverer = discoverer
         self.picture, self._features = outcome
         self._source = image
 
-    def discover(
-        self,
-        *,
-        bias: float | Literal["auto"] | None = None,
-        max_objects: int | None = None,
-        min_score: float | None = None,
-        refine: bool | None = None,
-        box_from: BoxFrom | None = None,
-    ) -> Discovery:
-        """Run LOST on the features. What is None is as the discoverer has it.
+    def discover(self, **changes: Any) -> Discovery:
+        """Run LOST on the features.
 
         Args:
-            bias: Gram bias, or ``auto``, which normalises the features whatever the discoverer does.
-            max_objects: as for `Discoverer`, like the rest.
-            min_score: of further objects.
-            refine: whether masks are sharpened on the pixels.
-            box_from: ``patches`` or ``mask``.
+            changes: options in place of the discoverer's, as its keywords: ``bias``, ``k_patches``, ``max_objects``,
+                ``min_score``, ``refine`` and ``box_from``. What is None is as the discoverer has it. The bias ``auto``
+                normalises the features whatever the discoverer does.
 
         Raises:
-            OptionError: if an option is out of its range.
+            OptionError: if an option is out of its range, or needs another forward.
         """
-        discoverer = self.discoverer
-        if bias is None:
-            bias = discoverer.bias
-        check_bias(bias)
-        given = {"max_objects": max_objects, "min_score": min_score, "refine": refine, "box_from": box_from}
-        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        asked = dataclasses.replace(discoverer.object_options, **changes)
-        normalize = resolve_normalize(bias, discoverer.normalize or None, default=False)
-        features = prepare(self._features[None], normalize=normalize)
-        grid = self.picture.grid
-        maps = object_maps(features, grid, bias, discoverer.k_patches)
-        objects = ObjectMaps.unpack(maps.pack().cpu()).objects(features, grid)
-        patch_size = discoverer.backbone.spec.patch_size
-        (found,) = discoveries(objects, [self.picture], patch_size, discoverer.k_patches, asked)
-        return dataclasses.replace(found, source=self._source, exif=discoverer.exif)
+        options = self.discoverer.options.with_changes(changes)
+        features = prepare(self._features[None], normalize=options.bias == "auto" or options.normalize)
+        candidates = find_candidates(features, self.picture.grid, options.bias, options.k_patches)
+        (discovery,) = discoveries(candidates, [self.picture], self.discoverer.backbone.spec.patch_size, options)
+        return dataclasses.replace(discovery, source=self._source)

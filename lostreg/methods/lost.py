@@ -1,12 +1,17 @@
 """LOST (Siméoni et al., BMVC 2021) as batched tensor functions: features in, one box per image out.
 
+    G = F Fᵀ + b                        similarities of all pairs of patches, plus a bias       (section 3.1)
+    d_i = #{j ≠ i : G[i, j] > 0}        degree; the seed p* is the patch of lowest degree       (section 3.2)
+    S = {p among the k lowest degrees : G[p*, p] > 0}                                           (section 3.3)
+    M[j] = Σ_{p in S} G[p, j] > 0       the mask; its 4-connected part around p* is boxed       (section 3.4)
+
 Nothing here knows of models or files. Shapes: B images, K biases each, N = h*w patches row by row, D dimensions.
 Similarities are float32, whatever the features were computed in. Ties go to the lowest patch index, always.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import numpy as np
@@ -22,6 +27,27 @@ from lostreg.methods.objectness import near_one, object_scores
 from lostreg.methods.similarity import Similarities
 
 Bias = float | Literal["auto"] | Tensor | Callable[[Similarities], Tensor]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """The objects that a method finds in one image, in units of patches, the main object first.
+
+    Attributes:
+        xyxy: boxes, shape (n, 4), int64, ``x1, y1, x2, y2`` with exclusive right and bottom edges.
+        scores: how clearly each box is an object, see `lostreg.methods.objectness`; shape (n,), float32, in [0, 1].
+        masks: the patches of each object, shape (n, h, w), bool; no patch belongs to two.
+        heat: what the method judged the patches by, shape (h, w): in LOST their degrees, int64.
+        seeds: row and column of each object's seed, shape (n, 2), int64; (0, 2) where a method has none.
+        biases: the Gram bias that each object was found with, shape (n,), float32; (0,) where a method has none.
+    """
+
+    xyxy: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    masks: NDArray[np.bool_]
+    heat: NDArray[np.int64]
+    seeds: NDArray[np.int64]
+    biases: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -44,6 +70,14 @@ class LostResult:
     degrees: Tensor
     masks: Tensor
     bias: Tensor
+
+    def split(self) -> list[Objects]:
+        """One object an image."""
+        xyxy, scores, seeds, degrees, masks, bias = (getattr(self, field.name).numpy() for field in fields(self))
+        images = [slice(image, image + 1) for image in range(len(xyxy))]
+        return [
+            Objects(xyxy[one], scores[one], masks[one], degrees[one.start], seeds[one], bias[one]) for one in images
+        ]
 
 
 @torch.no_grad()
@@ -80,9 +114,19 @@ def lost_boxes(
     if not (isinstance(bias, Tensor) or callable(bias)):
         check_bias(bias)
     normalize = resolve_normalize(bias, normalize, default=False)
-    features = prepare(features, normalize=normalize)
-    maps = object_maps(features, grid, bias, k_patches)
-    return ObjectMaps.unpack(maps.pack().cpu()).objects(features, grid).best()
+    return find_candidates(prepare(features, normalize=normalize), grid, bias, k_patches).best()
+
+
+def find_candidates(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: int) -> "Candidates":
+    """The object of each image at each bias; waits for the device.
+
+    Args:
+        features: shape (B, N, D), as `prepare` gives them.
+        grid: as for `lost_boxes`, like the rest.
+        bias: as there.
+        k_patches: as there.
+    """
+    return lost_maps(features, grid, bias, k_patches).to_host().candidates(features, grid)
 
 
 def prepare(features: Tensor, *, normalize: bool) -> Tensor:
@@ -102,21 +146,21 @@ def prepare(features: Tensor, *, normalize: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Objects:
-    """The objects of K biases of each image, on the CPU.
+class Candidates:
+    """The object of each of K biases of each image, on the CPU.
 
     Attributes:
         masks: their patches, shape (B, K, h, w), bool: one connected part each.
         scores: see `lostreg.methods.objectness`, shape (B, K), float32; 0 where the seed is not connected.
         connected: whether each seed is connected to itself, shape (B, K), bool.
-        maps: what they come from.
+        maps: what they come from, on the CPU.
         features: what the maps come from, shape (B, N, D), on any device.
     """
 
     masks: NDArray[np.bool_]
     scores: NDArray[np.float32]
     connected: NDArray[np.bool_]
-    maps: "ObjectMaps"
+    maps: "LostMaps"
     features: Tensor
 
     def boxes(self) -> NDArray[np.int64]:
@@ -145,7 +189,7 @@ class Objects:
 
 
 @dataclass(frozen=True)
-class ObjectMaps:
+class LostMaps:
     """What LOST computes where the features are: all but the connected components.
 
     Attributes:
@@ -162,30 +206,19 @@ class ObjectMaps:
     bias: Tensor
     finite: Tensor
 
-    def pack(self) -> Tensor:
-        """All of it in one tensor, so that one transfer takes it to the host; shape (B, K, N + 3), int32."""
-        rows = [
-            self.degrees * 2 + self.masks,
-            self.seeds[..., None],
-            self.bias.view(torch.int32)[..., None],
-            self.finite[:, None, None].expand(*self.seeds.shape, 1),
-        ]
-        return torch.cat([row.int() for row in rows], dim=2)
+    def to_host(self, *, wait: bool = True) -> "LostMaps":
+        """The same on the CPU.
 
-    @classmethod
-    def unpack(cls, packed: Tensor) -> "ObjectMaps":
-        """The opposite of `pack`."""
-        counts = packed[..., :-3]
-        seeds, bias, finite = packed[..., -3:].unbind(dim=2)
-        return cls(
-            masks=counts % 2 == 1,
-            degrees=counts.long() // 2,
-            seeds=seeds.long(),
-            bias=bias.contiguous().view(torch.float32),
-            finite=finite.bool().all(dim=1),
-        )
+        Args:
+            wait: whether the copies are there on return. Else they are only queued where the device is a GPU, behind
+                what is queued already: synchronise with its stream before looking.
+        """
+        on_host = LostMaps(*(_to_host(getattr(self, field.name)) for field in fields(self)))
+        if wait and self.masks.is_cuda:
+            torch.cuda.current_stream(self.masks.device).synchronize()
+        return on_host
 
-    def objects(self, features: Tensor, grid: tuple[int, int]) -> Objects:
+    def candidates(self, features: Tensor, grid: tuple[int, int]) -> Candidates:
         """The connected components around the seeds (LOST, section 3.4), and their scores. Takes maps on the CPU.
 
         Args:
@@ -208,11 +241,18 @@ class ObjectMaps:
             components[place] = component
         with exact_float32(features.device):
             scores = object_scores(features, components)
-        return Objects(components, np.where(connected, scores, np.float32(0)), connected, self, features)
+        return Candidates(components, np.where(connected, scores, np.float32(0)), connected, self, features)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, queued, of what is on a GPU; the same where it is on the CPU."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 @torch.no_grad()
-def object_maps(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: int) -> ObjectMaps:
+def lost_maps(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: int) -> LostMaps:
     """LOST up to the connected components, in memory that grows with the number of patches and not its square.
 
     Args:
@@ -222,7 +262,7 @@ def object_maps(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: 
         k_patches: as for `lost_boxes`.
 
     Returns:
-        `ObjectMaps` on the device of the features. Whether these were finite is noted, not raised: asking would
+        `LostMaps` on the device of the features. Whether these were finite is noted, not raised: asking would
         wait for the device.
 
     Raises:
@@ -238,8 +278,7 @@ def object_maps(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: 
             parts.append(_maps_of_part(features[part], part_bias, k_patches))
     if len(parts) == 1:
         return parts[0]
-    names = ("masks", "degrees", "seeds", "bias", "finite")
-    return ObjectMaps(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    return LostMaps(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(LostMaps)))
 
 
 @contextmanager
@@ -294,14 +333,15 @@ def expand_seed(features: Tensor, candidates: Tensor, bias: Tensor, among: Tenso
         and its companions add up to more than 0. Not yet reduced to one connected component.
     """
     image = torch.arange(len(features), device=features.device).view(-1, 1, 1)
-    chosen = features[image, candidates]  # (B, K, k, D)
+    chosen = features[image, candidates]  # F[p] of the k candidates, (B, K, k, D)
     seed = chosen[:, :, :1]
+    # S = {p : G[p*, p] > 0}, G = F Fᵀ + b
     similar = (chosen @ seed.mT).squeeze(3) + bias[..., None] > 0
     kept = (similar if among is None else similar & among[image, candidates]).float()
-    # Similarities to all that were kept add up to the similarity to their sum.
-    added = (kept.unsqueeze(2) @ chosen).squeeze(2) @ features.mT + (kept.sum(dim=2) * bias)[..., None]
-    # Each that was kept is connected to the seed, so the seed's own sum is positive: rounding may not decide that.
-    mask = added > 0 if among is None else (added > 0) & among[:, None]
+    # M[j] = Σ_{p in S} G[p, j] = (Σ_{p in S} F[p]) · F[j] + |S| b
+    summed = (kept.unsqueeze(2) @ chosen).squeeze(2) @ features.mT + (kept.sum(dim=2) * bias)[..., None]
+    mask = summed > 0 if among is None else (summed > 0) & among[:, None]
+    # Each of S is connected to the seed, so M[p*] is positive: rounding may not decide that.
     return mask.scatter(2, candidates[..., :1], kept.any(dim=2, keepdim=True))
 
 
@@ -337,7 +377,7 @@ def _check_input(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches:
         raise OptionError(f"k_patches must be at least 1, not {k_patches}")
 
 
-def _maps_of_part(features: Tensor, bias: Bias, k_patches: int) -> ObjectMaps:
+def _maps_of_part(features: Tensor, bias: Bias, k_patches: int) -> LostMaps:
     batch, count, _ = features.shape
     finite = features.sum(dim=2).isfinite().all(dim=1)
     similarities = Similarities(features)
@@ -352,7 +392,7 @@ def _maps_of_part(features: Tensor, bias: Bias, k_patches: int) -> ObjectMaps:
         biases = trial_biases(similarities)
     else:
         biases = features.new_full((batch, 1), float(bias))
-    # A biased similarity (the register paper's addition to LOST) is above 0 where the plain one is above -bias.
+    # d_i = #{j ≠ i : F[i] · F[j] > -b}: the bias is the register paper's addition to LOST's section 3.2.
     degrees = similarities.counts_above(-biases)
-    candidates = lowest_degrees(degrees, min(k_patches, count))
-    return ObjectMaps(expand_seed(features, candidates, biases), degrees, candidates[..., 0], biases, finite)
+    candidates = lowest_degrees(degrees, min(k_patches, count))  # the first is the seed p*
+    return LostMaps(expand_seed(features, candidates, biases), degrees, candidates[..., 0], biases, finite)

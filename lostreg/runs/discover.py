@@ -98,7 +98,7 @@ def discover_collection(
             "images": len(collection),
             "fingerprint": collection.fingerprint(),
         },
-        "options": {**discoverer.options, "masks": masks, "mask_pictures": mask_pictures},
+        "options": {**discoverer.options.record(), "masks": masks, "mask_pictures": mask_pictures},
     }
     with locked(out):
         _check_folder(out, settings, overwrite=overwrite)
@@ -128,7 +128,7 @@ class _Run:
         self.discoverer = discoverer
         self.out = out
         self.summary = Summary()
-        self._min_score = discoverer.object_options.min_score
+        self._min_score = discoverer.options.min_score
 
     def take_over(self, *, strict: bool) -> None:
         """Count what an earlier run has done, one line after the other, and list what failed anew."""
@@ -235,7 +235,7 @@ def _counts(summary: Summary, discoverer: Discoverer) -> dict[str, Any]:
         "images": summary.images,
         "clear": summary.clear,
         "unclear": summary.unclear,
-        "clear_from": discoverer.object_options.min_score,
+        "clear_from": discoverer.options.min_score,
         "unreadable": summary.unreadable,
         "boxes": summary.boxes,
     }

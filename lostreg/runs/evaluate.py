@@ -99,7 +99,7 @@ def evaluate(
         ImageError: with ``strict``, at the first image that cannot be read; what came before it is kept.
     """
     out = Path(out)
-    settings = benchmark_settings(benchmark, {**discoverer.options, "masks": masks}, extra)
+    settings = benchmark_settings(benchmark, {**discoverer.options.record(), "masks": masks}, extra)
     with locked(out):
         known = _prepare(out, settings, benchmark, overwrite=overwrite)
         tally = _Tally(benchmark.examples, len(known), strict=strict, on_progress=on_progress)

@@ -8,6 +8,7 @@ image; ``sweep.json`` is made of it at the end.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,10 +22,10 @@ from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.images.boxes import in_pixels
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
-from lostreg.inference.jobs import Engine, ObjectsJob
+from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.jsonio import as_line, whole_lines, write_json
 from lostreg.methods.bias import TRIALS, trial_biases
-from lostreg.methods.lost import Objects
+from lostreg.methods.lost import Candidates
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import Corloc, is_hit, score_auc
 from lostreg.models.features import resolve_layer
@@ -134,16 +135,10 @@ def sweep(
     if not pairs or not values or not np.isfinite(values).all():
         raise OptionError(f"expected at least one feature and one finite bias, not {list(wanted)} and {list(biases)}")
     settings = benchmark_settings(benchmark, _options(discoverer, pairs, values), extra)
-    engine = Engine(
-        discoverer.backbone,
-        pairs,
-        with_trials(values),
-        discoverer.k_patches,
-        normalize=True,
-        compiled=discoverer.compile,
-    )
-    patch_size = discoverer.backbone.spec.patch_size
-    stream = discoverer.stream_of(ObjectsJob(engine, lambda objects, pictures: _convert(objects, pictures, patch_size)))
+    features = FeaturesJob(discoverer.backbone, pairs, compiled=discoverer.options.compile)
+    convert = partial(_convert, patch_size=discoverer.backbone.spec.patch_size)
+    job = ObjectsJob(features, with_trials(values), discoverer.options.k_patches, normalize=True, convert=convert)
+    stream = discoverer.stream_of(job)
     out = Path(out)
     with locked(out):
         lines = _prepare(out, settings, benchmark, pairs, overwrite=overwrite)
@@ -172,7 +167,7 @@ def summary(rows: Sequence[SweepRow]) -> dict[str, float]:
 
 
 def with_trials(values: tuple[float, ...]) -> Callable[[Similarities], Tensor]:
-    """Biases for an `Engine`: the given ones for every image, and after them those that ``auto`` tries."""
+    """Biases for an `ObjectsJob`: the given ones for every image, and after them those that ``auto`` tries."""
 
     def biases(similarities: Similarities) -> Tensor:
         trials = trial_biases(similarities)
@@ -182,10 +177,10 @@ def with_trials(values: tuple[float, ...]) -> Callable[[Similarities], Tensor]:
     return biases
 
 
-def _convert(objects: list[Objects], pictures: list[PatchedPicture], patch_size: int) -> list[list[_Found]]:
-    """The objects of a run of pictures, a list of features for each picture."""
+def _convert(candidates: list[Candidates], pictures: list[PatchedPicture], patch_size: int) -> list[list[_Found]]:
+    """The candidates of a run of pictures, a list of features for each picture."""
     by_feature = []
-    for found in objects:
+    for found in candidates:
         boxes, trials = found.boxes(), len(TRIALS)
         chosen = boxes.shape[1] - trials + found.scores[:, -trials:].argmax(axis=1)
         by_feature.append(
@@ -205,7 +200,7 @@ def _convert(objects: list[Objects], pictures: list[PatchedPicture], patch_size:
 def _options(discoverer: Discoverer, pairs: Wanted, values: tuple[float, ...]) -> dict[str, Any]:
     """What decides the figures: the discoverer's options but for what the sweep chooses itself."""
     replaced = ("feature", "layer", "bias", "normalize")
-    kept = {name: value for name, value in discoverer.options.items() if name not in replaced}
+    kept = {name: value for name, value in discoverer.options.record().items() if name not in replaced}
     return {
         **kept,
         "features": [_name(pair) for pair in pairs],

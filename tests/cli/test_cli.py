@@ -16,7 +16,7 @@ import lostreg
 from lostreg.cli.main import main
 from lostreg.cli.sweep import bias_list
 from lostreg.datasets import BENCHMARKS
-from lostreg.inference.jobs import Engine
+from lostreg.inference.jobs import FeaturesJob
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.table import BACKBONES
 
@@ -57,14 +57,14 @@ def test_going_on_with_less_memory_is_told_in_a_line_and_is_no_failure(
 ) -> None:
     assert predict(images) == 0
     expected = capsys.readouterr().out
-    forward = Engine.forward
+    forward = FeaturesJob.forward
 
-    def crowded(engine: Engine, patches: list[torch.Tensor], sizes: list[tuple[int, int]]) -> torch.Tensor:
+    def crowded(job: FeaturesJob, patches: list[torch.Tensor], sizes: list[tuple[int, int]]) -> torch.Tensor:
         if len(patches) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(engine, patches, sizes)
+        return forward(job, patches, sizes)
 
-    monkeypatch.setattr(Engine, "forward", crowded)
+    monkeypatch.setattr(FeaturesJob, "forward", crowded)
     assert predict(images) == 0
     captured = capsys.readouterr()
     assert captured.out == expected

@@ -16,7 +16,7 @@ from serving import FIRST, NEURONS, NO_TOKEN, SECOND, small_models
 
 from lostreg.demo.page import Page
 from lostreg.demo.session import Visitor
-from lostreg.inference.jobs import Engine
+from lostreg.inference.jobs import FeaturesJob
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = (FIRST, "k", -1, 0)
@@ -76,7 +76,7 @@ def test_the_slider_redraws_without_a_forward_and_takes_over_from_auto(
     def refuse(*_: Any) -> None:
         raise AssertionError("a forward")
 
-    monkeypatch.setattr(Engine, "forward", refuse)
+    monkeypatch.setattr(FeaturesJob, "forward", refuse)
     seen = {first[4]}
     for bias in (-0.95, -0.5, 0.0, 0.5):
         *answer, automatic = page.redraw_by_hand(visitor, bias, 1, "patches")

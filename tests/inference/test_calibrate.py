@@ -345,9 +345,9 @@ def test_a_discoverer_takes_a_calibration_for_its_bias(backbone: Backbone) -> No
     found = calibration()
     with_it = Discoverer(backbone, device="cpu", bias=found)
     with_number = Discoverer(backbone, device="cpu", bias=found.bias, normalize=True)
-    assert (with_it.bias, with_it.normalize) == (-0.25, True)
+    assert (with_it.options.bias, with_it.options.normalize) == (-0.25, True)
     assert with_it.options == with_number.options
-    assert json.loads(json.dumps(with_it.options)) == with_it.options
+    assert json.loads(json.dumps(with_it.options.record())) == with_it.options.record()
     outcomes = list(zip(with_it.discover_many(scenes(8)), with_number.discover_many(scenes(8)), strict=True))
     assert all(same(first, second) for first, second in outcomes)
     assert {first.bias for first, _ in outcomes} == {-0.25}
@@ -355,9 +355,9 @@ def test_a_discoverer_takes_a_calibration_for_its_bias(backbone: Backbone) -> No
 
 def test_features_are_normalised_for_a_calibration_whatever_the_row_says(backbone: Backbone) -> None:
     plain = dataclasses.replace(backbone, spec=dataclasses.replace(backbone.spec, bias=0.0, normalize=False))
-    assert Discoverer(plain, device="cpu").normalize is False
+    assert Discoverer(plain, device="cpu").options.normalize is False
     with_it = Discoverer(plain, device="cpu", bias=calibration())
-    assert with_it.normalize is True
+    assert with_it.options.normalize is True
     expected = Discoverer(backbone, device="cpu", bias=-0.25, normalize=True)
     assert same(with_it.discover(scene(3)), expected.discover(scene(3)))
     of_plain, of_other = (calibrate(scenes(6), Discoverer(one, device="cpu")) for one in (plain, backbone))
@@ -379,13 +379,13 @@ def test_a_calibration_of_something_else_is_refused(backbone: Backbone) -> None:
         with pytest.raises(OptionError, match=message):
             calibration(**changes).require("dinov2_vits14_reg", "random", "k", 1)
     found = calibration(feature="v", layer=0)
-    assert Discoverer(backbone, device="cpu", feature="v", layer=-2, bias=found).bias == -0.25
+    assert Discoverer(backbone, device="cpu", feature="v", layer=-2, bias=found).options.bias == -0.25
 
 
 def test_a_calibration_without_normalisation_is_refused(backbone: Backbone) -> None:
     with pytest.raises(OptionError, match="normalised features"):
         Discoverer(backbone, device="cpu", bias=calibration(), normalize=False)
-    assert Discoverer(backbone, device="cpu", bias=calibration(), normalize=True).normalize
+    assert Discoverer(backbone, device="cpu", bias=calibration(), normalize=True).options.normalize
 
 
 def test_a_file_holds_all_of_it_and_is_read_back(tmp_path: Path) -> None:

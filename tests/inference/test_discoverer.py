@@ -13,6 +13,7 @@ from PIL import Image
 from lostreg.errors import BackboneError, ImageError, OptionError
 from lostreg.images.decode import read_image
 from lostreg.inference.discoverer import Discoverer, resolve_device
+from lostreg.inference.options import Options
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.table import BACKBONES
 
@@ -162,8 +163,8 @@ def test_options_are_plain_values_that_say_what_was_chosen(backbone: Backbone) -
     discoverer = Discoverer(
         backbone, device="cpu", feature="v", layer=-2, bias=-0.25, normalize=False, k_patches=7, max_side=99, exif=False
     )
-    assert json.loads(json.dumps(discoverer.options)) == discoverer.options
-    assert discoverer.options == {
+    assert json.loads(json.dumps(discoverer.options.record())) == discoverer.options.record()
+    assert discoverer.options.record() == {
         "backbone": "dinov2_vits14_reg",
         "weights": "random",
         "feature": "v",
@@ -250,19 +251,19 @@ def test_an_unknown_backbone_suggests_near_ones() -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_defaults_come_from_the_row(backbone: Backbone, name: str) -> None:
     """Options alone are looked at: the small model stands in for the row's own."""
-    discoverer = Discoverer(dataclasses.replace(backbone, spec=BACKBONES[name]), device="cpu")
+    options = Discoverer(dataclasses.replace(backbone, spec=BACKBONES[name]), device="cpu").options
     is_dino = name.startswith("dino_")
-    assert discoverer.feature == BACKBONES[name].feature
-    assert (discoverer.bias, discoverer.normalize) == ((0.0, False) if is_dino else ("auto", True))
+    assert options.feature == BACKBONES[name].feature
+    assert (options.bias, options.normalize) == ((0.0, False) if is_dino else ("auto", True))
 
 
 def test_what_is_given_wins_over_the_row(backbone: Backbone) -> None:
     dino = dataclasses.replace(backbone, spec=BACKBONES["dino_vits16"])
-    discoverer = Discoverer(dino, device="cpu", feature="q", bias="auto")
-    assert (discoverer.feature, discoverer.bias, discoverer.normalize) == ("q", "auto", True)
-    discoverer = Discoverer(backbone, device="cpu", bias=-0.1)
-    assert (discoverer.bias, discoverer.normalize) == (-0.1, True)
-    assert Discoverer(backbone, device="cpu", bias=-0.1, normalize=False).normalize is False
+    options = Discoverer(dino, device="cpu", feature="q", bias="auto").options
+    assert (options.feature, options.bias, options.normalize) == ("q", "auto", True)
+    options = Discoverer(backbone, device="cpu", bias=-0.1).options
+    assert (options.bias, options.normalize) == (-0.1, True)
+    assert Discoverer(backbone, device="cpu", bias=-0.1, normalize=False).options.normalize is False
 
 
 def test_another_precision_leaves_a_shared_backbone_alone(backbone: Backbone) -> None:
@@ -277,11 +278,10 @@ def test_another_precision_leaves_a_shared_backbone_alone(backbone: Backbone) ->
 
 
 def test_a_gpu_takes_more_images_at_once(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Discoverer(backbone, device="cpu").batch_size == 8
-    monkeypatch.setattr("lostreg.inference.discoverer.resolve_device", torch.device)
-    monkeypatch.setattr("lostreg.inference.discoverer._place", lambda backbone, device, dtype: backbone)
-    assert Discoverer(backbone, device="cuda").batch_size == 32
-    assert Discoverer(backbone, device="cuda", batch_size=5).batch_size == 5
+    assert Discoverer(backbone, device="cpu").options.batch_size == 8
+    monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
+    assert Options().resolved(backbone).batch_size == 32
+    assert Options(batch_size=5).resolved(backbone).batch_size == 5
 
 
 def test_a_discovery_knows_the_file_it_was_made_in(discoverer: Discoverer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from torch import Tensor
 from lostreg.images.decode import Picture
 from lostreg.images.patches import PatchedPicture, cut_patches, patch_grid
 from lostreg.inference.discovery import Discovery
-from lostreg.inference.jobs import Engine
-from lostreg.inference.postprocess import ObjectOptions, to_discovery
-from lostreg.methods.lost import Objects, lost_boxes
-from lostreg.methods.multi_object import find_several
+from lostreg.inference.jobs import FeaturesJob, ObjectsJob
+from lostreg.inference.options import Options
+from lostreg.inference.postprocess import discoveries as as_discoveries
+from lostreg.methods.lost import Bias, Candidates, lost_boxes
 from lostreg.methods.similarity import Similarities
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import patch_features
@@ -46,19 +47,34 @@ def patched() -> list[PatchedPicture]:
     return [cut_patches(picture, 14) for picture in pictures()]
 
 
-def searched(engine: Engine, features: Sequence[Tensor], pack: Sequence[PatchedPicture]) -> list[list[Objects]]:
-    return engine.finish(engine.search(features, [picture.grid for picture in pack]))
+def job_on(
+    backbone: Backbone, wanted: list[tuple[str, int]], bias: Bias, k_patches: int, *, normalize: bool
+) -> ObjectsJob[Discovery]:
+    return ObjectsJob(FeaturesJob(backbone, wanted), bias, k_patches, normalize=normalize, convert=convert_first)
 
 
-def discoveries(runs: list[list[Objects]], pack: Sequence[PatchedPicture], which: int = 0) -> list[Discovery]:
-    """Of each picture of a pack, what one of the engine's features has found."""
-    found = [one for run in runs for one in find_several(run[which], 100, 1, 0.0)]
-    return [to_discovery(one, picture, 14, ObjectOptions()) for one, picture in zip(found, pack, strict=True)]
+def convert_first(candidates: list[Candidates], run: list[PatchedPicture]) -> list[Discovery]:
+    return converted(candidates, run, 0)
 
 
-def through(engine: Engine, pack: Sequence[PatchedPicture]) -> list[Discovery]:
-    features = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
-    return discoveries(searched(engine, features, pack), pack)
+def converted(candidates: list[Candidates], run: Sequence[PatchedPicture], which: int) -> list[Discovery]:
+    return as_discoveries(candidates[which], run, 14, Options(min_score=0.0))  # type: ignore[arg-type]
+
+
+def searched(job: ObjectsJob[Discovery], features: Sequence[Tensor], pack: Sequence[PatchedPicture]) -> Any:
+    return job.candidates(job.search(features, [picture.grid for picture in pack]))
+
+
+def discoveries(runs: list[list[Candidates]], pack: Sequence[PatchedPicture], which: int = 0) -> list[Discovery]:
+    """Of each picture of a pack, what one of the job's features has found."""
+    found: list[Discovery] = []
+    for run in runs:
+        found += converted(run, pack[len(found) : len(found) + len(run[0].masks)], which)
+    return found
+
+
+def through(job: ObjectsJob[Discovery], pack: Sequence[PatchedPicture]) -> list[Discovery]:
+    return job.finish(job.start(pack), pack)
 
 
 def assert_equal(one: Discovery, other: Discovery) -> None:
@@ -68,9 +84,9 @@ def assert_equal(one: Discovery, other: Discovery) -> None:
 
 @pytest.mark.parametrize(("feature", "layer"), [("k", 1), ("v", 0), ("out", 1)])
 def test_features_of_a_pack_are_those_of_each_padded_image(backbone: Backbone, feature: str, layer: int) -> None:
-    engine = Engine(backbone, [(feature, layer)], "auto", 100, normalize=True)
+    job = job_on(backbone, [(feature, layer)], "auto", 100, normalize=True)
     pack = patched()
-    (found,) = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
+    (found,) = job.features.start(pack)
     each = torch.split(found, [picture.grid[0] * picture.grid[1] for picture in pack])
     for picture, actual in zip(pictures(), each, strict=True):
         expected = patch_features(backbone, padded(backbone, picture.pixels), feature, layer)[0]
@@ -84,11 +100,11 @@ def test_discoveries_of_a_pack_are_those_of_each_padded_image(
     backbone: Backbone, bias: float | str, normalize: bool, k_patches: int
 ) -> None:
     # Rounded, so that sums are exact: products for two images and for one may add in another order.
-    engine = Engine(backbone, [("k", 1)], bias, k_patches, normalize=normalize)
+    job = job_on(backbone, [("k", 1)], bias, k_patches, normalize=normalize)
     pack = patched()
-    (features,) = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
+    (features,) = job.features.start(pack)
     features = (features * 16).round()
-    found = discoveries(searched(engine, [features], pack), pack)
+    found = discoveries(searched(job, [features], pack), pack)
     each = torch.split(features, [picture.grid[0] * picture.grid[1] for picture in pack])
     for discovery, picture, alone in zip(found, pack, each, strict=True):
         expected = lost_boxes(alone[None], picture.grid, bias, k_patches, normalize=normalize)
@@ -106,10 +122,10 @@ def test_discoveries_of_a_pack_are_those_of_each_padded_image(
 
 
 def test_an_image_is_found_the_same_wherever_it_stands_in_a_pack(backbone: Backbone) -> None:
-    engine = Engine(backbone, [("k", 1)], "auto", 100, normalize=True)
+    job = job_on(backbone, [("k", 1)], "auto", 100, normalize=True)
     pack = patched()
     order = [3, 0, 6, 5, 2, 1, 4]
-    plain, moved = through(engine, pack), through(engine, [pack[index] for index in order])
+    plain, moved = through(job, pack), through(job, [pack[index] for index in order])
     assert len({tuple(one.xyxy[0].tolist()) for one in plain}) > 4
     for index, one in zip(order, moved, strict=True):
         np.testing.assert_array_equal(one.xyxy, plain[index].xyxy)
@@ -117,10 +133,10 @@ def test_an_image_is_found_the_same_wherever_it_stands_in_a_pack(backbone: Backb
 
 
 def test_a_pack_leaves_its_pictures_alone_and_can_be_run_again(backbone: Backbone) -> None:
-    engine = Engine(backbone, [("k", 1)], "auto", 100, normalize=True)
+    job = job_on(backbone, [("k", 1)], "auto", 100, normalize=True)
     pack = patched()
     before = [picture.patches.copy() for picture in pack]
-    first, second = through(engine, pack), through(engine, pack)
+    first, second = through(job, pack), through(job, pack)
     for picture, patches in zip(pack, before, strict=True):
         np.testing.assert_array_equal(picture.patches, patches)
     for one, other in zip(first, second, strict=True):
@@ -130,11 +146,11 @@ def test_a_pack_leaves_its_pictures_alone_and_can_be_run_again(backbone: Backbon
 def test_several_features_of_one_forward_give_what_each_gives_alone(backbone: Backbone) -> None:
     wanted = [("k", 1), ("v", 0), ("out", 1)]
     pack = patched()
-    engine = Engine(backbone, wanted, "auto", 100, normalize=True)
-    features = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
-    runs = searched(engine, features, pack)
+    job = job_on(backbone, wanted, "auto", 100, normalize=True)
+    features = job.features.start(pack)
+    runs = searched(job, features, pack)
     for which, one in enumerate(wanted):
-        alone = Engine(backbone, [one], "auto", 100, normalize=True)
+        alone = job_on(backbone, [one], "auto", 100, normalize=True)
         for found, expected in zip(discoveries(runs, pack, which), through(alone, pack), strict=True):
             assert_equal(found, expected)
 
@@ -143,14 +159,14 @@ def test_neighbours_of_one_grid_are_one_run(backbone: Backbone) -> None:
     def biases(similarities: Similarities) -> Tensor:
         return torch.tensor([[-0.5, -0.75, -0.875]]).repeat(similarities.batch, 1)
 
-    engine = Engine(backbone, [("k", 1)], biases, 100, normalize=True)
+    job = job_on(backbone, [("k", 1)], biases, 100, normalize=True)
     pack = [patched()[index] for index in (0, 5, 1, 2, 6)]
-    features = engine.forward(engine.transfer(pack), [picture.size for picture in pack])
-    search = engine.search(features, [picture.grid for picture in pack])
+    features = job.features.start(pack)
+    search = job.search(features, [picture.grid for picture in pack])
     assert search.grids == [(8, 11), (2, 2), (1, 1)]
-    found = engine.finish(search)
+    found = job.candidates(search)
     assert [run[0].masks.shape for run in found] == [(3, 3, 8, 11), (1, 3, 2, 2), (1, 3, 1, 1)]
-    for batch, grid, (objects,) in zip(search.features, search.grids, found, strict=True):
+    for batch, grid, (candidates,) in zip(search.features, search.grids, found, strict=True):
         expected = lost_boxes(batch[0], grid, biases)
-        assert torch.equal(objects.best().xyxy, expected.xyxy)
-        assert torch.equal(objects.best().scores, expected.scores)
+        assert torch.equal(candidates.best().xyxy, expected.xyxy)
+        assert torch.equal(candidates.best().scores, expected.scores)

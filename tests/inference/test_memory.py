@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lostreg.inference.memory import available_bytes, describe_bytes, keep_freed_memory, required_bytes
+from lostreg.inference.allocator import keep_freed_memory
+from lostreg.inference.memory import available_bytes, describe_bytes, required_bytes
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 
 CPU = torch.device("cpu")
@@ -172,7 +173,7 @@ def test_other_systems_are_left_alone(linux: pytest.MonkeyPatch) -> None:
 
 FAULTS = """
 import ctypes, resource, torch
-from lostreg.memory import keep_freed_memory
+from lostreg import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -207,8 +208,8 @@ def test_kept_memory_is_not_cleared_by_the_system_again() -> None:
 
 PEAK = """
 import torch
-from lostreg import similarity
-from lostreg.lost import object_maps, prepare
+from lostreg.methods import similarity
+from lostreg.methods.lost import lost_maps, prepare
 
 def peak():  # of this process alone: what getrusage says may be that of the process which started it
     with open("/proc/self/status") as file:
@@ -216,13 +217,13 @@ def peak():  # of this process alone: what getrusage says may be that of the pro
 
 similarity._KEPT_ELEMENTS = {{"cpu": 0}}
 features = torch.randn(1, {rows} * 100, 384)
-object_maps(prepare(features[:, :30], normalize=True), (5, 6), {bias!r}, 100).objects(features[:, :30], (5, 6))
+lost_maps(prepare(features[:, :30], normalize=True), (5, 6), {bias!r}, 100).candidates(features[:, :30], (5, 6))
 before = peak()
 features = prepare(features, normalize=True)
-maps = object_maps(features, ({rows}, 100), {bias!r}, 100)
+maps = lost_maps(features, ({rows}, 100), {bias!r}, 100)
 assert 0.1 < maps.degrees.float().mean() / ({rows} * 100) < 0.9
-objects = maps.objects(features, ({rows}, 100))
-assert (objects.scores > 0).any()
+candidates = maps.candidates(features, ({rows}, 100))
+assert (candidates.scores > 0).any()
 print(peak() - before)
 """
 

@@ -21,9 +21,9 @@ from lostreg.images.decode import Picture, read_image
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
-from lostreg.inference.jobs import Engine, ObjectsJob, Search
+from lostreg.inference.jobs import FeaturesJob, ObjectsJob, Search
 from lostreg.inference.memory import required_bytes
-from lostreg.methods.lost import Objects
+from lostreg.methods.lost import Candidates
 from lostreg.models.backbone import Backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,21 +37,22 @@ def discoverer(backbone: Backbone) -> Discoverer:
 def test_outcomes_are_what_is_made_of_runs_of_one_grid_in_every_feature(backbone: Backbone, tmp_path: Path) -> None:
     discoverer = Discoverer(backbone, device="cpu", batch_size=4)
     pairs = [("k", 1), ("v", 0), ("out", 1)]
-    engine = Engine(backbone, pairs, -0.5, 100, normalize=True)
+    features = FeaturesJob(backbone, pairs)
     runs: list[list[tuple[int, int]]] = []
 
-    def convert(objects: list[Objects], pictures: list[PatchedPicture]) -> list[tuple[Any, ...]]:
+    def convert(candidates: list[Candidates], pictures: list[PatchedPicture]) -> list[tuple[Any, ...]]:
         runs.append([picture.grid for picture in pictures])
-        assert len(objects) == len(pairs)
-        assert {found.masks.shape for found in objects} == {(len(pictures), 1, *pictures[0].grid)}
-        results = [found.best() for found in objects]
+        assert len(candidates) == len(pairs)
+        assert {found.masks.shape for found in candidates} == {(len(pictures), 1, *pictures[0].grid)}
+        results = [found.best() for found in candidates]
         return [
             (picture.width, *(result.masks[index].numpy() for result in results))
             for index, picture in enumerate(pictures)
         ]
 
     images = [scene(0), scene(1, 60, 60), scene(2, 149, 111), scene(3, 59, 58), tmp_path / "none.jpg", scene(4)]
-    found = list(discoverer.stream_of(ObjectsJob(engine, convert)).outcomes(images))
+    job = ObjectsJob(features, -0.5, 100, normalize=True, convert=convert)
+    found = list(discoverer.stream_of(job).outcomes(images))
     assert [set(run) for run in runs] == [{(5, 5)}, {(8, 11)}, {(8, 11)}]
     assert [len(run) for run in runs] == [2, 2, 1]
     alone = [Discoverer(backbone, device="cpu", feature=feature, layer=layer, bias=-0.5) for feature, layer in pairs]
@@ -65,7 +66,7 @@ def test_outcomes_are_what_is_made_of_runs_of_one_grid_in_every_feature(backbone
             np.testing.assert_array_equal(mask, one.discover(image).mask)
 
 
-def test_another_engine_is_fed_as_the_discoverers_own(backbone: Backbone, tmp_path: Path) -> None:
+def test_another_job_is_fed_as_the_discoverers_own(backbone: Backbone, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x112] = 6
     path = tmp_path / "a.png"
@@ -73,8 +74,8 @@ def test_another_engine_is_fed_as_the_discoverers_own(backbone: Backbone, tmp_pa
     large = png_header(tmp_path / "large.png", 400, 300)
     options = {"max_side": 150, "exif": False, "max_pixels": 100_000, "batch_size": 3}
     discoverer = Discoverer(backbone, device="cpu", **options)
-    stream = discoverer.stream_of(ObjectsJob(discoverer.engine, lambda objects, pictures: pictures))
-    first, second = stream.outcomes([path, large])
+    stream = discoverer.stream_of(discoverer.features)
+    (first, _), second = stream.outcomes([path, large])
     assert (first.size, first.width, first.height) == ((110, 150), 300, 220)
     assert "more than the limit of 100,000" in str(second)
     assert {name: getattr(stream, name) for name in options} == options
@@ -101,13 +102,13 @@ def test_skipping_gives_the_rest_to_the_bit(discoverer: Discoverer, photo: Path)
 def packs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The widths of the images of each pack that goes through the backbone, as it goes."""
     seen: list[tuple[int, ...]] = []
-    transfer = Engine.transfer
+    transfer = FeaturesJob.transfer
 
-    def record(engine: Engine, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
+    def record(job: FeaturesJob, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
         seen.append(tuple(picture.width for picture in pictures))
-        return transfer(engine, pictures)
+        return transfer(job, pictures)
 
-    monkeypatch.setattr(Engine, "transfer", record)
+    monkeypatch.setattr(FeaturesJob, "transfer", record)
     return seen
 
 
@@ -279,13 +280,13 @@ def test_a_source_that_raises_is_passed_on_and_leaves_no_thread(discoverer: Disc
 
 
 class Crowded:
-    """Stands in for an engine's forward: runs out of memory where a pack holds too much."""
+    """Stands in for a job's forward: runs out of memory where a pack holds too much."""
 
     def __init__(self, discoverer: Discoverer, monkeypatch: pytest.MonkeyPatch, *, images: int, patches: int) -> None:
         self.tried: list[int] = []
         self._limits = images, patches
-        self._forward = discoverer.engine.forward
-        monkeypatch.setattr(discoverer.engine, "forward", self)
+        self._forward = discoverer.features.forward
+        monkeypatch.setattr(discoverer.features, "forward", self)
 
     def __call__(self, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         self.tried.append(len(patches))
@@ -323,15 +324,16 @@ def test_memory_that_runs_out_at_the_end_of_a_pack_costs_no_image(
     images = scenes(7)
     expected = list(Discoverer(backbone, device="cpu").outcomes(images))
     discoverer = Discoverer(backbone, device="cpu")
-    finish, tried = discoverer.engine.finish, []
+    job: Any = discoverer.stream.job
+    candidates, tried = job.candidates, []
 
-    def crowded(search: Search) -> list[list[Objects]]:
+    def crowded(search: Search) -> list[list[Candidates]]:
         tried.append(sum(len(features[0]) for features in search.features))
         if tried[-1] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return finish(search)
+        return candidates(search)
 
-    monkeypatch.setattr(discoverer.engine, "finish", crowded)
+    monkeypatch.setattr(job, "candidates", crowded)
     with pytest.warns(LostregWarning, match="going on with half"):
         outcomes = list(discoverer.outcomes(images))
     assert tried == [7, 4, 2, 2, 3, 2, 1]
@@ -362,14 +364,15 @@ def test_one_image_that_memory_does_not_hold_is_named_and_the_others_are_found(
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
 )
-@pytest.mark.parametrize("stage", ["transfer", "forward", "search", "finish"])
+@pytest.mark.parametrize("stage", ["transfer", "forward", "search", "candidates"])
 def test_running_out_of_memory_says_what_to_do(
     discoverer: Discoverer, monkeypatch: pytest.MonkeyPatch, error: BaseException, stage: str
 ) -> None:
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(discoverer.engine, stage, fail)
+    owner = discoverer.features if stage in ("transfer", "forward") else discoverer.stream.job
+    monkeypatch.setattr(owner, stage, fail)
     message = (
         r"image: out of memory on one image of 8x11 patches on cpu \(needs up to 0\.\d GB\): use a smaller --max-side"
     )
@@ -383,7 +386,7 @@ def test_other_failures_of_a_model_are_not_taken_for_memory(
     def fail(*_: object) -> None:
         raise RuntimeError("shapes disagree")
 
-    monkeypatch.setattr(discoverer.engine, "forward", fail)
+    monkeypatch.setattr(discoverer.features, "forward", fail)
     with pytest.raises(RuntimeError, match="shapes disagree"):
         discoverer.discover(disc_picture())
 

@@ -4,7 +4,7 @@ from conftest import same, scene
 
 from lostreg import Discoverer
 from lostreg.errors import ImageError, OptionError
-from lostreg.inference.jobs import Engine
+from lostreg.inference.jobs import FeaturesJob
 from lostreg.inference.study import Study
 from lostreg.models.backbone import Backbone
 
@@ -20,8 +20,8 @@ def test_a_study_finds_what_a_discoverer_with_the_same_options_finds(backbone: B
 
 def test_one_forward_serves_many_searches(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     forwards = []
-    forward = Engine.forward
-    monkeypatch.setattr(Engine, "forward", lambda *args: forwards.append(1) or forward(*args))
+    forward = FeaturesJob.forward
+    monkeypatch.setattr(FeaturesJob, "forward", lambda *args: forwards.append(1) or forward(*args))
     study = Study(Discoverer(backbone, device="cpu"), scene(3))
     found = [study.discover(bias=bias, max_objects=3) for bias in (-0.9, -0.5, 0.0, "auto")]
     assert len(forwards) == 1
@@ -47,3 +47,9 @@ def test_bad_options_and_images_are_refused(backbone: Backbone) -> None:
         study.discover(bias=float("nan"))
     with pytest.raises(OptionError, match="max_objects must be"):
         study.discover(max_objects=0)
+
+
+def test_what_needs_another_forward_is_refused(backbone: Backbone) -> None:
+    study = Study(Discoverer(backbone, device="cpu"), disc_picture())
+    with pytest.raises(OptionError, match="not layer, max_side, which need another forward"):
+        study.discover(layer=0, max_side=100)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lostreg.errors import OptionError
 from lostreg.methods.bias import check_bias, limits, resolve_normalize, trial_biases
-from lostreg.methods.lost import lost_boxes, object_maps, prepare
+from lostreg.methods.lost import lost_boxes, lost_maps, prepare
 from lostreg.methods.similarity import Similarities
 
 STEPS = [0, -0.25, -0.5, -0.75, -1, -1.25]
@@ -17,7 +17,7 @@ STEPS = [0, -0.25, -0.5, -0.75, -1, -1.25]
 
 def connected_seeds(features: Tensor, grid: tuple[int, int]) -> Tensor:
     """Whether each trial's seed is similar to itself at least, (B, K)."""
-    maps = object_maps(prepare(features, normalize=True), grid, "auto", 100)
+    maps = lost_maps(prepare(features, normalize=True), grid, "auto", 100)
     return maps.masks.gather(2, maps.seeds[..., None]).squeeze(2)
 
 

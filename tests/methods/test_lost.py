@@ -15,11 +15,10 @@ from safetensors.torch import load_file
 from lostreg.errors import OptionError
 from lostreg.methods.lost import (
     LostResult,
-    ObjectMaps,
     expand_seed,
     lost_boxes,
+    lost_maps,
     lowest_degrees,
-    object_maps,
     prepare,
     seed_component,
 )
@@ -95,8 +94,9 @@ def test_several_biases_are_each_what_it_gives_alone(case, data) -> None:
     shape = (len(features), data.draw(st.integers(1, 4)))
     biases = torch.from_numpy(data.draw(arrays(np.float32, shape, elements=st.integers(-6, 6).map(float))))
     k = data.draw(st.integers(1, 40))
-    maps = object_maps(features, grid, biases, k)
-    objects, boxes = maps.objects(features, grid), maps.objects(features, grid).boxes()
+    maps = lost_maps(features, grid, biases, k)
+    objects = maps.candidates(features, grid)
+    boxes = objects.boxes()
     assert objects.masks.shape == (*shape, *grid)
     for place in np.ndindex(shape):
         image, index = place
@@ -189,7 +189,7 @@ def test_the_order_of_the_batch_does_not_matter(case, order, biases) -> None:
     features, grid = torch.from_numpy(case[0]), case[1]
     biases = torch.tensor(biases).view(3, 3)
     plain, moved = (
-        object_maps(images, grid, bias, 20).objects(images, grid)
+        lost_maps(images, grid, bias, 20).candidates(images, grid)
         for images, bias in ((features, biases), (features[order], biases[order]))
     )
     np.testing.assert_array_equal(plain.masks[order], moved.masks)
@@ -253,7 +253,7 @@ def test_a_mirrored_image_has_the_mirrored_box(seed, bias, k) -> None:
 def test_auto_finds_the_mirrored_box_in_a_mirrored_image(seed, k, axes) -> None:
     features = torch.randn(1, 42, 12, generator=torch.Generator().manual_seed(seed)) + 0.3
     assume(reference_lost(features[0].numpy(), (6, 7), "auto", k, normalize=True).margin > CLEAR)
-    lowest = object_maps(prepare(features, normalize=True), (6, 7), "auto", k).degrees[0].sort(dim=1).values
+    lowest = lost_maps(prepare(features, normalize=True), (6, 7), "auto", k).degrees[0].sort(dim=1).values
     flipped = features.view(1, 6, 7, -1).flip(axes).reshape(features.shape)
     plain, mirrored = lost_boxes(features, (6, 7), "auto", k), lost_boxes(flipped, (6, 7), "auto", k)
     assume((lowest[:, 0] != lowest[:, 1]).all())
@@ -315,7 +315,7 @@ def test_images_of_one_batch_may_have_features_of_different_sizes(bias) -> None:
 def test_a_stricter_bias_never_adds_a_connection(case, biases) -> None:
     features, grid = torch.from_numpy(case[0]), case[1]
     biases = torch.tensor([sorted(biases)] * len(features))
-    degrees = object_maps(features, grid, biases, 100).degrees
+    degrees = lost_maps(features, grid, biases, 100).degrees
     assert (degrees.diff(dim=1) >= 0).all()
 
 
@@ -335,11 +335,13 @@ def test_a_bias_per_image_is_that_images_bias() -> None:
 def test_biases_may_be_of_any_type_and_layout() -> None:
     features = torch.randn(3, 30, 8)
     biases = torch.tensor([[-1.0, 0.0, 2.0], [0.0, 1.0, -2.0], [3.0, -3.0, 0.0]])
-    expected = object_maps(features, (5, 6), biases, 10).pack()
+    expected = vars(lost_maps(features, (5, 6), biases, 10))
     for same in (biases.long(), biases.double(), biases.T.contiguous().T, biases.repeat(1, 2)[:, :3]):
-        assert torch.equal(object_maps(features, (5, 6), same, 10).pack(), expected)
+        for name, found in vars(lost_maps(features, (5, 6), same, 10)).items():
+            assert torch.equal(found, expected[name]), name
     columns = biases.repeat_interleave(2, dim=1)[:, ::2][:, 1]
-    assert torch.equal(object_maps(features, (5, 6), columns, 10).pack(), expected[:, 1:2])
+    for name, found in vars(lost_maps(features, (5, 6), columns, 10)).items():
+        assert torch.equal(found, expected[name] if name == "finite" else expected[name][:, 1:2]), name
 
 
 def test_biases_may_be_made_of_the_similarities_of_a_batch() -> None:
@@ -458,9 +460,9 @@ def test_features_near_the_ends_of_float32_have_length_one(scale: float) -> None
 
 def test_an_image_that_is_not_finite_leaves_the_others_as_they_are() -> None:
     features = torch.randn(3, 30, 8)
-    plain = object_maps(prepare(features, normalize=True), (5, 6), "auto", 10)
+    plain = lost_maps(prepare(features, normalize=True), (5, 6), "auto", 10)
     features[1, 4, 2] = torch.inf
-    maps = object_maps(prepare(features, normalize=True), (5, 6), "auto", 10)
+    maps = lost_maps(prepare(features, normalize=True), (5, 6), "auto", 10)
     for name in ("masks", "degrees", "seeds", "bias"):
         assert torch.equal(getattr(maps, name)[[0, 2]], getattr(plain, name)[[0, 2]])
 
@@ -500,18 +502,16 @@ def test_expand_seed_starts_from_each_bias_own_candidates_in_each_image() -> Non
 
 
 @pytest.mark.parametrize("bias", [-0.1, "auto", torch.tensor([[0.25, -0.5]] * 3)])
-def test_maps_survive_the_way_to_the_host_in_one_tensor(bias) -> None:
-    features = torch.randn(3, 30, 8)
+def test_maps_survive_the_way_to_the_host(bias) -> None:
+    features = torch.randn(3, 30, 8, device="cuda" if torch.cuda.is_available() else "cpu")
     features[1, 7, 2] = torch.nan
-    maps = object_maps(prepare(features, normalize=True), (5, 6), bias, 10)
-    packed = maps.pack()
-    assert packed.shape == (3, maps.bias.shape[1], 33)
-    back = ObjectMaps.unpack(packed)
+    maps = lost_maps(prepare(features, normalize=True), (5, 6), bias, 10)
     assert maps.finite.tolist() == [True, False, True]
-    for name in ("masks", "degrees", "seeds", "bias", "finite"):
-        before, after = getattr(maps, name), getattr(back, name)
+    for name, after in vars(maps.to_host()).items():
+        before = getattr(maps, name)
+        assert after.device.type == "cpu"
         assert before.dtype == after.dtype, name
-        torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(after, before.cpu(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -211,7 +211,7 @@ def test_mlps_of_another_kind_are_refused(has_second_projection: bool) -> None:
 def test_a_discoverer_records_its_registers(gated: Backbone) -> None:
     registers = RegisterNeurons(((1, 2), (0, 3)), 2)
     discoverer = Discoverer(gated, device="cpu", registers=registers)
-    assert discoverer.options["test_time_registers"] == {"count": 2, "neurons": [[1, 2], [0, 3]]}
+    assert discoverer.options.record()["test_time_registers"] == {"count": 2, "neurons": [[1, 2], [0, 3]]}
     without = discoverer.with_registers(None)
     assert without.options == Discoverer(gated, device="cpu").options
     assert discoverer.backbone.registers == registers

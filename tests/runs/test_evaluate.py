@@ -102,7 +102,7 @@ def test_results_say_what_was_measured(
         "fingerprint": benchmark.fingerprint(),
         "limit": None,
     }
-    assert found["options"] == {**discoverer.options, "masks": False}
+    assert found["options"] == {**discoverer.options.record(), "masks": False}
     assert found["run"]["computed"] == 9
     assert found["run"]["images_per_s"] > 0
     assert {"python", "lostreg", "torch", "timm", "numpy"} <= found["versions"].keys()
@@ -170,7 +170,7 @@ def test_images_that_cannot_be_read_have_no_score_to_judge(
 def test_a_run_with_the_trials_of_another_day_is_not_gone_on_with(
     benchmark: Benchmark, discoverer: Discoverer, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lostreg.inference.discoverer.TRIALS", (0.0, -1.0))
+    monkeypatch.setattr("lostreg.inference.options.TRIALS", (0.0, -1.0))
     with pytest.raises(PredictionsError, match=r"auto_trials was \[0\.0, -0\.25, .*\] and is now \[0\.0, -1\.0\]"):
         evaluate(benchmark, discoverer, finished)
     before = json.loads((finished / RESULTS_FILE).read_text())

@@ -17,7 +17,7 @@ from torch import Tensor
 from lostreg.datasets import Benchmark, load_benchmark
 from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.inference.discoverer import Discoverer
-from lostreg.inference.jobs import Engine
+from lostreg.inference.jobs import FeaturesJob
 from lostreg.inference.stream import ImageStream
 from lostreg.methods.bias import TRIALS
 from lostreg.metrics import Corloc, is_hit
@@ -175,17 +175,17 @@ def test_all_cells_come_from_one_forward_an_image(
 ) -> None:
     packs: list[int] = []
     blocks: list[object] = []
-    forward, run_block = Engine.forward, BlockRunner.__call__
+    forward, run_block = FeaturesJob.forward, BlockRunner.__call__
 
-    def count(engine: Engine, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def count(job: FeaturesJob, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         packs.append(len(patches))
-        return forward(engine, patches, sizes)
+        return forward(job, patches, sizes)
 
     def count_blocks(runner: BlockRunner, block: Any, *arguments: Any, **options: Any) -> Any:
         blocks.append(block)
         return run_block(runner, block, *arguments, **options)
 
-    monkeypatch.setattr(Engine, "forward", count)
+    monkeypatch.setattr(FeaturesJob, "forward", count)
     monkeypatch.setattr(BlockRunner, "__call__", count_blocks)
     sweep(benchmark, discoverer, PAIRS, BIASES, tmp_path / "out")
     assert packs == [BATCH] * (COUNT // BATCH) + [COUNT % BATCH]
@@ -328,7 +328,7 @@ def test_results_are_plain_json_with_every_option(
     }
     chosen = {"feature", "layer", "bias", "normalize", "auto_trials"}
     assert found["options"] == {
-        **{name: value for name, value in discoverer.options.items() if name not in chosen},
+        **{name: value for name, value in discoverer.options.record().items() if name not in chosen},
         "features": [f"{feature} {layer}" for feature, layer in PAIRS],
         "biases": list(BIASES),
         "auto_trials": list(TRIALS),
@@ -595,14 +595,14 @@ def test_a_side_limit_maps_boxes_back_to_the_original(
 def test_memory_that_does_not_hold_an_image_makes_it_a_miss(
     benchmark: Benchmark, discoverer: Discoverer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = Engine.forward
+    forward = FeaturesJob.forward
 
-    def crowded(engine: Engine, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def crowded(job: FeaturesJob, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         if any(width > 90 for _, width in sizes):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(engine, patches, sizes)
+        return forward(job, patches, sizes)
 
-    monkeypatch.setattr(Engine, "forward", crowded)
+    monkeypatch.setattr(FeaturesJob, "forward", crowded)
     with pytest.warns(UserWarning, match="out of memory on cpu with 2 images together"):
         (found,) = sweep(benchmark, discoverer, [("k", -1)], [-0.4], tmp_path / "out")
     errors = [line.get("error", "") for line in lines(tmp_path / "out")]

@@ -1,0 +1,183 @@
+"""What decides the boxes: one set of options for the Python API, the command line, the demo and the record of a run."""
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import torch
+
+from lostreg.defaults import (
+    BACKBONE,
+    BATCH_SIZE,
+    CLEAR_SCORE,
+    CUDA_BATCH_SIZE,
+    K_PATCHES,
+    MAX_PIXELS,
+    MAX_SIDE,
+    PRECISIONS,
+    Precision,
+)
+from lostreg.errors import OptionError
+from lostreg.inference.calibration import Calibration
+from lostreg.methods.bias import TRIALS, check_bias, resolve_normalize
+from lostreg.models.backbone import Backbone
+from lostreg.models.features import resolve_layer
+from lostreg.models.registers import RegisterNeurons
+from lostreg.models.table import FEATURES, Feature
+
+BoxFrom = Literal["patches", "mask"]
+BOX_SOURCES: Final[tuple[BoxFrom, ...]] = get_args(BoxFrom)
+AFTER_FORWARD: Final = ("bias", "k_patches", "max_objects", "min_score", "refine", "box_from")
+"""The options that LOST can be run with again on the same features."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a `Discoverer`, which takes them as keywords.
+
+    Attributes:
+        backbone: a name of the backbone table, ``timm:NAME``, or a `Backbone` that is already loaded. It is
+            copied where it is on another device or in another precision, and shared otherwise.
+        weights: a weights file, see `load_backbone`.
+        feature: ``q``, ``k``, ``v`` or ``out``; None takes the row's.
+        layer: block index from 0, or from the end when negative.
+        bias: Gram bias, ``auto``, a `Calibration` of the same feature, or None for the row's.
+        normalize: whether features are L2-normalised; None takes the row's, or what ``auto`` needs.
+        k_patches: how many low-degree patches may join the seed, at least 1.
+        device: ``auto`` (CUDA, then MPS, then CPU), or a PyTorch device.
+        precision: of the backbone's products; tokens are added up, normalised and scaled, and similarities taken, in
+            float32 always. On a CPU, ``bf16`` is quick where the CPU has instructions for it (AVX512-BF16, AMX).
+        batch_size: images that go through the backbone together at most, at least 1; None takes 8, on CUDA 32.
+        compile: whether the backbone's blocks are compiled (`torch.compile`): once, for images of all shapes. That
+            takes up to minutes, and pays in long runs.
+        max_side: longer images are scaled down to this side; boxes are in pixels of the original all the same.
+            None keeps every size, as benchmarks do; time grows with the square of the number of patches.
+        exif: whether EXIF orientation is applied.
+        max_pixels: images with more are refused before they are decoded.
+        registers: test-time registers, see `find_registers`; None adds nothing to any image.
+        max_objects: how many objects of an image are looked for at most, at least 1, see
+            `lostreg.methods.multi_object`. The first is the same whatever the number.
+        min_score: further objects with a lower score are left out and end the search, in [0, 1]. The first is kept.
+        refine: whether masks are sharpened on the pixels, see `lostreg.images.masks`.
+        box_from: ``patches``, or ``mask`` for boxes around the refined masks.
+
+    Raises:
+        OptionError: if an option is out of its range.
+    """
+
+    backbone: str | Backbone = BACKBONE
+    _: KW_ONLY
+    weights: str | Path | None = None
+    feature: Feature | None = None
+    layer: int = -1
+    bias: float | Literal["auto"] | Calibration | None = None
+    normalize: bool | None = None
+    k_patches: int = K_PATCHES
+    device: str | torch.device = "auto"
+    precision: Precision = "fp32"
+    batch_size: int | None = None
+    compile: bool = False
+    max_side: int | None = MAX_SIDE
+    exif: bool = True
+    max_pixels: int = MAX_PIXELS
+    registers: RegisterNeurons | None = None
+    max_objects: int = 1
+    min_score: float = CLEAR_SCORE
+    refine: bool = False
+    box_from: BoxFrom = "patches"
+
+    def __post_init__(self) -> None:
+        choices = {"feature": (None, *FEATURES), "precision": PRECISIONS, "box_from": BOX_SOURCES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                shown = ", ".join(str(choice) for choice in allowed if choice is not None)
+                raise OptionError(f"{name} must be one of {shown}, not {getattr(self, name)!r}")
+        if not (self.bias is None or isinstance(self.bias, Calibration)):
+            check_bias(self.bias)
+        for name, may_be_none in (
+            ("k_patches", False),
+            ("batch_size", True),
+            ("max_side", True),
+            ("max_pixels", False),
+            ("max_objects", False),
+        ):
+            self._check_count(name, may_be_none=may_be_none)
+        if isinstance(self.min_score, bool) or not isinstance(self.min_score, Real) or not 0 <= self.min_score <= 1:
+            raise OptionError(f"min_score must be a number in [0, 1], not {self.min_score!r}")
+        object.__setattr__(self, "min_score", float(self.min_score))
+        if self.box_from == "mask" and not self.refine:
+            raise OptionError("boxes can be taken from masks that are refined: ask for refined masks, too")
+
+    def _check_count(self, name: str, *, may_be_none: bool) -> None:
+        value = getattr(self, name)
+        if value is None and may_be_none:
+            return
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise OptionError(f"{name} must be an integer of at least 1, not {value!r}")
+        object.__setattr__(self, name, int(value))  # NumPy's cannot be recorded
+
+    def resolved(self, backbone: Backbone) -> "ResolvedOptions":
+        """The same with what is left open decided, for a backbone that is where it runs.
+
+        Raises:
+            OptionError: if the backbone has no such layer, or feature, bias and normalisation contradict each other.
+        """
+        spec = backbone.spec
+        feature, layer = self.feature or spec.feature, resolve_layer(backbone, self.layer)
+        bias, normalize = self.bias, self.normalize
+        if isinstance(bias, Calibration):
+            bias.require(spec.name, backbone.weights, feature, layer)
+            if normalize is False:
+                raise OptionError("a calibrated bias is defined on normalised features: give a number, or normalise")
+            bias, normalize = bias.bias, True
+        bias = spec.bias if bias is None else bias
+        decided = {
+            "backbone": spec.name,
+            "weights": backbone.weights,
+            "feature": feature,
+            "layer": layer,
+            "bias": bias,
+            "normalize": resolve_normalize(bias, normalize, default=spec.normalize),
+            "device": backbone.device.type,
+            "batch_size": self.batch_size or (CUDA_BATCH_SIZE if backbone.device.type == "cuda" else BATCH_SIZE),
+            "registers": backbone.registers,
+        }
+        return ResolvedOptions(**{**vars(self), **decided})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOptions(Options):
+    """`Options` of a backbone at hand: nothing is left open. ``weights`` say where they came from."""
+
+    backbone: str
+    weights: str
+    feature: Feature
+    bias: float | Literal["auto"]
+    normalize: bool
+    device: str
+    batch_size: int
+
+    def with_changes(self, changes: Mapping[str, Any]) -> "ResolvedOptions":
+        """The same with other options that need no other forward (`AFTER_FORWARD`); those that are None stay.
+
+        Raises:
+            OptionError: if one needs another forward or does not exist, or is out of its range.
+        """
+        other = sorted(changes.keys() - set(AFTER_FORWARD))
+        if other:
+            raise OptionError(
+                f"expected {', '.join(AFTER_FORWARD)}, not {', '.join(other)}, which need another forward"
+            )
+        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def record(self) -> dict[str, Any]:
+        """As plain values, as results record them; a score that decides nothing is None."""
+        options = {**vars(self), "min_score": self.min_score if self.max_objects > 1 else None}
+        registers = options.pop("registers")
+        return {
+            **options,
+            "auto_trials": list(TRIALS) if self.bias == "auto" else None,
+            "test_time_registers": registers.describe() if registers else None,
+        }
