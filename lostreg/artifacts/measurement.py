@@ -6,7 +6,7 @@ which are run once more.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -26,11 +26,10 @@ from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import LookJob
 from lostreg.inference.stream import draw_sample
 from lostreg.models.forward import Forward, Grid
+from lostreg.progress import OnProgress, Progress
 
 CELLS: Final = 32  # of the heat map, across and down
 COSINE_BINS: Final = 80  # from -1 to 1
-
-Progress = Callable[[str, int, int, ImageError | None], None]
 
 
 @dataclass
@@ -172,7 +171,7 @@ def measure(
     sample: int = defaults.ARTIFACT_IMAGES,
     seed: int = 0,
     like: Measurement | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress = lambda _: None,
 ) -> Measurement:
     """Find a backbone's high-norm tokens, where they sit, what they hold, and how LOST sees them.
 
@@ -186,8 +185,7 @@ def measure(
         seed: of that sample and of the tokens drawn from it.
         like: an earlier measurement of the same images with the same sample and seed, to be compared with: LOST's view,
             classes and examples are then of the same images as there.
-        on_progress: called after each image, and each group of probes, with the name of the step, how many are done
-            and of how many, and the error of an image that cannot be read.
+        on_progress: called after each image of each step, and each group of probes.
 
     Raises:
         OptionError: if there are no images, a number is out of range, or labels and images differ in number.
@@ -200,19 +198,15 @@ def measure(
     backbone = discoverer.backbone
     seen = Pass.empty(backbone.depth, backbone.prefix_tokens, rule)
     forward = Forward(backbone, compiled=discoverer.options.compile)
-
-    def advance(step: str, done: int, total: int, outcome: object = None) -> None:
-        if on_progress:
-            on_progress(step, done, total, outcome if isinstance(outcome, ImageError) else None)
-
     readable: list[int] = []
     for index, outcome in enumerate(discoverer.stream_of(LookJob(forward, _look)).outcomes(images)):
+        error = outcome if isinstance(outcome, ImageError) else None
         if isinstance(outcome, ImageError):
             seen.errors.append(outcome)
         else:
             seen.add(*outcome)
             readable.append(index)
-        advance("norms", index + 1, len(images), outcome)
+        on_progress(Progress(index + 1, len(images), step="norms", error=error))
     if not seen.images:
         raise LostregError(f"none of {len(images)} images could be read: {seen.errors[0]}")
     cutoff = find_cutoff(seen.layers[-1], rule)
@@ -225,7 +219,7 @@ def measure(
         [labels[index] for index in drawn] if labels else None,
         seed,
         like.sample if like else None,
-        advance,
+        on_progress,
     )
     return Measurement(
         title=backbone.title,

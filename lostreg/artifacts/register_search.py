@@ -25,13 +25,13 @@ from lostreg.inference.stream import draw_sample
 from lostreg.models.backbone import Backbone
 from lostreg.models.forward import Forward, Grid
 from lostreg.models.registers import RegisterNeurons
+from lostreg.progress import OnProgress, Progress
 
 _TRIED_IMAGES: Final = 8  # on which numbers of neurons are compared
 _MOST_NEURONS: Final = 128
 _ORDINARY: Final = 0.99  # quantile of the norms of other patches below which a former outlier is one of them
 _CURED: Final = 0.9  # of the former outliers have to be ordinary
 
-Progress = Callable[[str, int, int, ImageError | None], None]
 Outcome = TypeVar("Outcome")
 
 
@@ -44,7 +44,7 @@ def find_registers(
     rule: CutoffRule | None = None,
     sample: int = defaults.REGISTER_IMAGES,
     seed: int = 0,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress = lambda _: None,
 ) -> RegisterNeurons:
     """Find the neurons that write outliers.
 
@@ -57,8 +57,7 @@ def find_registers(
         rule: which patches are outliers, see `find_cutoff`; None looks for a second mode of the norms.
         sample: how many images to look at, at least 1; of more, a random sample.
         seed: of that sample.
-        on_progress: called after each image with the name of the step, how many are done and of how many, and the
-            error of one that cannot be read.
+        on_progress: called after each image of each step.
 
     Raises:
         OptionError: if there are no images, or a number is below 1.
@@ -125,7 +124,7 @@ class _Sums:
 class _Search:
     """What is looked at: one backbone without test-time registers, fed as a discoverer is."""
 
-    def __init__(self, discoverer: Discoverer, on_progress: Progress | None) -> None:
+    def __init__(self, discoverer: Discoverer, on_progress: OnProgress) -> None:
         self._discoverer = discoverer
         self._on_progress = on_progress
 
@@ -233,9 +232,8 @@ class _Search:
         found = []
         for source, outcome in zip(sources, self._discoverer.stream_of(job).outcomes(sources), strict=True):
             found.append((source, outcome))
-            if self._on_progress:
-                error = outcome if isinstance(outcome, ImageError) else None
-                self._on_progress(step, len(found), len(sources), error)
+            error = outcome if isinstance(outcome, ImageError) else None
+            self._on_progress(Progress(len(found), len(sources), step=step, error=error))
         return found
 
 

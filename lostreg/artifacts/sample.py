@@ -3,7 +3,7 @@
 Tokens are those that users of a backbone get: of the last layer, after its final norm where it has one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,11 +23,12 @@ from lostreg.artifacts.probes import (
     probe_pixels,
     probe_position,
 )
-from lostreg.errors import LostregError
+from lostreg.errors import ImageError, LostregError
 from lostreg.images.decode import ImageSource
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import LookJob
 from lostreg.models.forward import Forward, Grid
+from lostreg.progress import OnProgress, Progress
 
 RASTER: Final = 16  # cells across and down that the position probe tells apart
 TOKENS: Final = 32  # of each kind that are drawn from an image for probes of position and pixels
@@ -198,14 +199,14 @@ class _Collection:
             None if views.degrees_normal is None else views.degrees_normal.reshape(grid),
         )
 
-    def finish(self, on_progress: Callable[[str, int, int], None]) -> Sample:
+    def finish(self, on_progress: OnProgress) -> Sample:
         kinds = list(self._drawn) if self.outliers else ["outlier", "normal"]
         found = {}
         for done, kind in enumerate(kinds, start=1):
             found[kind] = self._drawn[kind].probe()
-            on_progress("probes", done, len(kinds) + 1)
+            on_progress(Progress(done, len(kinds) + 1, step="probes"))
         classes, classed = self._classes()
-        on_progress("probes", len(kinds) + 1, len(kinds) + 1)
+        on_progress(Progress(len(kinds) + 1, len(kinds) + 1, step="probes"))
         viewed = self._viewed()
         every, normal = zip(*(self._views[number] for number in viewed), strict=True)
         without = [view for view in normal if view is not None]
@@ -268,7 +269,7 @@ def look_inside(
     labels: Sequence[str | None] | None,
     seed: int,
     like: Sample | None,
-    on_progress: Callable[[str, int, int, object], None],
+    on_progress: OnProgress,
 ) -> Sample:
     """Run the sample, and measure.
 
@@ -280,8 +281,7 @@ def look_inside(
         labels: the class of each image, None where it is not known; None for no classes at all.
         seed: of the tokens that are drawn.
         like: what was measured on the same sample before, to be compared with; or None.
-        on_progress: called after each image and each group of probes with the name of the step, how many are done and
-            of how many, and what came of an image that could not be read again.
+        on_progress: called after each image and each group of probes.
 
     Raises:
         LostregError: if no image can be read again.
@@ -292,10 +292,11 @@ def look_inside(
     for number, outcome in enumerate(stream.outcomes(images)):
         if isinstance(outcome, _Seen):
             kept.add(number, outcome, labels[number] if labels else None)
-        on_progress("sample", number + 1, len(images), outcome)
+        error = outcome if isinstance(outcome, ImageError) else None
+        on_progress(Progress(number + 1, len(images), step="sample", error=error))
     if not kept.images:
         raise LostregError(f"none of the {len(images)} images of the sample could be read a second time")
-    return kept.finish(lambda step, done, total: on_progress(step, done, total, None))
+    return kept.finish(on_progress)
 
 
 class _Look:

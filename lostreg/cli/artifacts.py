@@ -17,12 +17,11 @@ from lostreg.cli.options import (
     add_threshold,
     positive_int,
 )
-from lostreg.cli.progress import StepBars
+from lostreg.cli.progress import ProgressBar
 from lostreg.errors import RegistersError
 
 if TYPE_CHECKING:
     from lostreg.artifacts.measurement import Measurement
-    from lostreg.errors import ImageError
     from lostreg.inference.discoverer import Discoverer
 
 _OUT = Path("artifacts")
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace, discoverer: "Discoverer", images: int) -> dict[str, object]:
     """How it was measured, for the record."""
-    from lostreg.runs.folder import describe_device, package_versions
+    from lostreg.runs.results import describe_device, package_versions
 
     return {
         "images": images,
@@ -112,18 +111,12 @@ def _measure(
     cured: Discoverer | None = None
     if isinstance(args.test_time_registers, Path):
         cured = with_registers(args, discoverer, paths)  # a file that does not fit costs no pass
-    with StepBars(discoverer.backbone.spec.name) as bars:
-
-        def advance(step: str, done: int, total: int, error: "ImageError | None") -> None:
-            bars.advance(step, done, total, "probe" if step == "probes" else "img")
-            if error:
-                bars.tell(f"error: {error}")
-
+    with ProgressBar(discoverer.backbone.spec.name, tell_errors=True) as bar:
         options: dict[str, Any] = {
             "labels": labels,
             "sample": args.sample,
             "seed": args.seed,
-            "on_progress": advance,
+            "on_progress": bar,
         }
         plain = measure(paths, discoverer, rule=args.threshold, **options)
         yield plain
@@ -133,7 +126,7 @@ def _measure(
             try:
                 cured = with_registers(args, discoverer, paths, rule=rule, seed=args.seed)
             except RegistersError as error:
-                bars.tell(f"no test-time registers for {discoverer.backbone.spec.name}: {error}")
+                bar.tell(f"no test-time registers for {discoverer.backbone.spec.name}: {error}")
         if cured is not None:
             yield measure(paths, cured, rule=rule, like=plain, **options)
 

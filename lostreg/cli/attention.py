@@ -12,6 +12,7 @@ from lostreg.cli.files import make_folder, refuse_among_images, unique_names
 from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, tell
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import ImageError, RegistersError
+from lostreg.progress import Progress
 
 if TYPE_CHECKING:
     from lostreg.artifacts.attention import AttentionMaps
@@ -64,19 +65,16 @@ def run(args: argparse.Namespace) -> int:
     ]
     discoverers = [_cured(args, discoverer, paths) for discoverer in discoverers]
     streams = [attention_maps(paths, *each) for each in zip(discoverers, layers, strict=True)]
-    failed = written = 0
-    with ProgressBar("attention", len(paths)) as bar:
-        for path, name, *outcomes in zip(paths, unique_names(paths), *streams, strict=True):
+    written = 0
+    with ProgressBar("attention", tell_errors=True) as bar:
+        for done, (path, name, *outcomes) in enumerate(zip(paths, unique_names(paths), *streams, strict=True), start=1):
             errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError)]
-            bar.advance()
-            if errors:
-                bar.tell(f"error: {errors[0]}")
-                failed += 1
-            else:
+            bar(Progress(done, len(paths), error=errors[0] if errors else None))
+            if not errors:
                 maps = [found for found in outcomes if not isinstance(found, ImageError)]
                 written += _write(args, path, args.out / name, list(zip(discoverers, maps, strict=True)))
-    print(f"written to {args.out}: {written} files for {len(paths) - failed} of {len(paths)} images")
-    return 2 if failed else 0
+    print(f"written to {args.out}: {written} files for {len(paths) - bar.errors} of {len(paths)} images")
+    return 2 if bar.errors else 0
 
 
 def _cured(args: argparse.Namespace, discoverer: "Discoverer", paths: list[Path]) -> "Discoverer":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lostreg import defaults
 from lostreg.cli.options import tell
-from lostreg.cli.progress import StepBars
+from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
@@ -55,10 +55,8 @@ def with_registers(
         earlier = _earlier(kept, wanted)
         if earlier:
             return discoverer.with_registers(earlier)
-    with StepBars("registers") as bars:
-        found = find_registers(
-            images, discoverer, count=wanted, rule=rule, seed=seed, on_progress=lambda *told: bars.advance(*told[:3])
-        )
+    with ProgressBar("registers") as bar:
+        found = find_registers(images, discoverer, count=wanted, rule=rule, seed=seed, on_progress=bar)
     tell(describe_neurons(found))
     if kept:
         found.save(kept)

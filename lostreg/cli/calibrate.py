@@ -11,8 +11,6 @@ from lostreg.cli.options import Subparsers, add_backbone_options, add_images, ad
 from lostreg.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
-    from lostreg.errors import ImageError
-    from lostreg.images.decode import ImageSource
     from lostreg.inference.calibration import Calibration
 
 _FILE = Path("bias.json")
@@ -50,15 +48,8 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.out, "a bias")
     paths = find_images(args.images)
     discoverer = make_discoverer(args, args.backbone)
-    with ProgressBar(args.backbone, min(args.sample, len(paths))) as bar:
-
-        def advance(source: "ImageSource", error: "ImageError | None") -> None:
-            del source
-            bar.advance()
-            if error:
-                bar.tell(f"error: {error}")
-
-        found = calibrate(paths, discoverer, sample=args.sample, seed=args.seed, on_outcome=advance)
+    with ProgressBar(args.backbone, tell_errors=True) as bar:
+        found = calibrate(paths, discoverer, sample=args.sample, seed=args.seed, on_progress=bar)
     found.save(args.out)
     _show(found, len(paths))
     print(f"written to {args.out}: use it as --bias {args.out}")

@@ -20,8 +20,8 @@ def add_parser(commands: Subparsers) -> None:
         "discover",
         help="find the objects of a collection of photos",
         description="Find the objects of every photo of a folder, glob or list, however many there are. A run that was "
-        "stopped, by whatever, goes on where it was. Photos that cannot be read are listed in failed.csv. Then see "
-        "`lostreg report` and `lostreg export`.",
+        "stopped, by whatever, goes on where it was, and so does one to whose photos others were added. Photos that "
+        "cannot be read are listed in failed.csv. Then see `lostreg report` and `lostreg export`.",
     )
     parser.add_argument(
         "source",
@@ -36,6 +36,7 @@ def add_parser(commands: Subparsers) -> None:
         help="folder for predictions.jsonl, maps.jsonl, failed.csv and results.json",
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
+    parser.add_argument("--retry-failed", action="store_true", help="try photos again that could not be read")
     parser.add_argument("--strict", action="store_true", help="stop at the first photo that cannot be read")
     parser.add_argument(
         "--mask-png",
@@ -61,16 +62,17 @@ def run(args: argparse.Namespace) -> int:
     if args.test_time_registers is not None:
         paths = [collection.path(name) for name in collection.names]
         discoverer = with_registers(args, discoverer, paths, kept=args.out / REGISTERS_FILE)
-    with ProgressBar(args.backbone, len(collection)) as bar:
+    with ProgressBar(args.backbone) as bar:
         summary = discover_collection(
             collection,
             discoverer,
             args.out,
             overwrite=args.overwrite,
+            retry_failed=args.retry_failed,
             strict=args.strict,
             masks=args.masks is not None,
             mask_pictures=args.mask_png,
-            on_progress=lambda so_far: bar.advance(so_far.images),
+            on_progress=bar,
         )
     print(_words(summary, args.min_score, args.out))
     return 2 if summary.unreadable == summary.images else 0

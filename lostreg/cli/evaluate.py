@@ -1,21 +1,19 @@
 """``lostreg eval``: predict and score a benchmark, going on where an earlier run stopped."""
 
 import argparse
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg.cli.build import REGISTERS_FILE, chosen_backbones, make_discoverer, open_benchmark, with_registers
 from lostreg.cli.options import Subparsers, add_benchmark_options, add_max_side, add_method_options, add_object_options
+from lostreg.cli.progress import ProgressBar
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
     from lostreg.datasets import Benchmark, Example
     from lostreg.inference.discovery import Discovery
-    from lostreg.runs.evaluate import Callback, Evaluation, Hook
+    from lostreg.runs.evaluate import Evaluation, Hook
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -74,7 +72,7 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
     discoverer = make_discoverer(args, backbone, exif=False)
     paths = [example.path for example in benchmark.examples]
     discoverer = with_registers(args, discoverer, paths, kept=out / REGISTERS_FILE)
-    with _progress_bar(backbone, len(benchmark)) as on_progress:
+    with ProgressBar(backbone) as bar:
         evaluation = evaluate(
             benchmark,
             discoverer,
@@ -83,7 +81,7 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
             strict=args.strict,
             masks=args.masks is not None,
             extra={"limit": args.limit, "no_hard": args.no_hard},
-            on_progress=on_progress,
+            on_progress=bar,
             on_discovery=_plotter(out / "plots") if args.plots else None,
         )
     low, high = evaluation.score.wilson_interval()
@@ -100,34 +98,6 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
     print(f"written to {out}: {', '.join(written)}")
     print(evaluation.score, flush=True)
     return evaluation
-
-
-@contextmanager
-def _progress_bar(backbone: str, total: int) -> Iterator["Callback"]:
-    """A bar on standard error with the running corloc; images of an earlier run do not count as fast ones."""
-    from tqdm import tqdm
-
-    from lostreg.metrics import Corloc
-    from lostreg.runs.evaluate import Progress
-
-    unreadable = 0
-    with ExitStack() as stack:
-        bar: tqdm[None] | None = None
-
-        def advance(progress: Progress) -> None:
-            nonlocal bar, unreadable
-            if bar is None:  # only now: an error before the first image is one line, without an empty bar
-                bar = stack.enter_context(tqdm(total=total, desc=backbone, unit="img", file=sys.stderr))
-            if progress.unreadable > unreadable:
-                unreadable = progress.unreadable
-                bar.set_description_str(f"{backbone}, {unreadable} unreadable")
-            bar.set_postfix_str(f"corloc {Corloc(progress.hits, progress.done).percent:.2f}", refresh=False)
-            if progress.done == progress.known:
-                bar.initial = bar.n = bar.last_print_n = progress.known
-            else:
-                bar.update()
-
-        yield advance
 
 
 def _plotter(folder: Path) -> "Hook":

@@ -1,51 +1,56 @@
-"""A progress bar for long passes over images."""
+"""Bars on standard error for whatever reports its progress."""
 
 import sys
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from lostreg.cli.options import tell
+from lostreg.progress import Progress
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+_UNITS = {"probes": "probe"}  # of steps that go through something else than images
+
 
 class ProgressBar:
-    """A bar on standard error from the first image on: an error before that is one line, without an empty bar.
+    """A bar for each step of some work, from the first report on: an error before that is one line, without a bar.
 
     Args:
         description: in front of the bar.
-        total: images in all.
-        unit: what is counted, if not images.
+        tell_errors: whether what could not be done is told as it comes, each on a line; else it is counted in the bar.
+
+    Attributes:
+        errors: how many could not be done.
     """
 
-    def __init__(self, description: str, total: int, unit: str = "img") -> None:
+    def __init__(self, description: str, *, tell_errors: bool = False) -> None:
         self._description = description
-        self._total = total
-        self._unit = unit
+        self._tell_errors = tell_errors
+        self._step = ""
+        self.errors = 0
         self._bar: tqdm[None] | None = None
 
     def __enter__(self) -> "ProgressBar":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        self._close()
 
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def advance(self, done: int | None = None) -> None:
-        """One more image is done, or so many in all: what an earlier run did does not count as fast."""
-        from tqdm import tqdm
-
-        if self._bar is None:
-            known = 0 if done is None else done - 1
-            self._bar = tqdm(total=self._total, initial=known, desc=self._description, unit=self._unit, file=sys.stderr)
-        self._bar.update()
+    def __call__(self, progress: Progress) -> None:
+        """Show where the work stands; what an earlier run did does not count as fast."""
+        bar = self._bar_of(progress)
+        if progress.error is not None:
+            self.errors += 1
+            if not self._tell_errors:
+                bar.set_description_str(f"{self._description}, {self.errors} unreadable", refresh=False)
+        if progress.note:
+            bar.set_postfix_str(progress.note, refresh=False)
+        if progress.done <= progress.known:
+            bar.initial = bar.n = bar.last_print_n = progress.done
+        else:
+            bar.update(progress.done - bar.n)
+        if progress.error is not None and self._tell_errors:
+            self.tell(f"error: {progress.error}")
 
     def tell(self, message: str) -> None:
         """A line for the person at the terminal, on a line of its own."""
@@ -53,40 +58,21 @@ class ProgressBar:
             self._bar.clear()
         tell(message)
 
+    def _bar_of(self, progress: Progress) -> "tqdm[None]":
+        """The bar of a step: another one where another step begins, or the same one again."""
+        from tqdm import tqdm
 
-class StepBars:
-    """A bar for each step of some work, one after the other.
-
-    Args:
-        description: in front of the steps' names.
-    """
-
-    def __init__(self, description: str) -> None:
-        self._description = description
-        self._step = ""
-        self._bar: ProgressBar | None = None
-
-    def __enter__(self) -> "StepBars":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-
-    def advance(self, step: str, done: int, total: int, unit: str = "img") -> None:
-        """So many of so many are done in a step; the first one, or another step, begins a new bar."""
-        if self._bar is None or step != self._step or done == 1:
+        if self._bar is None or progress.step != self._step or progress.done <= self._bar.n:
             self._close()
-            self._step, self._bar = step, ProgressBar(f"{self._description}, {step}", total, unit)
-        self._bar.advance()
-
-    def tell(self, message: str) -> None:
-        """A line for the person at the terminal, on a line of its own."""
-        if self._bar is None:
-            tell(message)
-        else:
-            self._bar.tell(message)
+            self._step = progress.step
+            self._bar = tqdm(
+                total=progress.total,
+                initial=progress.known,
+                desc=f"{self._description}, {progress.step}" if progress.step else self._description,
+                unit=_UNITS.get(progress.step, "img"),
+                file=sys.stderr,
+            )
+        return self._bar
 
     def _close(self) -> None:
         if self._bar is not None:

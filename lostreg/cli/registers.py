@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lostreg import defaults
 from lostreg.cli.build import REGISTERS_FILE, describe_neurons, make_discoverer
@@ -16,10 +15,7 @@ from lostreg.cli.options import (
     add_threshold,
     positive_int,
 )
-from lostreg.cli.progress import StepBars
-
-if TYPE_CHECKING:
-    from lostreg.errors import ImageError
+from lostreg.cli.progress import ProgressBar
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -71,16 +67,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(args.out, "register neurons")
     paths = find_images(args.images)
     discoverer = make_discoverer(args, args.backbone)
-    unreadable = 0
-    with StepBars("registers") as bars:
-
-        def advance(step: str, done: int, total: int, error: "ImageError | None") -> None:
-            nonlocal unreadable
-            bars.advance(step, done, total)
-            if error:
-                bars.tell(f"error: {error}")
-                unreadable += 1
-
+    with ProgressBar("registers", tell_errors=True) as bar:
         found = find_registers(
             paths,
             discoverer,
@@ -89,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
             rule=args.threshold,
             sample=args.sample,
             seed=args.seed,
-            on_progress=advance,
+            on_progress=bar,
         )
     found.save(args.out)
     print(describe_neurons(found))
     print(f"written to {args.out}: use it as --test-time-registers {args.out}")
-    return 2 if unreadable else 0
+    return 2 if bar.errors else 0

@@ -70,20 +70,10 @@ def run(args: argparse.Namespace) -> int:
     folder = RunFolder(args.run_folder, needs_maps=args.images is None)
     check_writable(target, "the page")
     _check_ours(target)
-    bar: ProgressBar | None = None
-
-    def advance(total: int) -> None:
-        nonlocal bar
-        bar = bar or ProgressBar("report", total)
-        bar.advance()
-
-    try:
+    with ProgressBar("report") as bar:
         written = write_gallery(
-            folder, target, images=args.images, limit=args.limit, choose=args.choose, on_progress=advance
+            folder, target, images=args.images, limit=args.limit, choose=args.choose, on_progress=bar
         )
-    finally:
-        if bar:
-            bar.close()
     if written.gone:
         tell(f"{written.gone} of {written.shown} image files cannot be read any more: placeholders stand for them")
     if written.changed:

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         resolve_layer(discoverer.backbone, layer)  # before anything is looked for in images
     paths = [example.path for example in benchmark.examples]
     discoverer = with_registers(args, discoverer, paths, kept=args.out / REGISTERS_FILE)
-    with ProgressBar(args.backbone, len(benchmark)) as bar:
+    with ProgressBar(args.backbone) as bar:
         rows = sweep(
             benchmark,
             discoverer,
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             overwrite=args.overwrite,
             extra={"limit": args.limit, "no_hard": args.no_hard},
-            on_progress=lambda done, _total: bar.advance(done),
+            on_progress=bar,
         )
     plot_sweep(args.out / _PLOT, rows, f"{args.backbone} on {benchmark.title}, {len(benchmark)} images")
     print(_table(rows))

@@ -14,6 +14,7 @@ import numpy as np
 from lostreg.errors import OptionError
 from lostreg.gallery.entries import Entry, make_entry
 from lostreg.gallery.page import page_head, page_item, page_tail
+from lostreg.progress import OnProgress, Progress
 from lostreg.runs.reader import RunFolder, Shown, Survey
 
 Choice: TypeAlias = Literal["first", "lowest", "highest", "even"]
@@ -55,7 +56,7 @@ def write_gallery(
     images: Path | None = None,
     limit: int = LIMIT,
     choose: Choice = "first",
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnProgress = lambda _: None,
 ) -> Written:
     """Write a run's page, beside the target first, so that a reader meets the old page or the new.
 
@@ -65,7 +66,7 @@ def write_gallery(
         images: where the images are now; None takes the recorded paths.
         limit: images on the page at most, at least 1.
         choose: which, where there are more.
-        on_progress: called after each image with how many there will be in all.
+        on_progress: called after each image.
 
     Raises:
         OptionError: if the limit is below 1, or the page cannot be written.
@@ -119,16 +120,15 @@ def _write_items(
     run: RunFolder,
     chosen: set[int],
     images: Path | None,
-    on_progress: Callable[[int], None] | None,
+    on_progress: OnProgress,
 ) -> tuple[int, int]:
     gone = changed = 0
     read = partial(make_entry, images=images, exif=run.exif, max_pixels=run.max_pixels)
-    for entry in _read_ahead(read, _wanted(run, chosen)):
+    for done, entry in enumerate(_read_ahead(read, _wanted(run, chosen)), start=1):
         file.write(page_item(entry))
         gone += not entry.jpeg
         changed += bool(entry.jpeg) and "note" in entry.card
-        if on_progress:
-            on_progress(len(chosen))
+        on_progress(Progress(done, len(chosen)))
     return gone, changed
 
 

@@ -5,7 +5,7 @@
 labels. Of each image nothing is kept but what a ladder of biases made of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from lostreg.methods.bias import TRIALS, limits
 from lostreg.methods.lost import Candidates
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import IOU_THRESHOLD
+from lostreg.progress import OnProgress, Progress
 
 _LADDER: Final = tuple(np.arange(0.5, -2.51, -0.125).tolist())  # in deviations from the mean; the trials are among them
 _CANDIDATES: Final = 400
@@ -39,7 +40,7 @@ def calibrate(
     *,
     sample: int = defaults.CALIBRATION_IMAGES,
     seed: int = 0,
-    on_outcome: Callable[[ImageSource, ImageError | None], None] | None = None,
+    on_progress: OnProgress = lambda _: None,
 ) -> Calibration:
     """Choose one bias from unlabelled images, in one pass over them.
 
@@ -48,7 +49,7 @@ def calibrate(
         discoverer: backbone, feature and layer, and how images are read; its own bias plays no part.
         sample: how many images to look at, at least 1; of more, a random sample.
         seed: of that sample, and of the resamples behind the interval.
-        on_outcome: called after each image, with the error of one that cannot be read.
+        on_progress: called after each image.
 
     Raises:
         OptionError: if there are no images, or ``sample`` is below 1.
@@ -59,13 +60,13 @@ def calibrate(
     job = ObjectsJob(discoverer.features, _ladder, options.k_patches, normalize=True, convert=_convert)
     found: list[_Rungs] = []
     errors: list[ImageError] = []
-    for source, outcome in zip(sources, discoverer.stream_of(job).outcomes(sources), strict=True):
+    for done, outcome in enumerate(discoverer.stream_of(job).outcomes(sources), start=1):
+        error = outcome if isinstance(outcome, ImageError) else None
         if isinstance(outcome, ImageError):
             errors.append(outcome)
         else:
             found.append(outcome)
-        if on_outcome:
-            on_outcome(source, outcome if isinstance(outcome, ImageError) else None)
+        on_progress(Progress(done, len(sources), error=error))
     if not found:
         raise CalibrationError(f"none of {len(sources)} images could be read, so nothing was calibrated")
     return Calibration(

@@ -1,27 +1,28 @@
-"""The run that finds the objects of a collection: appended to files that survive a kill.
+"""The run that finds the objects of a collection of photos.
 
 Nothing grows in memory with the number of images but their names.
 """
 
 import csv
 import hashlib
+import io
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from lostreg.datasets.base import ImageId
 from lostreg.datasets.folder import Collection
-from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
-from lostreg.errors import ImageError, PredictionsError
+from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
+from lostreg.errors import ImageError
 from lostreg.images.masks import save_mask_png
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
-from lostreg.jsonio import write_json
-from lostreg.runs.folder import check_same_run, is_complete, locked, read_results, run_facts
-from lostreg.runs.maps import keep_maps, maps_of
-from lostreg.runs.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
+from lostreg.progress import OnProgress, Progress
+from lostreg.runs.folder import Run, rewriting
+from lostreg.runs.maps import maps_of
+from lostreg.runs.predictions import Prediction, from_discovery, from_error, parse_prediction, stream_predictions
 
 FAILED_FILE: Final = "failed.csv"
 MASKS_FOLDER: Final = "masks"
@@ -39,7 +40,6 @@ class Summary:
         unreadable: images that could not be read.
         boxes: boxes in all.
         known: images that an earlier run had done.
-        seconds: what the others took.
     """
 
     images: int = 0
@@ -48,7 +48,6 @@ class Summary:
     unreadable: int = 0
     boxes: int = 0
     known: int = 0
-    seconds: float = 0.0
 
     def add(self, prediction: Prediction, min_score: float) -> None:
         """Count one image."""
@@ -61,6 +60,17 @@ class Summary:
         else:
             self.unclear += 1
 
+    def figures(self, min_score: float) -> dict[str, Any]:
+        """As results record them."""
+        return {
+            "images": self.images,
+            "clear": self.clear,
+            "unclear": self.unclear,
+            "clear_from": min_score,
+            "unreadable": self.unreadable,
+            "boxes": self.boxes,
+        }
+
 
 def discover_collection(
     collection: Collection,
@@ -68,18 +78,22 @@ def discover_collection(
     out: Path,
     *,
     overwrite: bool = False,
+    retry_failed: bool = False,
     strict: bool = False,
     masks: bool = False,
     mask_pictures: bool = False,
-    on_progress: Callable[[Summary], None] | None = None,
+    on_progress: OnProgress = lambda _: None,
 ) -> Summary:
     """Find the objects of every image of a collection, going on where an earlier run into the same folder stopped.
+
+    Images that were added since are computed; what was found in images that are gone is left out in the end.
 
     Args:
         collection: the images.
         discoverer: backbone and options.
         out: folder for ``predictions.jsonl``, ``maps.jsonl``, ``failed.csv`` and ``results.json``; made if need be.
         overwrite: whether to start anew instead of going on.
+        retry_failed: whether images that could not be read are tried again.
         strict: whether to stop at the first image that cannot be read, instead of listing it.
         masks: whether predictions hold masks.
         mask_pictures: whether each image's masks are also written to ``masks``, as PNG.
@@ -89,7 +103,8 @@ def discover_collection(
         Counts over all images.
 
     Raises:
-        PredictionsError: if the folder cannot be written, is in use, or holds a run with other settings or images.
+        PredictionsError: if the folder cannot be written, is in use, or holds a run with other settings, or over none
+            of these images.
         ImageError: with ``strict``, at the first image that cannot be read; what came before it is kept.
     """
     settings = {
@@ -100,107 +115,68 @@ def discover_collection(
         },
         "options": {**discoverer.options.record(), "masks": masks, "mask_pictures": mask_pictures},
     }
-    with locked(out):
-        _check_folder(out, settings, overwrite=overwrite)
-        run = _Run(collection, discoverer, out)
-        run.take_over(strict=strict)
-        finished = run.summary.known == len(collection) and is_complete(out / RESULTS_FILE)
-        if not finished:
-            write_json(out / RESULTS_FILE, {"complete": False, **settings})
-        for _ in run.go_on(strict=strict, masks=masks, mask_pictures=mask_pictures):
-            if on_progress:
-                on_progress(run.summary)
-        if finished:  # its speed and versions stay
-            results = {**read_results(out / RESULTS_FILE), **_counts(run.summary, discoverer)}
-        else:
-            seconds, device = run.summary.seconds, discoverer.backbone.device
-            facts = run_facts(run.summary.images - run.summary.known, seconds, device)
-            results = {"complete": True, **_counts(run.summary, discoverer), **settings, **facts}
-        write_json(out / RESULTS_FILE, results)
-    return run.summary
+    min_score = discoverer.options.min_score
+    summary = Summary()
+    with Run(
+        out,
+        collection.names,
+        settings,
+        parse_prediction,
+        memory=PREDICTIONS_FILE,
+        beside=[MAPS_FILE],
+        may_change=True,
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+    ) as run:
+        _write_failed(out, _counted(run.resume(), summary, min_score, strict=strict))
+        summary.known = summary.images
+        for name, outcome in run.outcomes(discoverer.outcomes, collection.path):
+            path = collection.path(name)
+            if isinstance(outcome, Discovery):
+                prediction, maps = from_discovery(name, outcome, masks=masks), maps_of(name, path, outcome)
+                if mask_pictures:
+                    save_mask_png(mask_path(out, name), outcome)
+            elif strict:
+                raise outcome
+            else:
+                prediction, maps = from_error(name, outcome, path), None
+            run.append(prediction, maps)
+            if prediction.error is not None:
+                with (out / FAILED_FILE).open("ab") as file:
+                    file.write(_failed_row(name, prediction.error))
+            summary.add(prediction, min_score)
+            on_progress(Progress(summary.images, len(collection), known=summary.known))
+        if run.put_in_order():
+            _write_failed(out, stream_predictions(out / PREDICTIONS_FILE))
+        run.finish(summary.figures(min_score), discoverer.backbone.device)
+    return summary
 
 
-class _Run:
-    """A run into a folder that is its own."""
-
-    def __init__(self, collection: Collection, discoverer: Discoverer, out: Path) -> None:
-        self.collection = collection
-        self.discoverer = discoverer
-        self.out = out
-        self.summary = Summary()
-        self._min_score = discoverer.options.min_score
-
-    def take_over(self, *, strict: bool) -> None:
-        """Count what an earlier run has done, one line after the other, and list what failed anew."""
-        path = self.out / PREDICTIONS_FILE
-        for prediction in recover_predictions(path):
-            place = self.summary.images
-            if place >= len(self.collection) or prediction.image_id != self.collection.names[place]:
-                raise PredictionsError(
-                    f"{path} does not follow the order of the images: it is not of this run; "
-                    "use --overwrite or another --out"
-                )
-            if strict and prediction.error is not None:
-                raise ImageError(prediction.error)
-            self.summary.add(prediction, self._min_score)
-        self.summary.known = self.summary.images
-        with _FailedFile(self.out, "w") as failed:
-            failed.begin()
-            for prediction in recover_predictions(path):
-                failed.add(prediction)
-        keep_maps(self.out / MAPS_FILE, (one.image_id for one in recover_predictions(path)))
-
-    def go_on(self, *, strict: bool, masks: bool, mask_pictures: bool) -> Iterator[None]:
-        """Compute what is missing, image by image."""
-        names = self.collection.names[self.summary.known :]
-        start = time.perf_counter()
-        with RunFiles(self.out) as files, _FailedFile(self.out, "a") as failed:
-            for name, outcome in zip(names, self._outcomes(), strict=True):
-                path = self.collection.path(name)
-                if isinstance(outcome, Discovery):
-                    prediction, maps = from_discovery(name, outcome, masks=masks), maps_of(name, path, outcome)
-                    if mask_pictures:
-                        save_mask_png(mask_path(self.out, name), outcome)
-                elif strict:
-                    raise outcome
-                else:
-                    prediction, maps = from_error(name, outcome, path), None
-                files.add(prediction, maps)
-                failed.add(prediction)
-                self.summary.add(prediction, self._min_score)
-                self.summary.seconds = time.perf_counter() - start
-                yield
-
-    def _outcomes(self) -> Iterator[Discovery | ImageError]:
-        if self.summary.known == len(self.collection):
-            return iter(())
-        paths = (self.collection.path(name) for name in self.collection.names)
-        return self.discoverer.outcomes(paths, skip=self.summary.known)
+def _counted(
+    predictions: Iterable[Prediction], summary: Summary, min_score: float, *, strict: bool
+) -> Iterator[Prediction]:
+    """What an earlier run has done, counted as it goes by."""
+    for prediction in predictions:
+        if strict and prediction.error is not None:
+            raise ImageError(prediction.error)
+        summary.add(prediction, min_score)
+        yield prediction
 
 
-class _FailedFile:
-    """The table of the images that could not be read; names that are no text keep their bytes."""
+def _write_failed(out: Path, predictions: Iterable[Prediction]) -> None:
+    """The table of the images that could not be read, written whole, of a run's predictions."""
+    with rewriting(out / FAILED_FILE, needed=True) as keep:
+        keep(_failed_row("image_id", "reason"))
+        for prediction in predictions:
+            if prediction.error is not None:
+                keep(_failed_row(prediction.image_id, prediction.error))
 
-    def __init__(self, out: Path, mode: Literal["w", "a"]) -> None:
-        path = out / FAILED_FILE
-        self._file = path.open(mode, encoding="utf-8", errors="surrogateescape", newline="")
-        self._table = csv.writer(self._file, lineterminator="\n")
 
-    def __enter__(self) -> "_FailedFile":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def begin(self) -> None:
-        """The names of the columns."""
-        self._table.writerow(["image_id", "reason"])
-
-    def add(self, prediction: Prediction) -> None:
-        """One image, if it could not be read."""
-        if prediction.error is not None:
-            self._table.writerow([prediction.image_id, prediction.error])
-            self._file.flush()
+def _failed_row(*cells: ImageId) -> bytes:
+    """A row of the table; names that are no text keep their bytes."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator="\n").writerow(cells)
+    return row.getvalue().encode("utf-8", "surrogateescape")
 
 
 def mask_path(out: Path, name: str) -> Path:
@@ -211,31 +187,3 @@ def mask_path(out: Path, name: str) -> Path:
         digest = hashlib.sha256(os.fsencode(last)).hexdigest()[:12]
         last = os.fsdecode(os.fsencode(last)[: _LONGEST_NAME - 13]) + "-" + digest
     return out.joinpath(MASKS_FOLDER, *folders, last + ".png")
-
-
-def _check_folder(out: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
-    """Make sure that the folder belongs to this run; the images may lie elsewhere by now."""
-    files = [out / name for name in (PREDICTIONS_FILE, RESULTS_FILE, MAPS_FILE)]
-    if overwrite:
-        for file in files:
-            file.unlink(missing_ok=True)
-    elif any(file.exists() for file in files[:2]):
-        earlier = read_results(out / RESULTS_FILE).get("collection")
-        ours = settings["collection"]
-        if isinstance(earlier, dict) and earlier.get("fingerprint") != ours["fingerprint"]:
-            raise PredictionsError(
-                f"{out} holds a run over other photos, {earlier.get('images')} then and {ours['images']} now: some "
-                "were added, removed or renamed; give another --out, or --overwrite to start anew"
-            )
-        check_same_run(out / RESULTS_FILE, settings, apart=("root",))
-
-
-def _counts(summary: Summary, discoverer: Discoverer) -> dict[str, Any]:
-    return {
-        "images": summary.images,
-        "clear": summary.clear,
-        "unclear": summary.unclear,
-        "clear_from": discoverer.options.min_score,
-        "unreadable": summary.unreadable,
-        "boxes": summary.boxes,
-    }

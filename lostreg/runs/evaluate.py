@@ -1,46 +1,23 @@
-"""A benchmark run: predict, appending to a file that survives a kill; score; write down what was measured.
+"""The run that scores a benchmark, and the scoring of predictions files."""
 
-``predictions.jsonl`` is the run's memory: going on means reading it and computing what it lacks. ``results.json``
-is there from the start with the settings, so that a run with other settings is noticed.
-"""
-
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lostreg.datasets import Benchmark, Example
-from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
+from lostreg.datasets.base import ImageId
+from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
-from lostreg.jsonio import write_json
 from lostreg.metrics import Corloc, Detections, DetectionScores, corloc, detection_scores, is_hit, score_auc
-from lostreg.runs.folder import benchmark_settings, check_same_run, is_complete, locked, run_facts
-from lostreg.runs.maps import ImageMaps, keep_maps, maps_of
-from lostreg.runs.predictions import Prediction, RunFiles, from_discovery, from_error, recover_predictions
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands, after each image.
-
-    Attributes:
-        done: images predicted, earlier runs included.
-        total: images of the benchmark.
-        hits: of the images that are done.
-        unreadable: of the images that are done.
-        known: of the images that are done, those that an earlier run predicted.
-    """
-
-    done: int
-    total: int
-    hits: int
-    unreadable: int
-    known: int
+from lostreg.progress import OnProgress, Progress
+from lostreg.runs.folder import Run
+from lostreg.runs.maps import maps_of
+from lostreg.runs.predictions import Prediction, from_discovery, from_error, parse_prediction
+from lostreg.runs.results import benchmark_settings
 
 
 @dataclass(frozen=True)
@@ -51,7 +28,6 @@ class Evaluation:
         score: hits and images.
         unreadable: images that could not be read, counted as misses.
         computed: images predicted by this run, not by an earlier one that it continued.
-        seconds: what predicting them took.
         auc: how well the boxes' scores tell hits from misses, see `score_auc`; None where it cannot be said.
         detection: how well all boxes find all objects; None where a box has no score.
     """
@@ -59,12 +35,25 @@ class Evaluation:
     score: Corloc
     unreadable: int
     computed: int
-    seconds: float
     auc: float | None
     detection: DetectionScores | None
 
+    def figures(self) -> dict[str, Any]:
+        """As results record them."""
+        detection = (
+            {name: round(value, 4) for name, value in asdict(self.detection).items()} if self.detection else None
+        )
+        return {
+            "corloc": round(self.score.percent, 4),
+            "hits": self.score.hits,
+            "images": self.score.images,
+            "wilson_95": [round(bound, 4) for bound in self.score.wilson_interval()],
+            "score_auc": None if self.auc is None else round(self.auc, 4),
+            "detection": detection,
+            "unreadable": self.unreadable,
+        }
 
-Callback = Callable[[Progress], None]
+
 Hook = Callable[[Example, Discovery], None]
 
 
@@ -77,7 +66,7 @@ def evaluate(
     strict: bool = False,
     masks: bool = False,
     extra: dict[str, Any] | None = None,
-    on_progress: Callback | None = None,
+    on_progress: OnProgress = lambda _: None,
     on_discovery: Hook | None = None,
 ) -> Evaluation:
     """Predict and score a benchmark, going on where an earlier run into the same folder stopped.
@@ -90,77 +79,84 @@ def evaluate(
         strict: whether to stop at the first image that cannot be read, instead of counting a miss.
         masks: whether predictions hold masks.
         extra: further settings of the run to record and compare, such as a limit.
-        on_progress: called after each image.
-        on_discovery: called with each image's discovery before its line is written.
+        on_progress: called after each image, with the corloc so far.
+        on_discovery: called with each image's discovery before its line is written; its source is the decoded image.
 
     Raises:
         PredictionsError: if the folder cannot be written, is in use by another run, or holds a run with other
             settings.
         ImageError: with ``strict``, at the first image that cannot be read; what came before it is kept.
     """
-    out = Path(out)
+    examples = {example.image_id: example for example in benchmark.examples}
     settings = benchmark_settings(benchmark, {**discoverer.options.record(), "masks": masks}, extra)
-    with locked(out):
-        known = _prepare(out, settings, benchmark, overwrite=overwrite)
-        tally = _Tally(benchmark.examples, len(known), strict=strict, on_progress=on_progress)
-        for prediction in known:
-            tally.add(prediction)
-        keep_maps(out / MAPS_FILE, (one.image_id for one in known))
-        start = time.perf_counter()
-        with RunFiles(out) as files:
-            for prediction, maps in _predict(benchmark.examples, discoverer, len(known), on_discovery, masks=masks):
+    compute = partial(discoverer.outcomes, keep_pixels=on_discovery is not None)
+    tally = _Tally(examples, strict=strict, on_progress=on_progress)
+    with Run(
+        Path(out),
+        list(examples),
+        settings,
+        parse_prediction,
+        memory=PREDICTIONS_FILE,
+        beside=[MAPS_FILE],
+        overwrite=overwrite,
+    ) as run:
+        for prediction in run.resume():
+            tally.add(prediction, known=True)
+        for image_id, outcome in run.outcomes(compute, lambda image_id: examples[image_id].path):
+            example = examples[image_id]
+            if isinstance(outcome, ImageError):
+                prediction, maps = from_error(image_id, outcome, example.path), None
                 tally.check(prediction)
-                files.add(prediction, maps)
-                tally.add(prediction)
-        seconds = time.perf_counter() - start
-        evaluation = Evaluation(
-            tally.score,
-            tally.unreadable,
-            tally.done - len(known),
-            seconds,
-            score_auc(tally.scores, tally.judged),
-            _detection(tally.predictions, benchmark.examples),
-        )
-        if evaluation.computed or not is_complete(out / RESULTS_FILE):
-            write_json(out / RESULTS_FILE, _results(settings, evaluation, discoverer.backbone.device))
+            else:
+                if on_discovery:
+                    on_discovery(example, outcome)
+                prediction = from_discovery(image_id, outcome, masks=masks)
+                maps = maps_of(image_id, example.path, outcome, example.boxes)
+            run.append(prediction, maps)
+            tally.add(prediction)
+        run.put_in_order()
+        evaluation = tally.evaluation(run.computed)
+        run.finish(evaluation.figures(), discoverer.backbone.device)
     return evaluation
 
 
 class _Tally:
-    """Counts hits as predictions come in, in the order of the benchmark."""
+    """Counts hits as predictions come in, in whatever order."""
 
-    def __init__(self, examples: Sequence[Example], known: int, *, strict: bool, on_progress: Callback | None) -> None:
+    def __init__(self, examples: dict[ImageId, Example], *, strict: bool, on_progress: OnProgress) -> None:
         self.examples = examples
-        self.known = known
         self.strict = strict
         self.on_progress = on_progress
-        self.done = self.unreadable = 0
-        self.predictions: list[Prediction] = []
-        self.scores: list[float] = []  # of the images that have a box with a score, and whether each was hit
-        self.judged: list[bool] = []
-        self.hits = 0
-
-    @property
-    def score(self) -> Corloc:
-        return Corloc(self.hits, self.done)
+        self.predictions: dict[ImageId, Prediction] = {}
+        self.is_hit: dict[ImageId, bool] = {}
+        self.hits = self.known = self.unreadable = 0
 
     def check(self, prediction: Prediction) -> None:
         if self.strict and prediction.error is not None:
             raise ImageError(prediction.error)
 
-    def add(self, prediction: Prediction) -> None:
+    def add(self, prediction: Prediction, *, known: bool = False) -> None:
         self.check(prediction)
-        self.predictions.append(replace(prediction, masks=None))
-        hit = is_hit(prediction.boxes, self.examples[self.done].boxes)
-        self.hits += hit
-        if prediction.boxes and prediction.has_scores:
-            self.scores.append(prediction.scores[0])
-            self.judged.append(hit)
+        image_id = prediction.image_id
+        self.predictions[image_id] = replace(prediction, masks=None)  # they would take up memory
+        self.is_hit[image_id] = is_hit(prediction.boxes, self.examples[image_id].boxes)
+        self.hits += self.is_hit[image_id]
         self.unreadable += prediction.error is not None
-        self.done += 1
-        if self.on_progress:
-            known = min(self.done, self.known)
-            self.on_progress(Progress(self.done, len(self.examples), self.hits, self.unreadable, known))
+        self.known += known
+        error = None if prediction.error is None else ImageError(prediction.error)
+        note = f"corloc {self.score.percent:.2f}"
+        self.on_progress(Progress(len(self.is_hit), len(self.examples), known=self.known, error=error, note=note))
+
+    @property
+    def score(self) -> Corloc:
+        return Corloc(self.hits, len(self.is_hit))
+
+    def evaluation(self, computed: int) -> Evaluation:
+        predictions = [self.predictions[image_id] for image_id in self.examples]
+        scored = [one for one in predictions if one.boxes and one.has_scores]
+        auc = score_auc([one.scores[0] for one in scored], [self.is_hit[one.image_id] for one in scored])
+        detection = _detection(predictions, list(self.examples.values()))
+        return Evaluation(self.score, self.unreadable, computed, auc, detection)
 
 
 def _detection(predictions: Sequence[Prediction | None], examples: Sequence[Example]) -> DetectionScores | None:
@@ -177,26 +173,6 @@ def _detection(predictions: Sequence[Prediction | None], examples: Sequence[Exam
             for one, example in zip(found, examples, strict=True)
         ]
     )
-
-
-def _rounded(scores: DetectionScores | None) -> dict[str, float] | None:
-    return None if scores is None else {name: round(value, 4) for name, value in asdict(scores).items()}
-
-
-def _predict(
-    examples: Sequence[Example], discoverer: Discoverer, known: int, on_discovery: Hook | None, *, masks: bool
-) -> Iterator[tuple[Prediction, ImageMaps | None]]:
-    if known == len(examples):
-        return
-    outcomes = discoverer.outcomes((example.path for example in examples), skip=known)
-    for example, outcome in zip(examples[known:], outcomes, strict=True):
-        if isinstance(outcome, ImageError):
-            yield from_error(example.image_id, outcome, example.path), None
-            continue
-        if on_discovery:
-            on_discovery(example, outcome)
-        prediction = from_discovery(example.image_id, outcome, masks=masks)
-        yield prediction, maps_of(example.image_id, example.path, outcome, example.boxes)
 
 
 def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -> tuple[Corloc, int]:
@@ -246,40 +222,3 @@ def _by_example(predictions: Sequence[Prediction], benchmark: Benchmark) -> list
             f"expected ids like {wanted!r}"
         )
     return [by_id.get(example.image_id) for example in benchmark.examples]
-
-
-def _prepare(out: Path, settings: dict[str, Any], benchmark: Benchmark, *, overwrite: bool) -> list[Prediction]:
-    """Make sure that the folder belongs to this run, and return what it holds already."""
-    predictions, results = out / PREDICTIONS_FILE, out / RESULTS_FILE
-    if overwrite:
-        predictions.unlink(missing_ok=True)
-        results.unlink(missing_ok=True)
-        (out / MAPS_FILE).unlink(missing_ok=True)
-    elif results.exists() or predictions.exists():
-        check_same_run(results, settings)
-    known = [replace(one, masks=None) for one in recover_predictions(predictions)]  # masks would take up memory
-    wanted = [example.image_id for example in benchmark.examples[: len(known)]]
-    if [prediction.image_id for prediction in known] != wanted:
-        raise PredictionsError(
-            f"{predictions} does not follow the order of {benchmark.name}: it is not of this run; "
-            "use --overwrite or another --out"
-        )
-    if len(known) < len(benchmark) or not results.exists():
-        write_json(results, {"complete": False, **settings})
-    return known
-
-
-def _results(settings: dict[str, Any], evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
-    score = evaluation.score
-    return {
-        "complete": True,
-        "corloc": round(score.percent, 4),
-        "hits": score.hits,
-        "images": score.images,
-        "wilson_95": [round(bound, 4) for bound in score.wilson_interval()],
-        "score_auc": None if evaluation.auc is None else round(evaluation.auc, 4),
-        "detection": _rounded(evaluation.detection),
-        "unreadable": evaluation.unreadable,
-        **settings,
-        **run_facts(evaluation.computed, evaluation.seconds, device),
-    }

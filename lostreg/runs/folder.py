@@ -1,33 +1,309 @@
-"""The folder of a run: held by one process, tied to its settings, written so that a kill leaves it readable."""
+"""The folder of a run: held by one process, tied to its settings, keyed by image, written so that a kill costs nothing.
+
+Three kinds of run use it: `lostreg.runs.discover`, `lostreg.runs.evaluate` and `lostreg.runs.sweep` differ in what they
+compute for an image.
+"""
 
 import json
 import os
-import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import metadata
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Generic, Protocol, TextIO, TypeVar
 
 import filelock
 import torch
 
-from lostreg.datasets import Benchmark
+from lostreg.datasets.base import ImageId
 from lostreg.defaults import RESULTS_FILE
-from lostreg.errors import PredictionsError
+from lostreg.errors import LostregWarning, PredictionsError
+from lostreg.jsonio import keep_lines, write_json
+from lostreg.runs.results import AFRESH, check_same_run, run_facts
 
-_PACKAGES: Final = (
-    "lostreg",
-    "torch",
-    "timm",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "opencv-python-headless",
-    "pillow",
-    "pycocotools",
-)
+_FACTS: Final = ("run", "versions", "device")
+_OF_THE_LIST: Final = ("root", "images", "fingerprint")  # settings that may differ where the list may change
+_RESUMED_AFTER: Final = "resumed_after"  # of unfinished results: lines that were there when this list was first met
+
+
+class Line(Protocol):
+    """What a run remembers of one image."""
+
+    @property
+    def image_id(self) -> ImageId:
+        """Of the image."""
+
+    def to_line(self) -> str:
+        """The JSON object, without a line break."""
+
+
+class Memory(Line, Protocol):
+    """A line of the memory of a run."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the image could not be read; None where it could."""
+
+
+AnyLine = TypeVar("AnyLine", bound=Memory)
+Outcome = TypeVar("Outcome")
+
+
+class Run(Generic[AnyLine]):
+    """A run over a list of images, into a folder that is this process's for as long as the run is entered.
+
+    Its memory is a JSON Lines file with a line an image, appended as images are done: what is missing is the difference
+    between the list and the memory. So a run that was stopped goes on, and so does one whose list has grown; lines of
+    images that are gone are left out in the end, when the files are put in the list's order. Results are there from
+    the start with the settings, so that a run with other settings is noticed.
+
+    What shares a pack is a function of a list alone. For a run that was merely stopped it is the whole list, so it ends
+    with the same bytes as one that was not. For a run whose list has changed it is the list of the images that were
+    missing when the change was met, however often the run is stopped then.
+
+    Args:
+        out: the folder; made if need be.
+        images: ids, in order, each once.
+        settings: what makes two runs the same, by section.
+        parse: makes what is remembered of a line; a `ValueError`, `TypeError` or `KeyError` says what is wrong with it.
+        memory: name of the file with a line an image.
+        beside: names of files whose lines go with those of the memory: they are written first.
+        results: name of the file with settings and figures.
+        may_change: whether the list may have changed since an earlier run.
+        overwrite: whether to start anew instead of going on.
+        retry_failed: whether images that could not be read count as missing.
+
+    Attributes:
+        todo: ids of the images that are missing, in order; known once `resume` has come to its end.
+        computed: how many of them have been appended.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        images: Sequence[ImageId],
+        settings: dict[str, Any],
+        parse: Callable[[bytes], AnyLine],
+        *,
+        memory: str,
+        beside: Sequence[str] = (),
+        results: str = RESULTS_FILE,
+        may_change: bool = False,
+        overwrite: bool = False,
+        retry_failed: bool = False,
+    ) -> None:
+        self.out = out
+        self.images = images
+        self.todo: Sequence[ImageId] = ()
+        self.computed = 0
+        self._settings = settings
+        self._parse = parse
+        self._memory = out / memory
+        self._beside = [out / name for name in beside]
+        self._results = out / results
+        self._may_change = may_change
+        self._overwrite = overwrite
+        self._retry_failed = retry_failed
+        self._written: list[ImageId] = []  # ids of the memory's lines, as they stand in the file
+        self._batch: Sequence[ImageId] = ()  # the list whose packs the missing images share
+        self._earlier: dict[str, Any] = {}  # results of an earlier run
+        self._stack = ExitStack()
+        self._files: list[TextIO] = []
+        self._start = 0.0
+
+    def __enter__(self) -> "Run[AnyLine]":
+        """Hold the folder, and make sure that it belongs to this run.
+
+        Raises:
+            PredictionsError: if the folder cannot be written, is in use, or holds a run with other settings.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.out))
+            if self._overwrite:
+                for path in (self._memory, self._results, *self._beside):
+                    path.unlink(missing_ok=True)
+            elif self._results.exists() or self._memory.exists():
+                self._earlier = check_same_run(self._results, self._settings, _OF_THE_LIST * self._may_change)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def resume(self) -> Iterator[AnyLine]:
+        """What an earlier run has done, each line read once; then `todo` is known, and `append` may be called.
+
+        Raises:
+            PredictionsError: if a line is malformed, or of an image that is not in the list where that may not change;
+                or if no image of the earlier run is in it.
+        """
+        images, done = set(self.images), set()
+        with rewriting(self._memory, needed=self._retry_failed) as keep:
+            for raw, line in self._read_memory():
+                if self._retry_failed and line.error is not None:
+                    continue
+                keep(raw)
+                self._written.append(line.image_id)
+                if line.image_id in images and line.image_id not in done:
+                    done.add(line.image_id)
+                    yield line
+        self._check_strangers([image_id for image_id in self._written if image_id not in images], known=len(done))
+        self.todo = [image_id for image_id in self.images if image_id not in done]
+        resumed_after = self._choose_batch()
+        if self.todo or not self._earlier:
+            marks = {_RESUMED_AFTER: resumed_after} if resumed_after else {}
+            write_json(self._results, {"complete": False, **marks, **self._settings})
+        for path in self._beside:
+            _cut_ahead(path, done)
+        for path in (*self._beside, self._memory):
+            self._files.append(self._stack.enter_context(path.open("a", encoding="utf-8", newline="\n")))
+        self._start = time.perf_counter()
+
+    def _read_memory(self) -> Iterator[tuple[bytes, AnyLine]]:
+        keep_lines(self._memory)
+        if not self._memory.exists():
+            return
+        with self._memory.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                try:
+                    yield raw, self._parse(raw)
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
+                    raise PredictionsError(
+                        f"{self._memory} is not of this run (line {number}: {error}): {AFRESH}"
+                    ) from error
+
+    def _check_strangers(self, strangers: list[ImageId], known: int) -> None:
+        if not strangers:
+            return
+        count = len(set(strangers))
+        if not self._may_change:
+            raise PredictionsError(
+                f"{self._memory} holds {count} images that are none of this run, such as {strangers[0]!r}: {AFRESH}"
+            )
+        if not known:
+            raise PredictionsError(
+                f"{self.out} holds a run over other images: none of its {count} is among the {len(self.images)} of "
+                f"now; {AFRESH}"
+            )
+        message = f"{count} images of the earlier run are gone: what was found in them is left out in the end"
+        warnings.warn(message, LostregWarning, stacklevel=4)
+
+    def _choose_batch(self) -> int:
+        """Choose the list whose packs the missing images share; how many lines there were when it was first met."""
+        recorded = self._earlier.get(_RESUMED_AFTER)
+        for lines in (recorded if isinstance(recorded, int) else 0, len(self._written)):
+            earlier = set(self._written[:lines])
+            self._batch = [image_id for image_id in self.images if image_id not in earlier]
+            if self._written[lines:] == self._batch[: len(self._written) - lines]:
+                break
+        return lines
+
+    def outcomes(
+        self, compute: Callable[[Iterable[Path], int], Iterator[Outcome]], path_of: Callable[[Any], Path]
+    ) -> Iterator[tuple[Any, Outcome]]:
+        """Compute what is missing.
+
+        Args:
+            compute: as `Discoverer.outcomes`.
+            path_of: the file of an image, by its id.
+
+        Yields:
+            The ids of `todo` with their outcomes.
+        """
+        if self.todo:
+            computed = compute((path_of(image_id) for image_id in self._batch), len(self._batch) - len(self.todo))
+            yield from zip(self.todo, computed, strict=True)
+
+    def append(self, line: AnyLine, *beside: Line | None) -> None:
+        """Remember one more image; a kill leaves at most a line beside too many.
+
+        Args:
+            line: of the memory.
+            beside: lines of the files beside it; None for an image that has none.
+        """
+        for file, entry in zip(self._files, (*beside, line), strict=True):
+            if entry is not None:
+                file.write(entry.to_line() + "\n")
+                file.flush()
+        self._written.append(line.image_id)
+        self.computed += 1
+
+    def put_in_order(self) -> bool:
+        """Close the files and put them in the list's order, without images that are gone; whether that was needed."""
+        for file in self._files:
+            file.close()
+        needed = self._written != list(self.images)
+        for path in (self._memory, *self._beside) if needed else ():
+            _put_in_order(path, self.images)
+        return needed
+
+    def finish(self, figures: dict[str, Any], device: torch.device) -> None:
+        """Write the results; the facts of an earlier run stay where it had done everything.
+
+        Args:
+            figures: what came out.
+            device: where it was computed.
+        """
+        facts: dict[str, Any] = {name: self._earlier[name] for name in _FACTS if name in self._earlier}
+        if self.computed or not self._earlier.get("complete"):
+            facts = run_facts(self.computed, time.perf_counter() - self._start, device)
+        write_json(self._results, {"complete": True, **figures, **self._settings, **facts})
+
+
+@contextmanager
+def rewriting(path: Path, *, needed: bool) -> Iterator[Callable[[bytes], object]]:
+    """A file takes, in the end, the content that is given to the function; until then it can be read as it is.
+
+    Args:
+        path: the file.
+        needed: whether anything is written at all.
+    """
+    if not needed:
+        yield lambda _: None
+        return
+    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            yield file.write
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _put_in_order(path: Path, images: Iterable[ImageId]) -> None:
+    """One line an image, in the order of the images, and no others; lines are found again by their places."""
+    if not path.exists():
+        return
+    places: dict[ImageId, int] = {}
+    with path.open("rb") as file, rewriting(path, needed=True) as keep:
+        place = 0
+        for raw in file:
+            image_id = _image_id_of(raw)
+            if image_id is not None:
+                places[image_id] = place
+            place += len(raw)
+        for image_id in images:
+            if image_id in places:
+                file.seek(places[image_id])
+                keep(file.readline())
+
+
+def _cut_ahead(path: Path, done: set[ImageId]) -> None:
+    """Cut off the lines at a file's end that are of images that are not done: a run that was killed is ahead there."""
+    keep_lines(path)
+    if path.exists():
+        with path.open("rb") as file:
+            kept = max((number for number, raw in enumerate(file, start=1) if _image_id_of(raw) in done), default=0)
+        keep_lines(path, kept)
+
+
+def _image_id_of(raw: bytes) -> ImageId | None:
+    try:
+        image_id = json.loads(raw)["image_id"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return image_id if isinstance(image_id, str | int) else None
 
 
 @contextmanager
@@ -48,133 +324,3 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def benchmark_settings(benchmark: Benchmark, options: dict[str, Any], extra: dict[str, Any] | None) -> dict[str, Any]:
-    """What makes two runs the same: the data and every option.
-
-    Args:
-        benchmark: what is scored.
-        options: of the method.
-        extra: further settings of the benchmark to record and compare, such as a limit.
-    """
-    return {
-        "benchmark": {
-            "name": benchmark.name,
-            "split": benchmark.split,
-            "images": len(benchmark),
-            "fingerprint": benchmark.fingerprint(),
-            **(extra or {}),
-        },
-        "options": options,
-    }
-
-
-def run_facts(computed: int, seconds: float, device: torch.device) -> dict[str, Any]:
-    """What belongs to one run and not to its results: speed, time, versions, machine.
-
-    Args:
-        computed: images that this run computed.
-        seconds: what that took.
-        device: where.
-    """
-    return {
-        "run": {
-            "computed": computed,
-            "seconds": round(seconds, 3),
-            "images_per_s": round(computed / seconds, 3) if seconds else None,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        },
-        "versions": {"python": platform.python_version(), **package_versions()},
-        "device": describe_device(device),
-    }
-
-
-def is_complete(results: Path) -> bool:
-    """Whether a run ended here already: its speed and versions are then what was measured, and stay."""
-    return bool(read_results(results).get("complete"))
-
-
-def read_results(results: Path) -> dict[str, Any]:
-    """The settings and figures of an earlier run.
-
-    Raises:
-        PredictionsError: if the file is missing or is no JSON object.
-    """
-    try:
-        found = json.loads(results.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise TypeError(f"it holds a {type(found).__name__}")
-    except (OSError, ValueError, TypeError) as error:
-        raise PredictionsError(
-            f"{results.parent} holds a run but no readable {results.name}: not a run to go on with; "
-            "use --overwrite or another --out"
-        ) from error
-    return found
-
-
-def check_same_run(results: Path, settings: dict[str, Any], apart: Sequence[str] = ()) -> None:
-    """Raise `PredictionsError`, which names the differences, unless an earlier run had the same settings.
-
-    Args:
-        results: what the earlier run wrote.
-        settings: by section.
-        apart: settings that may differ.
-    """
-    earlier = read_results(results)
-    changes = [
-        f"{key} was {_show(before)} and is now {_show(now)}"
-        for section, values in settings.items()
-        for key, before, now in _differences(earlier.get(section), values)
-        if key not in apart
-    ]
-    if changes:
-        raise PredictionsError(
-            f"{results.parent} holds a run with other settings: {'; '.join(changes)}; use --overwrite or another --out"
-        )
-
-
-# What an earlier version did that did not record it.
-_UNRECORDED: Final = {"max_objects": 1, "refine": False, "box_from": "patches", "masks": False}
-
-
-def _differences(earlier: Any, now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    before = earlier if isinstance(earlier, dict) else {}
-    if before:
-        before = {**{key: value for key, value in _UNRECORDED.items() if key in now}, **before}
-    for key in [*now, *(key for key in before if key not in now)]:
-        if before.get(key) != now.get(key):
-            yield key, before.get(key), now.get(key)
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of lostreg and of what its figures depend on, where they are installed."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # OpenCV goes by several names
-            continue
-    return found
-
-
-def describe_device(device: torch.device) -> str:
-    """A line on the machine: the GPU's name, or the processor's and how many threads PyTorch uses."""
-    if device.type == "cuda":
-        return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"{device.type}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def results_of(folder: Path) -> dict[str, Any] | None:
-    """What a run says of itself; None where it says nothing that can be read."""
-    path = folder / RESULTS_FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

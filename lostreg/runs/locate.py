@@ -9,8 +9,8 @@ from lostreg.datasets.base import ImageId
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.images.decode import SUFFIXES
-from lostreg.runs.folder import results_of
 from lostreg.runs.maps import read_maps
+from lostreg.runs.results import results_of
 
 _COCO: Final = ("{:012d}", "COCO_train2014_{:012d}", "COCO_val2014_{:012d}", "{}")
 

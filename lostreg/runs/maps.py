@@ -4,7 +4,7 @@ import base64
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
 from lostreg.inference.discovery import Discovery
-from lostreg.jsonio import as_line, is_box, is_finite_number, is_id, keep_lines
+from lostreg.jsonio import as_line, is_box, is_finite_number, is_id
 
 _MOST_PATCHES: Final = 1 << 20  # along one side
 
@@ -70,29 +70,6 @@ def maps_of(image_id: ImageId, path: Path, found: Discovery, truth: Any = None) 
     boxes = None if truth is None else np.asarray(truth, dtype=float).tolist()
     place = os.path.abspath(path)  # noqa: PTH100 - without `..`, and without following links
     return ImageMaps(image_id, place, found.degrees, found.patch_width, found.patch_height, found.exif, boxes)
-
-
-def keep_maps(path: Path, image_ids: Iterable[ImageId]) -> None:
-    """Cut off a maps file what does not belong to these images: a run that was killed is ahead of its predictions.
-
-    Args:
-        path: the file; it may be absent, or lack lines.
-        image_ids: of the images that are done, in order.
-    """
-    keep_lines(path)
-    if not path.exists():
-        return
-    done, kept = iter(image_ids), 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                image_id = json.loads(line)["image_id"]
-            except (ValueError, TypeError, KeyError):
-                break
-            if not any(image_id == other for other in done):  # goes on where it was
-                break
-            kept += 1
-    keep_lines(path, kept)
 
 
 def read_maps(path: Path) -> Iterator[ImageMaps]:

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lostreg.datasets.base import ImageId
-from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
 from lostreg.errors import PredictionsError
 from lostreg.images.rle import Rle, encode_rle
 from lostreg.inference.discovery import Discovery
-from lostreg.jsonio import as_line, is_box, is_finite_number, is_id, keep_lines
-from lostreg.runs.maps import ImageMaps
+from lostreg.jsonio import as_line, is_box, is_finite_number, is_id
 
 
 @dataclass(frozen=True)
@@ -123,48 +121,21 @@ def stream_predictions(path: Path) -> Iterator[Prediction]:
         raise PredictionsError(f"cannot read predictions {path}: {error.strerror}") from error
 
 
-def recover_predictions(path: Path) -> Iterator[Prediction]:
-    """The whole lines of a file whose writer may have been killed; what it left of a line is cut off the file first.
+def parse_prediction(line: bytes) -> Prediction:
+    """One line of a file.
 
     Raises:
-        PredictionsError: if a whole line is malformed: lostreg did not write it.
+        ValueError: if it is no JSON, or a field has a value that cannot be.
+        TypeError: if a field is of another type than it should be.
     """
-    keep_lines(path)
-    if path.exists():
-        with path.open("rb") as file:
-            yield from _parse_lines(file, path)
-
-
-class RunFiles:
-    """The files of a run that grow with each image: predictions, and maps beside them.
-
-    Args:
-        out: the run's folder.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self._files = [(out / name).open("a", encoding="utf-8", newline="\n") for name in (MAPS_FILE, PREDICTIONS_FILE)]
-
-    def __enter__(self) -> "RunFiles":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.close()
-
-    def add(self, prediction: Prediction, maps: ImageMaps | None) -> None:
-        """One more image; the maps of one that could not be read are None. A kill leaves at most maps too many."""
-        for file, line in zip(self._files, (maps, prediction), strict=True):
-            if line is not None:
-                file.write(line.to_line() + "\n")
-                file.flush()
+    return _parse(json.loads(line))
 
 
 def _parse_lines(lines: Iterable[bytes], path: Path, *, may_be_cut: bool = False) -> Iterator[Prediction]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield _parse(json.loads(line))
+                yield parse_prediction(line)
             except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 if may_be_cut and not line.endswith(b"\n"):
                     return

@@ -9,9 +9,9 @@ from lostreg.defaults import CLEAR_SCORE, MAPS_FILE, MAX_PIXELS, PREDICTIONS_FIL
 from lostreg.errors import PredictionsError
 from lostreg.jsonio import is_finite_number
 from lostreg.metrics import Corloc, is_hit
-from lostreg.runs.folder import results_of
 from lostreg.runs.maps import ImageMaps, read_maps
 from lostreg.runs.predictions import Prediction, stream_predictions
+from lostreg.runs.results import results_of
 
 FAILED_LISTED: Final = 1000  # images without a box that are named; the others are counted
 

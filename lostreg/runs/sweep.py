@@ -7,7 +7,7 @@ image; ``sweep.json`` is made of it at the end.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -18,26 +18,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.datasets import Benchmark, Example
-from lostreg.errors import ImageError, OptionError, PredictionsError
+from lostreg.datasets.base import ImageId
+from lostreg.errors import ImageError, OptionError
 from lostreg.images.boxes import in_pixels
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
-from lostreg.jsonio import as_line, whole_lines, write_json
+from lostreg.jsonio import as_line
 from lostreg.methods.bias import TRIALS, trial_biases
 from lostreg.methods.lost import Candidates
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import Corloc, is_hit, score_auc
 from lostreg.models.features import resolve_layer
 from lostreg.models.table import Feature
-from lostreg.runs.folder import (
-    benchmark_settings,
-    check_same_run,
-    describe_device,
-    is_complete,
-    locked,
-    package_versions,
-)
+from lostreg.progress import OnProgress, Progress
+from lostreg.runs.folder import Run
+from lostreg.runs.results import benchmark_settings
 
 LINES_FILE: Final = "sweep.jsonl"
 RESULTS_FILE: Final = "sweep.json"
@@ -82,7 +78,26 @@ class SweepRow:
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Line:
+    """One line of a sweep file: one image.
+
+    Attributes:
+        image_id: as in predictions files.
+        features: by feature and layer, whether each fixed bias hits, and what ``auto`` makes of it; none for an image
+            that could not be read.
+        error: why it could not be read.
+    """
+
+    image_id: ImageId
+    features: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    def to_line(self) -> str:
+        return as_line({name: value for name, value in vars(self).items() if value})
+
+
+@dataclass(frozen=True)
+class _Boxes:
     """What one image gave in one feature.
 
     Attributes:
@@ -107,7 +122,7 @@ def sweep(
     *,
     overwrite: bool = False,
     extra: dict[str, Any] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress = lambda _: None,
 ) -> list[SweepRow]:
     """Score every feature at every bias, going on where an earlier run into the same folder stopped.
 
@@ -121,7 +136,7 @@ def sweep(
         out: folder for ``sweep.jsonl`` and ``sweep.json``; made if need be.
         overwrite: whether to start anew instead of going on.
         extra: further settings of the benchmark to record and compare, such as a limit.
-        on_progress: called after each image with how many are done, and of how many.
+        on_progress: called after each image.
 
     Returns:
         One row a pair, in the order of ``wanted``.
@@ -139,24 +154,22 @@ def sweep(
     convert = partial(_convert, patch_size=discoverer.backbone.spec.patch_size)
     job = ObjectsJob(features, with_trials(values), discoverer.options.k_patches, normalize=True, convert=convert)
     stream = discoverer.stream_of(job)
-    out = Path(out)
-    with locked(out):
-        lines = _prepare(out, settings, benchmark, pairs, overwrite=overwrite)
+    examples = {example.image_id: example for example in benchmark.examples}
+    lines: dict[ImageId, _Line] = {}
+    parse = partial(_parse, names={_name(pair) for pair in pairs})
+    with Run(
+        Path(out), list(examples), settings, parse, memory=LINES_FILE, results=RESULTS_FILE, overwrite=overwrite
+    ) as run:
+        lines |= {line.image_id: line for line in run.resume()}
         known = len(lines)
-        paths = (example.path for example in benchmark.examples)
-        outcomes = stream.outcomes(paths, skip=known) if known < len(benchmark) else ()
-        with (out / LINES_FILE).open("a", encoding="utf-8", newline="\n") as file:
-            for example, outcome in zip(benchmark.examples[known:], outcomes, strict=True):
-                line = _line(example, outcome, pairs)
-                file.write(as_line(line) + "\n")
-                file.flush()
-                lines.append(line)
-                if on_progress:
-                    on_progress(len(lines), len(benchmark))
-        rows = [_row(lines, pair, values) for pair in pairs]
-        if known < len(benchmark) or not is_complete(out / RESULTS_FILE):
-            device = describe_device(discoverer.backbone.device)
-            write_json(out / RESULTS_FILE, _results(settings, rows, lines, device))
+        for image_id, outcome in run.outcomes(stream.outcomes, lambda image_id: examples[image_id].path):
+            lines[image_id] = _line(examples[image_id], outcome, pairs)
+            run.append(lines[image_id])
+            on_progress(Progress(len(lines), len(examples), known=known))
+        run.put_in_order()
+        in_order = [lines[image_id] for image_id in examples]
+        rows = [_row(in_order, pair, values) for pair in pairs]
+        run.finish(_figures(rows, in_order), discoverer.backbone.device)
     return rows
 
 
@@ -177,7 +190,7 @@ def with_trials(values: tuple[float, ...]) -> Callable[[Similarities], Tensor]:
     return biases
 
 
-def _convert(candidates: list[Candidates], pictures: list[PatchedPicture], patch_size: int) -> list[list[_Found]]:
+def _convert(candidates: list[Candidates], pictures: list[PatchedPicture], patch_size: int) -> list[list[_Boxes]]:
     """The candidates of a run of pictures, a list of features for each picture."""
     by_feature = []
     for found in candidates:
@@ -185,7 +198,7 @@ def _convert(candidates: list[Candidates], pictures: list[PatchedPicture], patch
         chosen = boxes.shape[1] - trials + found.scores[:, -trials:].argmax(axis=1)
         by_feature.append(
             [
-                _Found(
+                _Boxes(
                     in_pixels(np.vstack([boxes[image, :-trials], boxes[image, [best]]]), picture, patch_size),
                     float(found.maps.bias[image, best]),
                     float(found.scores[image, best]),
@@ -214,34 +227,21 @@ def _name(pair: tuple[Feature, int]) -> str:
     return f"{pair[0]} {pair[1]}"
 
 
-def _prepare(
-    out: Path, settings: dict[str, Any], benchmark: Benchmark, pairs: Wanted, *, overwrite: bool
-) -> list[dict[str, Any]]:
-    """Make sure that the folder belongs to this run, and return the lines that it holds already."""
-    file, results = out / LINES_FILE, out / RESULTS_FILE
-    if overwrite:
-        file.unlink(missing_ok=True)
-        results.unlink(missing_ok=True)
-    elif results.exists() or file.exists():
-        check_same_run(results, settings)
-    try:
-        lines = [json.loads(line) for line in whole_lines(file).splitlines()]
-        wanted = [example.image_id for example in benchmark.examples[: len(lines)]]
-        if [line["image_id"] for line in lines] != wanted:
-            raise ValueError("the images are others, or in another order")
-        names = {_name(pair) for pair in pairs}
-        if any(set(line["features"]) != names for line in lines if "error" not in line):
-            raise ValueError("the features are others")
-    except (ValueError, TypeError, KeyError) as error:
-        raise PredictionsError(f"{file} is not of this run ({error}): use --overwrite or another --out") from error
-    if len(lines) < len(benchmark) or not results.exists():
-        write_json(results, {"complete": False, **settings})
-    return lines
+def _parse(raw: bytes, names: set[str]) -> _Line:
+    fields = json.loads(raw)
+    if not isinstance(fields, dict):
+        raise TypeError(f"expected an object, found {type(fields).__name__}")
+    line = _Line(**fields)
+    if line.error is None and set(line.features) != names:
+        raise ValueError("the features are others")
+    for entry in line.features.values():
+        _ = entry["hits"], *(entry["auto"][name] for name in ("hit", "score", "bias", "connected"))
+    return line
 
 
-def _line(example: Example, outcome: list[_Found] | ImageError, pairs: Wanted) -> dict[str, Any]:
+def _line(example: Example, outcome: list[_Boxes] | ImageError, pairs: Wanted) -> _Line:
     if isinstance(outcome, ImageError):
-        return {"image_id": example.image_id, "error": str(outcome).replace(str(example.path), example.path.name)}
+        return _Line(example.image_id, error=str(outcome).replace(str(example.path), example.path.name))
     features = {}
     for pair, found in zip(pairs, outcome, strict=True):
         hits = [is_hit([box], example.boxes) for box in found.boxes.tolist()]
@@ -255,11 +255,11 @@ def _line(example: Example, outcome: list[_Found] | ImageError, pairs: Wanted) -
                 "connected": found.connected,
             },
         }
-    return {"image_id": example.image_id, "features": features}
+    return _Line(example.image_id, features)
 
 
-def _row(lines: list[dict[str, Any]], pair: tuple[Feature, int], values: tuple[float, ...]) -> SweepRow:
-    found = [line["features"][_name(pair)] for line in lines if "error" not in line]
+def _row(lines: list[_Line], pair: tuple[Feature, int], values: tuple[float, ...]) -> SweepRow:
+    found = [line.features[_name(pair)] for line in lines if line.error is None]
     automatic = [entry["auto"] for entry in found]
     hits = [entry["hit"] for entry in automatic]
     scores = [entry["score"] for entry in automatic]
@@ -275,18 +275,12 @@ def _row(lines: list[dict[str, Any]], pair: tuple[Feature, int], values: tuple[f
     )
 
 
-def _results(
-    settings: dict[str, Any], rows: list[SweepRow], lines: list[dict[str, Any]], device: str
-) -> dict[str, Any]:
+def _figures(rows: list[SweepRow], lines: list[_Line]) -> dict[str, Any]:
     return {
-        "complete": True,
         "auto_minus_best_fixed": {name: round(value, 4) for name, value in summary(rows).items()},
         "images": len(lines),
-        "unreadable": sum("error" in line for line in lines),
+        "unreadable": sum(line.error is not None for line in lines),
         "rows": [_as_json(row) for row in rows],
-        **settings,
-        "versions": package_versions(),
-        "device": device,
     }
 
 

@@ -30,6 +30,7 @@ from lostreg.artifacts.probes import ClassProbe, PixelProbe, PositionProbe, Skip
 from lostreg.errors import ImageError, LostregError, OptionError
 from lostreg.models.backbone import Backbone
 from lostreg.models.forward import Forward
+from lostreg.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -246,14 +247,14 @@ def test_what_is_kept_does_not_grow_with_the_images() -> None:
 
 
 def test_each_image_is_run_once_and_the_sample_twice() -> None:
-    steps: list[tuple[str, int, int, ImageError | None]] = []
+    steps: list[Progress] = []
     images = [*pictures()] * 2
-    sample = measure(images, discoverer(small()), sample=5, on_progress=lambda *step: steps.append(step)).sample
+    sample = measure(images, discoverer(small()), sample=5, on_progress=steps.append).sample
     assert sample.images == 5
     assert steps == [
-        *[("norms", done, 12, None) for done in range(1, 13)],
-        *[("sample", done, 5, None) for done in range(1, 6)],
-        *[("probes", done, 3, None) for done in range(1, 4)],
+        Progress(done, total, step=step)
+        for step, total in (("norms", 12), ("sample", 5), ("probes", 3))
+        for done in range(1, total + 1)
     ]
 
 
@@ -278,12 +279,12 @@ def test_unreadable_images_are_counted_and_the_others_measured(tmp_path: Path, f
     paths = write_images(tmp_path, pictures())
     (tmp_path / "broken.png").write_text("no picture")
     given = [tmp_path / "broken.png", *paths[:3], tmp_path / "none.png", *paths[3:]]
-    told: list[ImageError] = []
+    told: list[Exception] = []
     labels = ["bad", "a", "a", "b", "bad", "b", "b", "a"]
 
-    def hear(step: str, done: int, total: int, error: ImageError | None) -> None:
-        if error:
-            told.append(error)
+    def hear(progress: Progress) -> None:
+        if progress.error is not None:
+            told.append(progress.error)
 
     other = measure(given, discoverer(world().backbone), labels=labels, on_progress=hear)
     assert (other.seen.images, other.sample.images, len(other.seen.errors)) == (6, 6, 2)

@@ -368,7 +368,7 @@ def test_registers_that_are_there_already_play_no_part(some: Plant) -> None:
 
 def test_progress_is_told_of_each_image(one: Plant) -> None:
     steps: list[tuple[str, int, int]] = []
-    find(one.backbone, on_progress=lambda step, done, total, error: steps.append((step, done, total)))
+    find(one.backbone, on_progress=lambda now: steps.append((now.step, now.done, now.total)))
     assert steps[:6] == [("norms", done, 6) for done in range(1, 7)]
     assert steps[6:10] == [("neurons", done, 4) for done in range(1, 5)]
     assert steps[10:14] == [("trying 1", done, 4) for done in range(1, 5)]

@@ -2,87 +2,81 @@
 
 import pytest
 
-from lostreg.cli.progress import ProgressBar, StepBars
+from lostreg.cli.progress import ProgressBar
+from lostreg.errors import ImageError
+from lostreg.progress import Progress
+
+
+def last_line(text: str) -> str:
+    return text.rpartition("\r")[2]
 
 
 def test_nothing_is_drawn_before_the_first_image(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressBar("model", 3):
+    with ProgressBar("model"):
         assert capsys.readouterr().err == ""
     assert capsys.readouterr().err == ""
-    with pytest.raises(OSError, match="disk"), ProgressBar("model", 3):
+    with pytest.raises(OSError, match="disk"), ProgressBar("model"):
         raise OSError("disk full")
     assert capsys.readouterr().err == ""
 
 
 def test_images_are_counted_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressBar("model", 3) as bar:
-        for _ in range(3):
-            bar.advance()
+    with ProgressBar("model") as bar:
+        for done in (1, 2, 3):
+            bar(Progress(done, 3, note="corloc 12.50"))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.endswith("\n")
-    last = captured.err.rpartition("\r")[2]
+    last = last_line(captured.err)
     assert last.startswith("model: 100%")
     assert " 3/3 [" in last
+    assert "corloc 12.50" in last
 
 
-def test_images_of_an_earlier_run_are_there_from_the_start(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressBar("model", 10) as bar:
-        bar.advance(9)
-        assert " 8/10 [" in capsys.readouterr().err
-        bar.advance(10)
-    assert " 10/10 [" in capsys.readouterr().err.rpartition("\r")[2]
+@pytest.mark.parametrize("is_told", [False, True], ids=["not told", "told one by one"])
+def test_images_of_an_earlier_run_are_there_from_the_start(capsys: pytest.CaptureFixture[str], is_told: bool) -> None:
+    with ProgressBar("model") as bar:
+        for done in range(1 if is_told else 9, 9 if is_told else 10):
+            bar(Progress(done, 10, known=min(done, 8)))
+        if not is_told:
+            assert " 8/10 [" in capsys.readouterr().err
+        bar(Progress(10, 10, known=8))
+    assert " 10/10 [" in last_line(capsys.readouterr().err)
 
 
-def test_what_is_told_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressBar("model", 2) as bar:
+def test_what_cannot_be_done_is_counted_or_told_on_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    for tell_errors in (False, True):
+        with ProgressBar("model", tell_errors=tell_errors) as bar:
+            bar(Progress(1, 2, error=ImageError("one\nof two lines")))
+            told = capsys.readouterr().err
+            bar(Progress(2, 2))
+            assert bar.errors == 1
+        last = last_line(capsys.readouterr().err)
+        if tell_errors:
+            assert told.split("\r")[-1] == "lostreg: error: one of two lines\n"
+            assert told.split("\r")[-2].strip() == ""  # the bar is wiped out first
+            assert last.startswith("model: 100%")
+        else:
+            assert "error" not in told
+            assert last.startswith("model, 1 unreadable: 100%")
+
+
+def test_what_is_told_before_the_first_image_draws_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar("model") as bar:
         bar.tell("before the bar")
-        assert capsys.readouterr().err == "lostreg: before the bar\n"
-        bar.advance()
-        capsys.readouterr()
-        bar.tell("error: one\nof two lines")
-        told = capsys.readouterr().err
-        assert told.split("\r")[-1] == "lostreg: error: one of two lines\n"
-        assert told.split("\r")[-2].strip() == ""  # the bar is wiped out first
-        bar.advance()
-    assert "100%" in capsys.readouterr().err
+    assert capsys.readouterr().err == "lostreg: before the bar\n"
 
 
-def test_steps_have_a_bar_each(capsys: pytest.CaptureFixture[str]) -> None:
-    with StepBars("model") as bars:
-        assert capsys.readouterr().err == ""
-        for step, total in (("norms", 3), ("sample", 2), ("norms", 1)):
+def test_steps_have_a_bar_each_and_so_has_one_that_begins_again(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = (("norms", 3), ("sample", 2), ("norms", 2), ("norms", 2))
+    with ProgressBar("model") as bar:
+        for step, total in steps:
             for done in range(1, total + 1):
-                bars.advance(step, done, total)
+                bar(Progress(done, total, step=step))
     captured = capsys.readouterr()
     assert captured.out == ""
-    lines = [line.rpartition("\r")[2] for line in captured.err.split("\n")[:-1]]
-    assert [line.partition(":")[0] for line in lines] == ["model, norms", "model, sample", "model, norms"]
-    for line, total in zip(lines, (3, 2, 1), strict=True):
+    lines = [last_line(line) for line in captured.err.split("\n")[:-1]]
+    assert [line.partition(":")[0] for line in lines] == [f"model, {step}" for step, _ in steps]
+    for line, (_, total) in zip(lines, steps, strict=True):
         assert ": 100%" in line
         assert f" {total}/{total} [" in line
-
-
-def test_a_step_that_begins_again_has_another_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    with StepBars("model") as bars:
-        for _ in range(2):
-            for done in (1, 2):
-                bars.advance("norms", done, 2)
-    lines = [line.rpartition("\r")[2] for line in capsys.readouterr().err.split("\n")[:-1]]
-    assert [" 2/2 [" in line for line in lines] == [True, True]
-
-
-def test_an_error_before_the_first_step_draws_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    with StepBars("model") as bars:
-        bars.tell("error: before")
-    assert capsys.readouterr().err == "lostreg: error: before\n"
-
-
-def test_what_is_told_during_a_step_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    with StepBars("model") as bars:
-        bars.advance("norms", 1, 2)
-        capsys.readouterr()
-        bars.tell("error: one")
-        told = capsys.readouterr().err
-        assert told.split("\r")[-1] == "lostreg: error: one\n"
-    assert capsys.readouterr().err.endswith("\n")  # what comes next begins below the bar

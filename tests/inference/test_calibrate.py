@@ -14,7 +14,7 @@ from conftest import same, scene, scenes
 from PIL import Image
 
 import lostreg
-from lostreg.errors import CalibrationError, ImageError, LostregError, OptionError
+from lostreg.errors import CalibrationError, LostregError, OptionError
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import Picture, read_image
 from lostreg.inference.calibrate import _choose, _Rungs, calibrate
@@ -23,6 +23,7 @@ from lostreg.inference.discoverer import Discoverer
 from lostreg.methods.lost import lost_boxes
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import patch_features
+from lostreg.progress import Progress
 
 STEPS = [0.5 - 0.125 * step for step in range(25)]  # of the ladder, in deviations
 SIZES = [(98, 70), (70, 112), (140, 84), (84, 84), (112, 98)]  # width, height: whole patches
@@ -191,18 +192,13 @@ def numbered(count: int) -> list[np.ndarray]:
 def test_a_sample_is_a_part_of_the_list_in_its_order_and_nothing_else_is_read(
     discoverer: Discoverer, read: list[int]
 ) -> None:
-    told: list[int] = []
-
-    def tell(source: Any, error: ImageError | None) -> None:
-        assert error is None
-        told.append(source.shape[1])
-
-    found = calibrate(numbered(40), discoverer, sample=15, on_outcome=tell)
-    assert (found.images, len(told), sorted(read)) == (15, 15, told)
-    assert told == sorted(set(told))
-    assert told != list(range(30, 45))
-    assert max(told) > 60  # not only from the beginning
-    chosen = [image for image in numbered(40) if image.shape[1] in told]
+    told: list[Progress] = []
+    found = calibrate(numbered(40), discoverer, sample=15, on_progress=told.append)
+    assert told == [Progress(done, 15) for done in range(1, 16)]
+    assert (found.images, len(set(read))) == (15, 15)
+    assert sorted(read) != list(range(30, 45))
+    assert max(read) > 60  # not only from the beginning
+    chosen = [image for image in numbered(40) if image.shape[1] in read]
     assert calibrate(chosen, discoverer) == found
 
 
@@ -240,14 +236,12 @@ def test_an_unreadable_image_is_told_counted_and_otherwise_left_out(discoverer: 
     text = tmp_path / "text.jpg"
     text.write_text("not a picture")
     images: list[Any] = [*scenes(4), text, *scenes(7)[4:], tmp_path / "none.jpg"]
-    told: list[tuple[Any, str | None]] = []
-    found = calibrate(images, discoverer, on_outcome=lambda source, error: told.append((source, error and str(error))))
-    assert [source for source, _ in told] == images
-    assert [(index, str(source)) for index, (source, error) in enumerate(told) if error] == [
-        (4, str(text)),
-        (8, str(tmp_path / "none.jpg")),
-    ]
-    assert "text.jpg: not a readable image" in str(told[4][1])
+    told: list[Progress] = []
+    found = calibrate(images, discoverer, on_progress=told.append)
+    assert [(progress.done, progress.total) for progress in told] == [(done, 9) for done in range(1, 10)]
+    assert [progress.done for progress in told if progress.error is not None] == [5, 9]
+    assert f"{text}: not a readable image" in str(told[4].error)
+    assert "none.jpg" in str(told[8].error)
     assert (found.images, found.unreadable) == (7, 2)
     assert dataclasses.replace(found, unreadable=0) == calibrate(scenes(7), discoverer)
 

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from conftest import same, scene
+from conftest import disc_picture, same, scene
 
 from lostreg import Discoverer
 from lostreg.errors import ImageError, OptionError

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,11 @@ from PIL import Image
 
 from lostreg import Discoverer
 from lostreg.datasets.folder import Collection, find_collection
-from lostreg.errors import ImageError, PredictionsError
+from lostreg.errors import ImageError, LostregWarning, PredictionsError
 from lostreg.images.rle import decode_rle
+from lostreg.inference.stream import ImageStream
 from lostreg.models.backbone import Backbone
+from lostreg.progress import Progress
 from lostreg.runs.discover import Summary, discover_collection, mask_path
 from lostreg.runs.maps import read_maps
 from lostreg.runs.predictions import Prediction, read_predictions
@@ -40,6 +44,25 @@ def photos(tmp_path: Path) -> Collection:
     return find_collection(str(folder))
 
 
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The names of the readable images of each pack that goes through the backbone."""
+    seen: list[tuple[str, ...]] = []
+    start = ImageStream._start
+
+    def record(stream: ImageStream, pack: list) -> object:
+        seen.append(tuple("/".join(Path(image.name).parts[-2:]) for image in pack))
+        return start(stream, pack)
+
+    monkeypatch.setattr(ImageStream, "_start", record)
+    return seen
+
+
+def interrupt(progress: Progress, at: int | None) -> None:
+    if progress.done == at:
+        raise KeyboardInterrupt
+
+
 def contents(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in FILES}
 
@@ -51,7 +74,7 @@ def settings(out: Path) -> dict[str, object]:
 def test_every_photo_is_accounted_for(photos: Collection, discoverer: Discoverer, tmp_path: Path) -> None:
     seen: list[int] = []
     out = tmp_path / "out"
-    summary = discover_collection(photos, discoverer, out, on_progress=lambda now: seen.append(now.images))
+    summary = discover_collection(photos, discoverer, out, on_progress=lambda now: seen.append(now.done))
     found = read_predictions(out / "predictions.jsonl")
     assert [one.image_id for one in found] == list(photos.names)
     assert (summary.images, summary.unreadable, summary.known) == (7, 1, 0)
@@ -99,7 +122,7 @@ def test_a_run_goes_on_where_it_was(
     assert settings(out)["complete"] is True
 
 
-def test_other_options_or_photos_are_refused_and_a_moved_folder_is_not(
+def test_other_options_are_refused_and_a_moved_folder_is_not(
     photos: Collection, discoverer: Discoverer, backbone: Backbone, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -108,8 +131,6 @@ def test_other_options_or_photos_are_refused_and_a_moved_folder_is_not(
     other = Discoverer(backbone, device="cpu", batch_size=2)
     with pytest.raises(PredictionsError, match="max_objects was 3 and is now 1"):
         discover_collection(photos, other, out)
-    with pytest.raises(PredictionsError, match="over other photos, 7 then and 6 now"):
-        discover_collection(Collection(photos.root, photos.names[1:]), discoverer, out)
     assert contents(out) == before
     moved = tmp_path / "moved"
     photos.root.rename(moved)
@@ -118,14 +139,104 @@ def test_other_options_or_photos_are_refused_and_a_moved_folder_is_not(
     assert contents(out) != before
 
 
-def test_a_file_of_another_run_is_refused(photos: Collection, discoverer: Discoverer, tmp_path: Path) -> None:
+def test_a_collection_of_none_of_the_earlier_photos_is_refused(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    discover_collection(Collection(photos.root, photos.names[:3]), discoverer, out)
+    before = contents(out)
+    with pytest.raises(PredictionsError, match="over other images: none of its 3 is among the 4 of now; use --overw"):
+        discover_collection(Collection(photos.root, photos.names[3:]), discoverer, out)
+    assert contents(out) == before
+
+
+# Of the seven photos: those that are there at first, and those that are there later.
+GROWN = [
+    pytest.param((0, 1, 2, 3), (0, 1, 2, 3, 4, 5, 6), id="added at the end"),
+    pytest.param((1, 3, 5), (0, 1, 2, 3, 4, 5, 6), id="added in between"),
+    pytest.param((0, 1, 2, 4, 6), (1, 2, 3, 5, 6), id="added and gone"),
+    pytest.param((0, 1, 2, 3, 4, 5, 6), (6, 2), id="gone, in another order"),
+]
+
+
+@pytest.mark.parametrize(("first", "later"), GROWN)
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_collection_that_has_changed_goes_on(
+    photos: Collection,
+    discoverer: Discoverer,
+    tmp_path: Path,
+    first: tuple[int, ...],
+    later: tuple[int, ...],
+    stopped: bool,
+) -> None:
+    before, now = (Collection(photos.root, [photos.names[index] for index in places]) for places in (first, later))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    discover_collection(now, discoverer, whole)
+    discover_collection(before, discoverer, out)
+    if stopped:
+        predictions = (out / "predictions.jsonl").read_bytes().splitlines(keepends=True)
+        (out / "predictions.jsonl").write_bytes(b"".join(predictions[:-1]))
+        (out / "results.json").write_text(json.dumps({**settings(out), "complete": False}))
+    kept = [name for name in before.names[: len(first) - stopped] if name in now.names]
+    gone = len(first) - stopped - len(kept)
+    with pytest.warns(LostregWarning, match=f"{gone} images of the earlier run are gone") if gone else nullcontext():
+        summary = discover_collection(now, discoverer, out)
+    assert (summary.images, summary.known) == (len(later), len(kept))
+    assert contents(out) == contents(whole)
+    recorded, expected = settings(out), settings(whole)
+    for name in ("complete", "images", "boxes", "unreadable", "collection", "options"):
+        assert recorded[name] == expected[name], name
+    assert discover_collection(now, discoverer, out).known == len(later)
+    assert contents(out) == contents(whole)
+
+
+def test_a_changed_collection_that_is_stopped_at_any_image_ends_with_the_same_bytes(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path, packs: list[tuple[str, ...]]
+) -> None:
+    first = Collection(photos.root, photos.names[1:6:2])
+    reference = tmp_path / "reference"
+    discover_collection(first, discoverer, reference)
+    packs.clear()
+    discover_collection(photos, discoverer, reference)
+    missing = [name for name in photos.names if name not in first.names]
+    assert packs == [tuple(missing[:2]), tuple(missing[2:])]
+    for stop in range(4, 7):
+        out = tmp_path / f"stopped {stop}"
+        discover_collection(first, discoverer, out)
+        packs.clear()
+        for end in (stop, None):
+            with nullcontext() if end is None else pytest.raises(KeyboardInterrupt):
+                discover_collection(photos, discoverer, out, on_progress=partial(interrupt, at=end))
+        assert set(packs) == {tuple(missing[:2]), tuple(missing[2:])}
+        assert contents(out) == contents(reference)
+
+
+def test_photos_that_could_not_be_read_are_tried_again_on_request(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    discover_collection(photos, discoverer, out)
+    Image.fromarray(scene(3, 98, 70)).save(photos.path("a/photo 3.png"))
+    assert discover_collection(photos, discoverer, out).unreadable == 1
+    summary = discover_collection(photos, discoverer, out, retry_failed=True)
+    assert (summary.unreadable, summary.known, summary.images) == (0, 6, 7)
+    discover_collection(photos, discoverer, whole)
+    assert contents(out) == contents(whole)
+    (photos.path("a/photo 3.png")).write_text("no picture")
+    assert discover_collection(photos, discoverer, out, retry_failed=True).unreadable == 0  # it is not looked at
+
+
+def test_a_file_that_is_malformed_is_refused(photos: Collection, discoverer: Discoverer, tmp_path: Path) -> None:
     out = tmp_path / "out"
     discover_collection(photos, discoverer, out)
     path = out / "predictions.jsonl"
-    first, second, *rest = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([second, first, *rest]))
-    with pytest.raises(PredictionsError, match="does not follow the order of the images"):
+    path.write_bytes(path.read_bytes().replace(b'"boxes": [[', b'"boxes": [["x", ', 1))
+    before = contents(out)
+    with pytest.raises(
+        PredictionsError, match=r"predictions\.jsonl is not of this run \(line 1: .*: use --overwrite or another --out"
+    ):
         discover_collection(photos, discoverer, out)
+    assert contents(out) == before
 
 
 def test_strict_stops_at_a_broken_photo_and_keeps_what_came_before(
@@ -216,17 +327,6 @@ def test_strict_refuses_a_run_with_a_broken_photo_however_far_it_is(
     before = contents(out)
     with pytest.raises(ImageError, match=r"photo 3\.png: not a readable image"):
         discover_collection(photos, discoverer, out, strict=True)
-    assert contents(out) == before
-
-
-def test_a_refused_run_leaves_everything_as_it_was(photos: Collection, discoverer: Discoverer, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    discover_collection(photos, discoverer, out)
-    path = out / "predictions.jsonl"
-    path.write_bytes(b"".join(reversed(path.read_bytes().splitlines(keepends=True))))
-    before = contents(out)
-    with pytest.raises(PredictionsError):
-        discover_collection(photos, discoverer, out)
     assert contents(out) == before
 
 

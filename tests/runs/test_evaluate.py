@@ -16,7 +16,7 @@ from fabricate import set_box, write_voc
 
 from lostreg.cli.main import main
 from lostreg.datasets import Benchmark, Example, load_benchmark
-from lostreg.defaults import MAPS_FILE
+from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.images.decode import ImageSource
 from lostreg.inference.discoverer import Discoverer
@@ -24,7 +24,8 @@ from lostreg.inference.discovery import Discovery
 from lostreg.inference.stream import ImageStream
 from lostreg.metrics import Corloc, score_auc
 from lostreg.models.backbone import Backbone
-from lostreg.runs.evaluate import PREDICTIONS_FILE, RESULTS_FILE, Progress, evaluate, score_predictions
+from lostreg.progress import Progress
+from lostreg.runs.evaluate import evaluate, score_predictions
 from lostreg.runs.maps import read_maps
 from lostreg.runs.predictions import Prediction
 
@@ -115,7 +116,7 @@ def close_scores(discoverer: Discoverer, monkeypatch: pytest.MonkeyPatch) -> lis
     scores = [0.5 + 0.0001 * (number * 7 % COUNT) for number in range(COUNT)]
     outcomes = discoverer.outcomes
 
-    def scored(images: Iterable[ImageSource], skip: int = 0) -> Iterator[Discovery | ImageError]:
+    def scored(images: Iterable[ImageSource], skip: int = 0, **_: object) -> Iterator[Discovery | ImageError]:
         for score, outcome in zip(scores[skip:], outcomes(images, skip), strict=True):
             assert isinstance(outcome, Discovery)
             yield dataclasses.replace(outcome, scores=np.array([score], dtype=np.float32))
@@ -188,8 +189,8 @@ def test_progress_is_told_after_each_image(
     evaluation = evaluate(benchmark, discoverer, tmp_path / "out", on_progress=told.append)
     assert [progress.done for progress in told] == list(range(1, COUNT + 1))
     assert {progress.total for progress in told} == {COUNT}
-    assert [progress.unreadable for progress in told] == [0] * 3 + [1] * 6
-    assert told[-1].hits == evaluation.score.hits
+    assert [progress.done for progress in told if progress.error is not None] == [4]
+    assert told[-1].note == f"corloc {evaluation.score.percent:.2f}"
 
 
 def test_a_run_cut_at_any_byte_ends_with_the_same_bytes(
@@ -389,16 +390,29 @@ def test_predictions_without_their_settings_are_not_gone_on_with(
         evaluate(benchmark, discoverer, finished)
 
 
-def test_lines_of_other_order_are_not_gone_on_with(
+def test_lines_in_another_order_count_and_what_is_missing_among_them_is_computed(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path
+) -> None:
+    before = {name: (finished / name).read_bytes() for name in (PREDICTIONS_FILE, MAPS_FILE)}
+    path, measured = finished / PREDICTIONS_FILE, results(finished)
+    first, second, *rest = path.read_text().splitlines(keepends=True)
+    for content, computed in (([second, first, *rest], 0), ([first, *rest], 1), ([first, second, *rest, first], 0)):
+        path.write_text("".join(content))
+        evaluation = evaluate(benchmark, discoverer, finished)
+        assert evaluation.computed == computed
+        assert results(finished)["hits"] == measured["hits"]
+        assert {name: (finished / name).read_bytes() for name in before} == before
+
+
+def test_lines_of_images_that_the_benchmark_does_not_have_are_not_gone_on_with(
     benchmark: Benchmark, discoverer: Discoverer, finished: Path
 ) -> None:
     path = finished / PREDICTIONS_FILE
-    first, second, *rest = path.read_text().splitlines(keepends=True)
-    for content in ([second, first, *rest], [first, *rest], [first, second, *rest, first]):
-        path.write_text("".join(content))
-        with pytest.raises(PredictionsError, match="does not follow the order of voc"):
-            evaluate(benchmark, discoverer, finished)
-        assert path.read_text() == "".join(content)
+    content = path.read_text().replace("im03", "other")
+    path.write_text(content)
+    with pytest.raises(PredictionsError, match="1 images that are none of this run, such as 'other'"):
+        evaluate(benchmark, discoverer, finished)
+    assert path.read_text() == content
 
 
 def test_a_second_run_into_a_folder_in_use_is_refused(

@@ -14,15 +14,9 @@ import lostreg
 from lostreg.datasets import Benchmark, Example
 from lostreg.errors import PredictionsError
 from lostreg.jsonio import write_json
-from lostreg.runs import folder
-from lostreg.runs.folder import (
-    benchmark_settings,
-    check_same_run,
-    describe_device,
-    is_complete,
-    locked,
-    package_versions,
-)
+from lostreg.runs import results
+from lostreg.runs.folder import locked
+from lostreg.runs.results import benchmark_settings, check_same_run, describe_device, package_versions
 
 
 def two(*, moved: float = 0.0) -> Benchmark:
@@ -168,14 +162,8 @@ def test_a_folder_without_settings_is_not_gone_on_with(tmp_path: Path, content: 
         check_same_run(path, {})
 
 
-def test_a_run_is_complete_when_its_results_say_so(tmp_path: Path) -> None:
-    for content, complete in (({"complete": True}, True), ({"complete": False}, False), ({}, False)):
-        write_json(tmp_path / "results.json", content)
-        assert is_complete(tmp_path / "results.json") is complete
-
-
 def test_versions_of_what_is_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "_PACKAGES", ("lostreg", "no-such-package", "torch"))
+    monkeypatch.setattr(results, "_PACKAGES", ("lostreg", "no-such-package", "torch"))
     assert package_versions() == {"lostreg": lostreg.__version__, "torch": metadata.version("torch")}
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from lostreg.gallery.entries import make_entry
-from lostreg.runs.folder import results_of
 from lostreg.runs.locate import below, find_below
 from lostreg.runs.maps import ImageMaps
 from lostreg.runs.predictions import Prediction
 from lostreg.runs.reader import Shown
+from lostreg.runs.results import results_of
 
 
 def touch(path: Path) -> Path:

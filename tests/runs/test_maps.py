@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from lostreg import Discoverer
 from lostreg.errors import PredictionsError
 from lostreg.models.backbone import Backbone
-from lostreg.runs.maps import ImageMaps, keep_maps, maps_of, read_maps
+from lostreg.runs.maps import ImageMaps, maps_of, read_maps
 
 degree_maps = arrays(np.int64, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 100_000))
 
@@ -102,26 +102,3 @@ def test_lines_that_are_no_objects_are_refused(tmp_path: Path, line: str) -> Non
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(PredictionsError, match=r"cannot read the maps .*none"):
         list(read_maps(tmp_path / "none"))
-
-
-@pytest.mark.parametrize(
-    ("lines", "done", "kept"),
-    [
-        ("abc", "abc", "abc"),
-        ("abcd", "abc", "abc"),  # one ahead, as after a kill
-        ("ac", "abc", "ac"),  # one was lost
-        ("cd", "abc", "c"),
-        ("acb", "abc", "ac"),
-        ("abc", "", ""),
-        ("", "abc", ""),
-    ],
-)
-def test_lines_of_images_that_are_done_are_kept(tmp_path: Path, lines: str, done: str, kept: str) -> None:
-    content = {name: ImageMaps(name, f"/{name}.jpg", np.zeros((1, 1), np.int64), 1, 1).to_line() for name in "abcd"}
-    path = written(tmp_path, *(content[name] for name in lines))
-    with path.open("a") as file:
-        file.write("{cut")
-    keep_maps(path, done)
-    assert path.read_text() == "".join(content[name] + "\n" for name in kept)
-    keep_maps(tmp_path / "none", done)
-    assert not (tmp_path / "none").exists()

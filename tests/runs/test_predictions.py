@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.inference.discovery import Discovery
-from lostreg.runs.predictions import Prediction, from_discovery, from_error, read_predictions, recover_predictions
+from lostreg.runs.predictions import Prediction, from_discovery, from_error, read_predictions, stream_predictions
 
 IDS = st.one_of(st.text(min_size=1), st.integers(-(2**53), 2**53))
 COORDINATES = st.integers(0, 10**7).map(lambda thousandths: thousandths / 1000)
@@ -35,7 +35,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     path = tmp_path_factory.mktemp("predictions") / "predictions.jsonl"
     write(path, *(prediction.to_line() for prediction in predictions))
     assert read_predictions(path) == predictions
-    assert list(recover_predictions(path)) == predictions
+    assert list(stream_predictions(path)) == predictions
 
 
 @given(PREDICTIONS)
@@ -141,7 +141,7 @@ def test_files_of_other_systems_are_read(tmp_path: Path, ending: str) -> None:
 )
 def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     path = write(tmp_path / "p.jsonl", GOOD, "", line, GOOD)
-    for read in (read_predictions, recover_predictions):
+    for read in (read_predictions, stream_predictions):
         with pytest.raises(PredictionsError, match=r"p\.jsonl, line 3: expected an object with image_id and boxes"):
             list(read(path))
 
@@ -165,15 +165,7 @@ def test_missing_and_empty_files_cannot_be_scored(tmp_path: Path) -> None:
             read_predictions(path)
 
 
-def test_nothing_is_recovered_from_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    assert list(recover_predictions(path)) == []
-    assert not path.exists()
-    path.touch()
-    assert list(recover_predictions(path)) == []
-
-
-def test_a_file_cut_at_any_byte_keeps_its_whole_lines(tmp_path: Path) -> None:
+def test_a_file_cut_at_any_byte_is_streamed_as_far_as_its_whole_lines(tmp_path: Path) -> None:
     predictions = [
         Prediction("日本", [[0, 1, 20.5, 30]], 50, 40, [1.0], [[0, 0]]),
         from_error(12, ImageError("12.jpg: no such file")),
@@ -182,12 +174,12 @@ def test_a_file_cut_at_any_byte_keeps_its_whole_lines(tmp_path: Path) -> None:
     lines = [(prediction.to_line() + "\n").encode() for prediction in predictions]
     content = b"".join(lines)
     path = tmp_path / "p.jsonl"
+    ends = [len(b"".join(lines[: count + 1])) - 1 for count in range(3)]  # of the objects, without their line breaks
     for cut in range(len(content) + 1):
         path.write_bytes(content[:cut])
-        whole = content[:cut].count(b"\n")
-        recovered = list(recover_predictions(path))
-        assert [prediction.image_id for prediction in recovered] == ["日本", 12, "z"][:whole]
-        assert path.read_bytes() == b"".join(lines[:whole])
+        assert [one.image_id for one in stream_predictions(path)] == ["日本", 12, "z"][
+            : sum(cut >= end for end in ends)
+        ]
 
 
 def test_a_file_cut_inside_a_line_cannot_be_scored_unnoticed(tmp_path: Path) -> None:

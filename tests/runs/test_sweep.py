@@ -23,6 +23,7 @@ from lostreg.methods.bias import TRIALS
 from lostreg.metrics import Corloc, is_hit
 from lostreg.models.backbone import Backbone
 from lostreg.models.blocks import BlockRunner
+from lostreg.progress import Progress
 from lostreg.runs.evaluate import evaluate
 from lostreg.runs.sweep import LINES_FILE, RESULTS_FILE, SweepRow, summary, sweep
 
@@ -82,10 +83,13 @@ def finished(tmp_path: Path, _template: Path) -> Path:
 
 
 def results(out: Path) -> dict[str, Any]:
+    """But for what belongs to one run alone."""
+
     def never(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    return json.loads((out / RESULTS_FILE).read_text(encoding="utf-8"), parse_constant=never)
+    fields = json.loads((out / RESULTS_FILE).read_text(encoding="utf-8"), parse_constant=never)
+    return {key: value for key, value in fields.items() if key != "run"}
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -245,11 +249,11 @@ def test_a_sweep_cut_at_any_byte_ends_with_the_same_bytes(
         path.write_bytes(content[:cut])
         told: list[int] = []
 
-        def advance(done: int, total: int, told: list[int] = told) -> None:
-            assert total == COUNT
-            told.append(done)
+        def note(progress: Progress, told: list[int] = told, known: int = content[:cut].count(b"\n")) -> None:
+            assert (progress.total, progress.known) == (COUNT, known)
+            told.append(progress.done)
 
-        rows = sweep(benchmark, discoverer, PAIRS, BIASES, finished, on_progress=advance)
+        rows = sweep(benchmark, discoverer, PAIRS, BIASES, finished, on_progress=note)
         assert path.read_bytes() == content
         assert results(finished) == table
         whole = content[:cut].count(b"\n")
@@ -263,9 +267,9 @@ def test_an_interrupted_sweep_keeps_its_lines_and_goes_on(
 ) -> None:
     out = tmp_path / "out"
 
-    def interrupt(done: int, total: int) -> None:
-        assert len(lines(out)) == done  # a kill, which closes no file, finds it there
-        if done == after:
+    def interrupt(progress: Progress) -> None:
+        assert len(lines(out)) == progress.done  # a kill, which closes no file, finds it there
+        if progress.done == after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -296,7 +300,7 @@ def test_a_finished_sweep_keeps_the_versions_that_it_was_computed_with(
     benchmark: Benchmark, discoverer: Discoverer, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = results(finished)
-    monkeypatch.setattr("lostreg.runs.sweep.package_versions", lambda: {"lostreg": "of another day"})
+    monkeypatch.setattr("lostreg.runs.results.package_versions", lambda: {"lostreg": "of another day"})
     sweep(benchmark, discoverer, PAIRS, BIASES, finished)
     assert results(finished) == before
 
@@ -463,17 +467,20 @@ def test_lines_that_no_sweep_wrote_are_refused_until_overwritten(
     assert len(lines(finished)) == COUNT
 
 
-def test_lines_of_other_order_or_of_other_features_are_not_gone_on_with(
+def test_lines_of_other_features_are_not_gone_on_with_and_those_in_another_order_are(
     benchmark: Benchmark, discoverer: Discoverer, finished: Path
 ) -> None:
     path = finished / LINES_FILE
     first, second, *rest = path.read_text().splitlines(keepends=True)
     renamed = first.replace('"k 1"', '"k 7"')
-    for content in ([second, first, *rest], [first, *rest], [first, second, *rest, first], [renamed, second]):
+    path.write_text("".join([renamed, second]))
+    with pytest.raises(PredictionsError, match=r"is not of this run \(line 1: the features are others"):
+        sweep(benchmark, discoverer, PAIRS, BIASES, finished)
+    assert path.read_text() == "".join([renamed, second])
+    for content in ([second, first, *rest], [first, *rest]):  # what is missing is computed, and put in its place
         path.write_text("".join(content))
-        with pytest.raises(PredictionsError, match=r"is not of this run \(.*other"):
-            sweep(benchmark, discoverer, PAIRS, BIASES, finished)
-        assert path.read_text() == "".join(content)
+        sweep(benchmark, discoverer, PAIRS, BIASES, finished)
+        assert path.read_text() == "".join([first, second, *rest])
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]"])
@@ -492,11 +499,11 @@ def test_a_second_sweep_into_a_folder_in_use_is_refused(
 ) -> None:
     refused: list[int] = []
 
-    def intrude(done: int, total: int) -> None:
+    def intrude(progress: Progress) -> None:
         for overwrite in (False, True):
             with pytest.raises(PredictionsError, match="is in use: another run is writing there"):
                 sweep(benchmark, discoverer, PAIRS, BIASES, tmp_path / "out", overwrite=overwrite)
-            refused.append(done)
+            refused.append(progress.done)
 
     sweep(benchmark, discoverer, PAIRS, BIASES, tmp_path / "out", on_progress=intrude)
     assert len(refused) == 2 * COUNT

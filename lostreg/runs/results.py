@@ -1,0 +1,141 @@
+"""What a run says of itself: its settings, which make two runs the same, and the facts of time and machine."""
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from lostreg.datasets import Benchmark
+from lostreg.defaults import RESULTS_FILE
+from lostreg.errors import PredictionsError
+
+AFRESH: Final = "use --overwrite or another --out"
+_PACKAGES: Final = (
+    "lostreg",
+    "torch",
+    "timm",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "opencv-python-headless",
+    "pillow",
+    "pycocotools",
+)
+
+
+def benchmark_settings(benchmark: Benchmark, options: dict[str, Any], extra: dict[str, Any] | None) -> dict[str, Any]:
+    """What makes two runs the same: the data and every option.
+
+    Args:
+        benchmark: what is scored.
+        options: of the method.
+        extra: further settings of the benchmark to record and compare, such as a limit.
+    """
+    return {
+        "benchmark": {
+            "name": benchmark.name,
+            "split": benchmark.split,
+            "images": len(benchmark),
+            "fingerprint": benchmark.fingerprint(),
+            **(extra or {}),
+        },
+        "options": options,
+    }
+
+
+def run_facts(computed: int, seconds: float, device: torch.device) -> dict[str, Any]:
+    """What belongs to one run and not to its results: speed, time, versions, machine.
+
+    Args:
+        computed: images that this run computed.
+        seconds: what that took.
+        device: where.
+    """
+    return {
+        "run": {
+            "computed": computed,
+            "seconds": round(seconds, 3),
+            "images_per_s": round(computed / seconds, 3) if seconds else None,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        },
+        "versions": {"python": platform.python_version(), **package_versions()},
+        "device": describe_device(device),
+    }
+
+
+def results_of(folder: Path, name: str = RESULTS_FILE) -> dict[str, Any] | None:
+    """What a run says of itself; None where it says nothing that can be read."""
+    path = folder / name
+    try:
+        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return results if isinstance(results, dict) else None
+
+
+def check_same_run(results: Path, settings: dict[str, Any], apart: Sequence[str] = ()) -> dict[str, Any]:
+    """The results of an earlier run with the same settings.
+
+    Args:
+        results: what the earlier run wrote.
+        settings: by section.
+        apart: settings that may differ.
+
+    Raises:
+        PredictionsError: if it had other settings, which it names, or its results cannot be read.
+    """
+    earlier = results_of(results.parent, results.name)
+    if earlier is None:
+        raise PredictionsError(
+            f"{results.parent} holds a run but no readable {results.name}: not a run to go on with; {AFRESH}"
+        )
+    changes = [
+        f"{key} was {_show(before)} and is now {_show(now)}"
+        for section, values in settings.items()
+        for key, before, now in _differences(earlier.get(section), values)
+        if key not in apart
+    ]
+    if changes:
+        raise PredictionsError(f"{results.parent} holds a run with other settings: {'; '.join(changes)}; {AFRESH}")
+    return earlier
+
+
+# What an earlier version did that did not record it.
+_UNRECORDED: Final = {"max_objects": 1, "refine": False, "box_from": "patches", "masks": False}
+
+
+def _differences(earlier: Any, now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    before = earlier if isinstance(earlier, dict) else {}
+    if before:
+        before = {**{key: value for key, value in _UNRECORDED.items() if key in now}, **before}
+    for key in [*now, *(key for key in before if key not in now)]:
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of lostreg and of what its figures depend on, where they are installed."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # OpenCV goes by several names
+            continue
+    return found
+
+
+def describe_device(device: torch.device) -> str:
+    """A line on the machine: the GPU's name, or the processor's and how many threads PyTorch uses."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    return f"{device.type}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
