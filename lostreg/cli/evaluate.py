@@ -101,12 +101,10 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
 
 
 def _plotter(folder: Path) -> "Hook":
-    from lostreg.images.decode import read_image
-    from lostreg.images.draw import plot_discovery, save_picture
+    from lostreg.images.draw import save_picture
 
     def plot(example: "Example", found: "Discovery") -> None:
-        pixels = read_image(example.path, exif=False, max_side=1024).pixels
-        save_picture(folder / f"{example.image_id}.png", plot_discovery(pixels, found, example.boxes))
+        save_picture(folder / f"{example.image_id}.png", found.plot(truth=example.boxes))
 
     return plot
 

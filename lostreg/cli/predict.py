@@ -53,6 +53,7 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict; the exit code is 2 if any image could not be read."""
     from lostreg.datasets.folder import find_images
+    from lostreg.images.draw import save_picture
     from lostreg.images.masks import save_mask_png
 
     paths = find_images(args.images)
@@ -66,16 +67,17 @@ def run(args: argparse.Namespace) -> int:
             output.truncate(0)  # only now: a mistake in the other options costs no earlier file
         if output is not sys.stdout:
             print(_row("image", "x1", "y1", "x2", "y2", "score"))
-        for index, (path, outcome) in enumerate(zip(paths, discoverer.outcomes(paths), strict=True)):
+        outcomes = discoverer.outcomes(paths, keep_pixels=plots is not None)
+        for index, (path, outcome) in enumerate(zip(paths, outcomes, strict=True)):
             if isinstance(outcome, ImageError):
                 if args.strict:
                     raise outcome
                 failed += 1
             _report(path, outcome, output, args)  # before the picture, so that a full disk costs no box
             if plots and not isinstance(outcome, ImageError):
-                _plot(plots[index], path, outcome, args)
+                save_picture(plots[index], outcome.plot())
             if masks and not isinstance(outcome, ImageError):
-                save_mask_png(masks[index], outcome)
+                save_mask_png(masks[index], outcome.labels())
     if failed and len(paths) > 1:
         tell(f"{failed} of {len(paths)} images could not be read")
     return 2 if failed else 0
@@ -153,11 +155,3 @@ def _place_plots(target: Path, paths: list[Path]) -> list[Path]:
         return [target]
     make_folder(target)
     return [target / f"{name}.png" for name in unique_names(paths)]
-
-
-def _plot(target: Path, path: Path, found: "Discovery", args: argparse.Namespace) -> None:
-    from lostreg.images.decode import read_image
-    from lostreg.images.draw import plot_discovery, save_picture
-
-    picture = read_image(path, max_side=args.max_side, max_pixels=args.max_pixels)
-    save_picture(target, plot_discovery(picture.pixels, found))

@@ -1,10 +1,14 @@
 """Boxes: their overlap, and the way from patches to pixels."""
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lostreg.errors import OptionError
 from lostreg.images.patches import PatchedPicture
+
+Value = TypeVar("Value", np.uint8, np.bool_)
 
 
 def pairwise_iou(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
@@ -58,20 +62,31 @@ def cells(pixels: int, size: float, count: int) -> NDArray[np.int64]:
     return ((np.arange(pixels) + 0.5) / size).astype(np.int64).clip(max=count - 1)
 
 
+def spread(values: NDArray[Value], size: tuple[int, ...], cell: tuple[float, float]) -> NDArray[Value]:
+    """Values of cells, such as patches, as a picture: each pixel has that of the cell which its centre lies in.
+
+    Args:
+        values: of the cells, shape (rows, columns).
+        size: (height, width) of the picture, in pixels; the last cells may reach beyond it.
+        cell: (height, width) of a cell, in these pixels.
+
+    Returns:
+        Shape (height, width), of the type of the values.
+    """
+    rows = cells(size[0], cell[0], values.shape[0])
+    columns = cells(size[1], cell[1], values.shape[1])
+    picture: NDArray[Value] = values[rows[:, None], columns[None, :]]
+    return picture
+
+
 def in_pixels(boxes: NDArray[np.int64], picture: PatchedPicture, patch_size: int) -> NDArray[np.float64]:
     """Boxes in patches as boxes in pixels of the original image; shape (..., 4) both.
 
     Args:
         boxes: ``x1, y1, x2, y2`` with exclusive right and bottom edges, in patches.
         picture: the image that was cut into patches.
-        patch_size: side of a patch, in pixels of what was cut.
+        patch_size: side of a patch, in pixels of the resized image.
     """
     height, width = picture.size
-    pixels: NDArray[np.float64] = np.minimum(boxes * patch_size, [width, height] * 2) * (_scale(picture) * 2)
+    pixels: NDArray[np.float64] = np.minimum(boxes * patch_size, [width, height] * 2) * (picture.scale * 2)
     return pixels
-
-
-def _scale(picture: PatchedPicture) -> tuple[float, float]:
-    """Pixels of the original image a pixel of what was cut, across and down."""
-    height, width = picture.size
-    return picture.width / width, picture.height / height

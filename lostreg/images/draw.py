@@ -1,7 +1,5 @@
-"""Pictures: an image with its box and seed, beside its degree map."""
+"""Drawing on pictures, for plots and the demo: boxes, seeds, masks and patch maps. All of it takes arrays."""
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Final
 
@@ -9,64 +7,166 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lostreg.errors import ImageError, LostregError
-from lostreg.images.decode import read_image
-from lostreg.inference.discovery import Discovery
+from lostreg.errors import LostregError
+from lostreg.images.boxes import spread
+
+Pixels = NDArray[np.uint8]
+Colour = tuple[int, int, int]  # RGB
 
 PLOT_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp")
-_BOX: Final = (40, 220, 40)  # RGB
+SEED: Final = (230, 30, 30)
+_BOX: Final = (40, 220, 40)
 _FURTHER: Final = (70, 170, 255)  # boxes of further objects
 _OUTLINE: Final = (255, 255, 255)  # of a refined mask
-_SEED: Final = (230, 30, 30)
 _TRUTH: Final = (255, 200, 0)
 _INK: Final = (30, 30, 30)
 _PAPER: Final = 255
 _PANEL_SIDE: Final = 640
-_READ_SIDE: Final = 1024
-_GREY: Final = 200
 _GAP: Final = 12
 _CAPTION: Final = 34
+_TINT: Final = 0.42
 
 
-def plot_discovery(
-    pixels: NDArray[np.uint8],
-    found: Discovery,
+def plot_objects(
+    pixels: Pixels,
+    size: tuple[int, int],
+    *,
+    xyxy: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    seeds: NDArray[np.int64],
+    degrees: NDArray[np.int64],
+    patch: tuple[float, float],
+    refined: NDArray[np.bool_] | None = None,
     truth: NDArray[np.float64] | None = None,
-) -> NDArray[np.uint8]:
+) -> Pixels:
     """Draw what was found: on the left boxes, seeds and refined masks' outlines, on the right each patch's degree.
 
     Args:
         pixels: the image, RGB (h, w, 3), uint8, at any scale.
-        found: its discovery, in pixels of the original.
-        truth: ground-truth boxes in the same pixels, shape (n, 4), drawn thin; None for none.
+        size: (height, width) of the original image, in pixels.
+        xyxy: boxes in these pixels, shape (n, 4).
+        scores: of the boxes, shape (n,).
+        seeds: row and column of the seed patches, shape (n, 2) or (0, 2).
+        degrees: of the patches, shape (rows, columns).
+        patch: (height, width) of a patch, in pixels of the original image.
+        refined: masks over the whole image, shape (n, a, b); None for none.
+        truth: ground-truth boxes, shape (m, 4), drawn thin; None for none.
 
     Returns:
         RGB picture, uint8; each panel's longer side is 640 pixels, upscaled for small images.
     """
-    scale = _PANEL_SIDE / max(found.width, found.height)
-    size = (max(1, round(found.width * scale)), max(1, round(found.height * scale)))
-    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    left = np.array(cv2.resize(pixels, size, interpolation=interpolation), dtype=np.uint8)
-    right = _degree_panel(found, size, scale)
-    if found.refined is not None:
-        _draw_outlines(left, found.refined)
+    left = fit(pixels, size, _PANEL_SIDE)
+    scale = left.shape[1] / size[1]
+    right = colour_map(degrees, left.shape[:2], (patch[0] * scale, patch[1] * scale))
+    for index, mask in enumerate(() if refined is None else refined):
+        draw_outline(left, stretched(mask, left.shape[:2]), _OUTLINE if index == 0 else _FURTHER)
     for panel in (left, right):
-        for box in [] if truth is None else truth:
-            _rectangle(panel, box * scale, _TRUTH, 1)
-        for index in reversed(range(len(found))):  # the main object is drawn over the others
-            _rectangle(panel, found.xyxy[index] * scale, _BOX if index == 0 else _FURTHER, 3 if index == 0 else 2)
-            _draw_seed(panel, found, index, scale)
-    if len(found) > 1:
-        _draw_numbers(left, found, scale)
-    panels = [
-        _captioned(left, _caption(found) + ("" if truth is None else "; thin: ground truth")),
-        _captioned(right, f"degree: dark {found.degrees.min()}, light {found.degrees.max()}"),
-    ]
+        for box in () if truth is None else truth:
+            draw_box(panel, box * scale, _TRUTH, 1)
+        for index in reversed(range(len(xyxy))):  # the main object is drawn over the others
+            number = str(index + 1) if panel is left and len(xyxy) > 1 else ""
+            draw_box(panel, xyxy[index] * scale, _FURTHER if index else _BOX, 2 if index else 3, number)
+        draw_seeds(panel, seeds, (patch[0] * scale, patch[1] * scale))
+    caption = _caption(scores) + ("" if truth is None else "; thin: ground truth")
+    panels = [_captioned(left, caption), _captioned(right, f"degree: dark {degrees.min()}, light {degrees.max()}")]
     gap = np.full((panels[0].shape[0], _GAP, 3), _PAPER, dtype=np.uint8)
     return np.hstack([panels[0], gap, panels[1]])
 
 
-def save_picture(path: Path, picture: NDArray[np.uint8]) -> None:
+def fit(pixels: Pixels, size: tuple[int, int], side: int) -> Pixels:
+    """A copy of a picture in the proportions of an image.
+
+    Args:
+        pixels: RGB (h, w, 3), uint8.
+        size: (height, width) of the image.
+        side: the copy's longer side, in pixels.
+    """
+    scale = side / max(size)
+    width, height = max(1, round(size[1] * scale)), max(1, round(size[0] * scale))
+    interpolation = cv2.INTER_AREA if width < pixels.shape[1] else cv2.INTER_CUBIC
+    return np.array(cv2.resize(pixels, (width, height), interpolation=interpolation), dtype=np.uint8)
+
+
+def stretched(mask: NDArray[np.bool_], size: tuple[int, ...]) -> NDArray[np.bool_]:
+    """A mask over a whole image at another size, (height, width), by its nearest pixels."""
+    nearest = cv2.resize(mask.astype(np.uint8), size[1::-1], interpolation=cv2.INTER_NEAREST)
+    return np.asarray(nearest, dtype=np.bool_)
+
+
+def draw_box(panel: Pixels, box: NDArray[np.floating], colour: Colour, thickness: int = 2, label: str = "") -> None:
+    """Draw a box, and a label at its top left corner, outside where there is room.
+
+    Args:
+        panel: RGB (h, w, 3), uint8; it is drawn on.
+        box: ``x1, y1, x2, y2`` in its pixels, cut to it.
+        colour: of both.
+        thickness: of the line, in pixels.
+        label: in dark letters on the colour; nothing where it is empty.
+    """
+    limit = np.array([panel.shape[1], panel.shape[0]] * 2) - 1
+    x1, y1, x2, y2 = np.clip(np.rint(box), 0, limit).astype(int).tolist()
+    cv2.rectangle(panel, (x1, y1), (x2, y2), colour, thickness, cv2.LINE_AA)
+    if label:
+        (width, height), _ = cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 2)
+        left = max(0, min(x1, panel.shape[1] - width - 8))
+        foot = y1 if y1 > height + 10 else y1 + height + 10
+        cv2.rectangle(panel, (left, foot - height - 10), (left + width + 8, foot), colour, -1)
+        cv2.putText(panel, label, (left + 4, foot - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (10, 10, 10), 2, cv2.LINE_AA)
+
+
+def draw_seeds(panel: Pixels, seeds: NDArray[np.int64], patch: tuple[float, float]) -> None:
+    """Draw the outlines of seed patches in red on white.
+
+    Args:
+        panel: RGB (h, w, 3), uint8; it is drawn on.
+        seeds: row and column of each, shape (n, 2).
+        patch: (height, width) of a patch, in pixels of the panel.
+    """
+    high, wide = patch
+    for row, column in seeds.tolist():
+        corners = np.array([column * wide, row * high, (column + 1) * wide, (row + 1) * high])
+        draw_box(panel, corners, (255, 255, 255), 4)
+        draw_box(panel, corners, SEED, 2)
+
+
+def draw_outline(panel: Pixels, mask: NDArray[np.bool_], colour: Colour) -> None:
+    """Draw the edges of a mask of the panel's size, those of its holes too."""
+    outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    cv2.drawContours(panel, outlines, -1, colour, 1, cv2.LINE_AA)
+
+
+def draw_mask(panel: Pixels, mask: NDArray[np.bool_], colour: Colour) -> None:
+    """Tint the pixels of a mask of the panel's size, and outline it."""
+    panel[mask] = (panel[mask] * (1 - _TINT) + np.array(colour) * _TINT).astype(np.uint8)
+    draw_outline(panel, mask, colour)
+
+
+def colour_map(
+    values: NDArray[np.integer] | NDArray[np.floating],
+    size: tuple[int, ...],
+    patch: tuple[float, float],
+    lowest: float | None = None,
+) -> Pixels:
+    """A map over patches as colours, each patch where it lies in the image; padding is cut off.
+
+    Args:
+        values: shape (rows, columns).
+        size: (height, width) of the result, in pixels.
+        patch: (height, width) of a patch, in these pixels.
+        lowest: the value of the darkest colour; None takes the lowest of the values.
+
+    Returns:
+        RGB (height, width, 3), uint8: dark is low.
+    """
+    numbers = values.astype(np.float64)
+    low = numbers.min() if lowest is None else lowest
+    span = numbers.max() - low
+    grey = np.zeros(numbers.shape, np.uint8) if span <= 0 else ((numbers - low) * (255 / span)).astype(np.uint8)
+    coloured = cv2.applyColorMap(spread(grey, size, patch), cv2.COLORMAP_VIRIDIS)
+    return np.asarray(cv2.cvtColor(coloured, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+
+
+def save_picture(path: Path, picture: Pixels) -> None:
     """Write an RGB picture; the suffix says in which format.
 
     Raises:
@@ -81,72 +181,21 @@ def save_picture(path: Path, picture: NDArray[np.uint8]) -> None:
         raise LostregError(f"cannot write {path}: {error.strerror}") from error
 
 
-def encoded(picture: NDArray[np.uint8], suffix: str) -> bytes:
+def encoded(picture: Pixels, suffix: str) -> bytes:
     """The content of a picture file; the suffix is one of `PLOT_SUFFIXES`."""
     content: bytes = cv2.imencode(suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes()
     return content
 
 
-def readable_pixels(found: Discovery) -> NDArray[np.uint8]:
-    """The image that a discovery was made in, at most 1024 pixels long; plain grey where it cannot be had."""
-    if found.source is not None:
-        with contextlib.suppress(ImageError):
-            return read_image(found.source, max_side=_READ_SIDE, exif=found.exif, max_pixels=sys.maxsize).pixels
-    return np.full((1, 1, 3), _GREY, dtype=np.uint8)
-
-
-def _caption(found: Discovery) -> str:
-    if len(found) == 0:
+def _caption(scores: NDArray[np.float32]) -> str:
+    if len(scores) == 0:
         return "box and seed, no object"
-    if len(found) == 1:
-        return f"box and seed, score {found.scores[0]:.2f}"
-    return "scores " + ", ".join(f"{score:.2f}" for score in found.scores)
+    if len(scores) == 1:
+        return f"box and seed, score {scores[0]:.2f}"
+    return "scores " + ", ".join(f"{score:.2f}" for score in scores)
 
 
-def _degree_panel(found: Discovery, size: tuple[int, int], scale: float) -> NDArray[np.uint8]:
-    """The degree map as colours, each patch where it lies in the image; the padding is cut off."""
-    degrees = found.degrees.astype(np.float64)
-    span = max(1.0, float(degrees.max() - degrees.min()))
-    grey = ((degrees - degrees.min()) * (255 / span)).astype(np.uint8)
-    colours = cv2.cvtColor(cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
-    # Sample each pixel's patch, so that patches keep their exact place and size.
-    rows = (np.arange(size[1]) / (found.patch_height * scale)).astype(int).clip(max=degrees.shape[0] - 1)
-    columns = (np.arange(size[0]) / (found.patch_width * scale)).astype(int).clip(max=degrees.shape[1] - 1)
-    return np.ascontiguousarray(colours[rows[:, None], columns[None, :]], dtype=np.uint8)
-
-
-def _rectangle(
-    panel: NDArray[np.uint8], box: NDArray[np.floating], colour: tuple[int, int, int], thickness: int
-) -> None:
-    limit = np.array([panel.shape[1], panel.shape[0]] * 2) - 1
-    x1, y1, x2, y2 = np.clip(np.rint(box), 0, limit).astype(int).tolist()
-    cv2.rectangle(panel, (x1, y1), (x2, y2), colour, thickness, cv2.LINE_AA)
-
-
-def _draw_seed(panel: NDArray[np.uint8], found: Discovery, index: int, scale: float) -> None:
-    row, column = found.seeds[index].tolist()
-    width, height = found.patch_width * scale, found.patch_height * scale
-    corner = np.array([column * width, row * height, (column + 1) * width, (row + 1) * height])
-    _rectangle(panel, corner, _SEED, 2)
-
-
-def _draw_outlines(panel: NDArray[np.uint8], masks: NDArray[np.bool_]) -> None:
-    """The edges of masks, wherever the mask was made at another size than the panel."""
-    for index, mask in enumerate(masks):
-        stretched = cv2.resize(mask.astype(np.uint8), panel.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-        outlines, _ = cv2.findContours(stretched, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-        cv2.drawContours(panel, outlines, -1, _OUTLINE if index == 0 else _FURTHER, 1, cv2.LINE_AA)
-
-
-def _draw_numbers(panel: NDArray[np.uint8], found: Discovery, scale: float) -> None:
-    """Each box's number, inside its top left corner."""
-    for index, box in enumerate(found.xyxy):
-        place = (int(box[0] * scale) + 6, int(box[1] * scale) + 20)
-        for colour, thickness in (((0, 0, 0), 4), ((255, 255, 255), 1)):
-            cv2.putText(panel, str(index + 1), place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, thickness, cv2.LINE_AA)
-
-
-def _captioned(panel: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
+def _captioned(panel: Pixels, text: str) -> Pixels:
     width = max(panel.shape[1], 330)  # a caption fits
     canvas = np.full((panel.shape[0] + _CAPTION, width, 3), _PAPER, dtype=np.uint8)
     canvas[_CAPTION:, : panel.shape[1]] = panel

@@ -13,7 +13,6 @@ from PIL import Image
 
 from lostreg.errors import LostregError
 from lostreg.images.boxes import cells
-from lostreg.inference.discovery import Discovery
 
 Mask = NDArray[np.bool_]
 
@@ -168,23 +167,18 @@ def mask_boxes(masks: Mask, width: int, height: int) -> NDArray[np.float32]:
     return boxes
 
 
-def save_mask_png(path: Path, found: Discovery) -> None:
+def save_mask_png(path: Path, labels: NDArray[np.uint8]) -> None:
     """Write the objects of an image as one palette PNG of its size: 0 is background, i + 1 is object i.
 
     Args:
         path: the file, ending in ``.png``; its folder is made if need be.
-        found: masks are refined where that was asked for; where two overlap, the earlier object is seen.
+        labels: shape (height, width), such as `Discovery.labels` gives.
 
     Raises:
-        LostregError: if the name ends otherwise, there are more than 255 objects, or the file cannot be written.
+        LostregError: if the name ends otherwise, or the file cannot be written.
     """
     if path.suffix.lower() != ".png":
         raise LostregError(f"cannot write {path}: expected a file ending in .png")
-    if len(found) > MOST_OBJECTS:
-        raise LostregError(f"cannot write {path}: expected at most {MOST_OBJECTS} objects, found {len(found)}")
-    labels = np.zeros((found.height, found.width), dtype=np.uint8)
-    for index in reversed(range(len(found))):
-        labels[found.pixel_mask(index)] = index + 1
     picture = Image.fromarray(labels).convert("P")
     picture.putpalette(palette().tobytes())
     encoded = io.BytesIO()

@@ -43,6 +43,11 @@ class PatchedPicture:
         return self.patches.shape[0], self.patches.shape[1]
 
     @property
+    def scale(self) -> tuple[float, float]:
+        """Scale (x, y) from resized to original pixels."""
+        return self.width / self.size[1], self.height / self.size[0]
+
+    @property
     def pixels(self) -> NDArray[np.uint8]:
         """What was cut, put together again: shape (*size, 3), uint8."""
         rows, columns, patch, _, _ = self.patches.shape

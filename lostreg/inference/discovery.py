@@ -1,18 +1,26 @@
 """The result for one image."""
 
+import contextlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lostreg.errors import OptionError
-from lostreg.images.boxes import cells
+from lostreg.errors import ImageError, LostregError, OptionError
+from lostreg.images.boxes import spread
+from lostreg.images.decode import read_image
+from lostreg.images.draw import encoded, plot_objects
+from lostreg.images.masks import MOST_OBJECTS
 
 if TYPE_CHECKING:
     import supervision
+
+_READ_SIDE: Final = 1024  # of sources, for pictures
+_GREY: Final = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,24 +96,58 @@ class Discovery:
             Shape (height, width), bool.
         """
         if self.refined is None:
-            mask, high, wide = self.masks[index], self.patch_height, self.patch_width
-        else:
-            mask = self.refined[index]
-            high, wide = self.height / mask.shape[0], self.width / mask.shape[1]
-        rows = cells(self.height, high, mask.shape[0])
-        columns = cells(self.width, wide, mask.shape[1])
-        pixels: NDArray[np.bool_] = mask[rows[:, None], columns[None, :]]
-        return pixels
+            return spread(self.masks[index], (self.height, self.width), (self.patch_height, self.patch_width))
+        mask = self.refined[index]
+        return spread(mask, (self.height, self.width), (self.height / mask.shape[0], self.width / mask.shape[1]))
 
-    def plot(self) -> NDArray[np.uint8]:
-        """The picture that notebooks show: boxes and seeds on the left, the degree of every patch on the right.
+    def labels(self) -> NDArray[np.uint8]:
+        """The objects as one picture of the original image's size, of at most 255 objects.
 
         Returns:
-            RGB, uint8. Where the source is not known, or cannot be read any more, boxes lie on plain grey.
-        """
-        from lostreg.images.draw import plot_discovery, readable_pixels
+            Shape (height, width): 0 is background, i + 1 is object i; where two overlap, the earlier one is seen.
 
-        return plot_discovery(readable_pixels(self), self)
+        Raises:
+            LostregError: if there are more.
+        """
+        if len(self) > MOST_OBJECTS:
+            raise LostregError(f"a picture of masks holds at most {MOST_OBJECTS} objects, found {len(self)}")
+        labels = np.zeros((self.height, self.width), dtype=np.uint8)
+        for index in reversed(range(len(self))):
+            labels[self.pixel_mask(index)] = index + 1
+        return labels
+
+    def plot(
+        self, pixels: NDArray[np.uint8] | None = None, truth: NDArray[np.float64] | None = None
+    ) -> NDArray[np.uint8]:
+        """The picture that notebooks show: boxes and seeds on the left, the degree of every patch on the right.
+
+        Args:
+            pixels: the image, RGB (h, w, 3), uint8, at any scale; None reads the source. Where that is not known, or
+                cannot be read any more, boxes lie on plain grey.
+            truth: ground-truth boxes, shape (m, 4), in pixels of the original image, drawn thin; None for none.
+
+        Returns:
+            RGB, uint8.
+        """
+        return plot_objects(
+            self._source_pixels() if pixels is None else pixels,
+            (self.height, self.width),
+            xyxy=self.xyxy,
+            scores=self.scores,
+            seeds=self.seeds,
+            degrees=self.degrees,
+            patch=(self.patch_height, self.patch_width),
+            refined=self.refined,
+            truth=truth,
+        )
+
+    def _source_pixels(self) -> NDArray[np.uint8]:
+        if isinstance(self.source, np.ndarray):
+            return self.source
+        if self.source is not None:
+            with contextlib.suppress(ImageError):
+                return read_image(self.source, max_side=_READ_SIDE, exif=self.exif, max_pixels=sys.maxsize).pixels
+        return np.full((1, 1, 3), _GREY, dtype=np.uint8)
 
     def to_supervision(self, *, masks: bool = True) -> "supervision.Detections":
         """What was found, for supervision's annotators, metrics and data sets.
@@ -139,6 +181,4 @@ class Discovery:
         )
 
     def _repr_png_(self) -> bytes:
-        from lostreg.images.draw import encoded
-
         return encoded(self.plot(), ".png")

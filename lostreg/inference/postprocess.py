@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lostreg.images.boxes import _scale, in_pixels
+from lostreg.images.boxes import in_pixels
 from lostreg.images.masks import mask_boxes, refine
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discovery import Discovery
@@ -49,7 +49,7 @@ def to_discovery(
         options: what is wanted of the objects.
         keep_pixels: whether the discovery's source is the decoded image, instead of its file.
     """
-    scale_x, scale_y = _scale(picture)
+    scale_x, scale_y = picture.scale
     refined = refine(picture.pixels, objects.masks, (patch_size, patch_size)) if options.refine else None
     if options.box_from == "mask" and refined is not None:
         boxes = mask_boxes(refined, picture.width, picture.height)

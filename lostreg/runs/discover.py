@@ -135,7 +135,7 @@ def discover_collection(
             if isinstance(outcome, Discovery):
                 prediction, maps = from_discovery(name, outcome, masks=masks), maps_of(name, path, outcome)
                 if mask_pictures:
-                    save_mask_png(mask_path(out, name), outcome)
+                    save_mask_png(mask_path(out, name), outcome.labels())
             elif strict:
                 raise outcome
             else:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from fabricate import discovery
 
-from lostreg.demo.panels import SEED, colour_of, draw_attention, draw_degrees, draw_objects
+from lostreg.demo.panels import colour_of, draw_attention, draw_degrees, draw_objects
+from lostreg.images.draw import SEED
 from lostreg.inference.discovery import Discovery
 
 GREY = np.full((350, 700, 3), 128, np.uint8)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lostreg.errors import LostregError
-from lostreg.images.draw import plot_discovery, save_picture
+from lostreg.images.draw import save_picture
 from lostreg.inference.discovery import Discovery
 
 GREEN, RED, YELLOW = (40, 220, 40), (230, 30, 30), (255, 200, 0)
@@ -33,7 +33,7 @@ def near(pixel: np.ndarray, colour: tuple[int, int, int]) -> bool:
 
 
 def test_box_seed_and_truth_are_drawn_in_both_panels_at_their_place() -> None:
-    picture = plot_discovery(np.zeros((160, 320, 3), np.uint8), discovery(), np.array([[10.0, 10.0, 300.0, 150.0]]))
+    picture = discovery().plot(np.zeros((160, 320, 3), np.uint8), truth=np.array([[10.0, 10.0, 300.0, 150.0]]))
     assert picture.shape == (320 + CAPTION, 640 + 12 + 640, 3)
     for left in (0, 640 + 12):
         assert near(picture[CAPTION + 128, left + 128], GREEN)  # the box's left edge: x = 64, twice as large
@@ -43,7 +43,7 @@ def test_box_seed_and_truth_are_drawn_in_both_panels_at_their_place() -> None:
 
 
 def test_the_degree_panel_shows_low_degrees_dark_and_high_ones_light() -> None:
-    picture = plot_discovery(np.zeros((160, 320, 3), np.uint8), discovery())
+    picture = discovery().plot(np.zeros((160, 320, 3), np.uint8))
     right = picture[CAPTION:, 640 + 12 :].astype(int)
     assert right[5, 5].sum() < right[-5, -5].sum()
     # One patch is one colour: 16 pixels, twice as large.
@@ -53,7 +53,7 @@ def test_the_degree_panel_shows_low_degrees_dark_and_high_ones_light() -> None:
 
 def test_padding_beyond_the_image_is_not_shown() -> None:
     found = discovery(width=312, degrees=np.zeros((10, 20), dtype=int))
-    assert plot_discovery(np.zeros((160, 312, 3), np.uint8), found).shape[1] == 640 * 2 + 12
+    assert found.plot(np.zeros((160, 312, 3), np.uint8)).shape[1] == 640 * 2 + 12
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2000, 30), (30, 2000)])
@@ -68,7 +68,7 @@ def test_extreme_shapes_are_no_error(size) -> None:
         degrees=np.zeros(grid, dtype=int),
         masks=np.zeros((1, *grid), dtype=bool),
     )
-    assert plot_discovery(np.zeros((height, width, 3), np.uint8), found).dtype == np.uint8
+    assert found.plot(np.zeros((height, width, 3), np.uint8)).dtype == np.uint8
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".PNG"])
@@ -112,7 +112,7 @@ def three_objects(**changes) -> Discovery:
 
 
 def test_further_boxes_have_another_colour_than_the_main_one() -> None:
-    picture = plot_discovery(np.zeros((160, 320, 3), np.uint8), three_objects())
+    picture = three_objects().plot(np.zeros((160, 320, 3), np.uint8))
     for left in (0, 640 + 12):
         assert near(picture[CAPTION + 150, left + 128], GREEN)
         assert near(picture[CAPTION + 200, left + 400], (70, 170, 255))
@@ -121,8 +121,8 @@ def test_further_boxes_have_another_colour_than_the_main_one() -> None:
 def test_refined_masks_are_outlined_at_their_place_whatever_their_size() -> None:
     refined = np.zeros((1, 80, 160), dtype=bool)
     refined[0, 50:70, 100:140] = True  # 400 to 560 across and 200 to 280 down in the panel
-    plain = plot_discovery(np.zeros((160, 320, 3), np.uint8), discovery())
-    picture = plot_discovery(np.zeros((160, 320, 3), np.uint8), discovery(refined=refined))
+    plain = discovery().plot(np.zeros((160, 320, 3), np.uint8))
+    picture = discovery(refined=refined).plot(np.zeros((160, 320, 3), np.uint8))
     changed = np.argwhere((picture != plain).any(axis=2)) - (CAPTION, 0)
     np.testing.assert_allclose(changed.min(axis=0), (200, 400), atol=3)
     np.testing.assert_allclose(changed.max(axis=0), (280, 560), atol=3)

@@ -356,7 +356,7 @@ def test_a_mask_file_has_the_size_of_the_image_and_a_number_for_each_object(tmp_
     masks = np.zeros((2, 3, 4), dtype=bool)
     masks[0, 0, :2] = masks[1, 2, 3] = True
     path = tmp_path / "new" / "masks.PNG"
-    save_mask_png(path, discovery(masks, 55, 40, 14))
+    save_mask_png(path, discovery(masks, 55, 40, 14).labels())
     with Image.open(path) as picture:
         assert (picture.format, picture.mode, picture.size) == ("PNG", "P", (55, 40))
         labels = np.asarray(picture)
@@ -371,7 +371,7 @@ def test_a_mask_file_has_the_refined_masks_and_the_earlier_object_in_front(tmp_p
     refined = np.zeros((2, 20, 27), dtype=bool)
     refined[0, 5:10, 5:10] = refined[1, 8:12, 8:12] = True
     found = discovery(np.zeros((2, 3, 4), dtype=bool), 54, 40, 14, refined)
-    save_mask_png(tmp_path / "masks.png", found)
+    save_mask_png(tmp_path / "masks.png", found.labels())
     labels = np.asarray(Image.open(tmp_path / "masks.png"))
     assert np.array_equal(labels == 1, found.pixel_mask(0))
     assert np.array_equal(labels == 2, found.pixel_mask(1) & ~found.pixel_mask(0))
@@ -389,9 +389,9 @@ def test_colours_are_distinct_and_the_background_is_black() -> None:
 def test_a_mask_file_that_cannot_be_written_is_one_clear_error(tmp_path) -> None:
     found = discovery(np.zeros((1, 3, 4), dtype=bool), 55, 40, 14)
     with pytest.raises(LostregError, match=r"expected a file ending in \.png"):
-        save_mask_png(tmp_path / "masks.jpg", found)
+        save_mask_png(tmp_path / "masks.jpg", found.labels())
     (tmp_path / "file").touch()
     with pytest.raises(LostregError, match=r"cannot write .*masks\.png"):
-        save_mask_png(tmp_path / "file" / "masks.png", found)
+        save_mask_png(tmp_path / "file" / "masks.png", found.labels())
     with pytest.raises(LostregError, match="at most 255 objects, found 256"):
-        save_mask_png(tmp_path / "masks.png", discovery(np.zeros((256, 3, 4), dtype=bool), 55, 40, 14))
+        discovery(np.zeros((256, 3, 4), dtype=bool), 55, 40, 14).labels()
