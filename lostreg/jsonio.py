@@ -124,3 +124,9 @@ def is_box(value: Any) -> bool:
 def is_id(value: Any) -> TypeGuard[str | int]:
     """Whether a value out of a JSON file names an image."""
     return isinstance(value, str | int) and not isinstance(value, bool)
+
+
+def cut(text: str, most: int = 60) -> str:
+    """A value for a message, without its middle where it is long."""
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

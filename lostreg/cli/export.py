@@ -3,30 +3,21 @@
 import argparse
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from lostreg import defaults
 from lostreg.cli.files import check_writable, refuse_among_images
 from lostreg.cli.options import Subparsers, as_finite, tell, unit_interval
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError, PredictionsError
+from lostreg.exports.formats import FORMATS, OPTIONS, Format, formats_with
 
 if TYPE_CHECKING:
     from lostreg.exports.items import ExportSet
     from lostreg.runs.locate import ImageFinder
     from lostreg.runs.predictions import Prediction
 
-_SUFFIXES: Final = {"coco": ".json", "csv": ".csv", "labelstudio": ".json"}
-_FOLDERS: Final = ("voc", "yolo")
 _OF_A_RUN: Final = (defaults.MAPS_FILE, defaults.RESULTS_FILE)
-# What only some formats have; None where the user says nothing.
-_ONLY: Final = {
-    "label": ("coco", "voc", "yolo", "labelstudio"),
-    "keep_empty": ("coco", "voc", "yolo"),
-    "files": ("voc", "yolo"),
-    "val_share": ("yolo",),
-    "image_url": ("labelstudio",),
-}
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -39,7 +30,7 @@ def add_parser(commands: Subparsers) -> None:
         "labelstudio has its labelling configuration beside it, as .xml. Runs no model.",
     )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="predictions file, or folder of a run")
-    parser.add_argument("--format", required=True, choices=("coco", "voc", "yolo", "csv", "labelstudio"))
+    parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="the file or folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the file, or the folder of an earlier export")
     parser.add_argument(
@@ -80,18 +71,19 @@ def run(args: argparse.Namespace) -> int:
     """Read, check, write; the last line says what was exported."""
     from lostreg.runs.locate import ImageFinder, is_unfinished, predictions_file
 
-    _check_options(args)
+    kind = FORMATS[args.format]
+    _check_options(args, kind)
     source = predictions_file(args.predictions)
-    _check_out(args, source)
+    _check_out(args, kind, source)
     predictions = _read(source)
     if is_unfinished(source):
         tell(f"{source.parent} holds a run that did not come to its end: these are its images so far")
     finder = ImageFinder(source, args.images)
-    if args.format in _FOLDERS and args.out.exists():
+    if kind.is_folder and args.out.exists():
         _check_sources(args.out, source, predictions, finder)
-    chosen = _gather(args, predictions, finder)
-    _write(args, chosen, finder)
-    _report(args, chosen)
+    chosen = _gather(args, kind, predictions, finder)
+    _write(args, kind, chosen, finder)
+    _report(args, kind, chosen)
     return 0
 
 
@@ -105,18 +97,20 @@ def _read(source: Path) -> "list[Prediction]":
     return predictions
 
 
-def _gather(args: argparse.Namespace, predictions: "list[Prediction]", finder: "ImageFinder") -> "ExportSet":
+def _gather(
+    args: argparse.Namespace, kind: Format, predictions: "list[Prediction]", finder: "ImageFinder"
+) -> "ExportSet":
     from lostreg.exports.items import gather
 
     chosen = gather(
         predictions,
         finder,
         min_score=args.min_score,
-        keep_empty=args.keep_empty or args.format not in _ONLY["keep_empty"],
-        sized=args.format != "csv",
-        masks=args.format == "coco",
+        keep_empty=args.keep_empty or "keep_empty" not in kind.options,
+        sized=kind.needs_sizes,
+        masks=kind.has_masks,
     )
-    if not chosen.images and args.format != "csv":
+    if not chosen.images and not kind.has_unreadable:
         raise OptionError(
             f"nothing to export: of {len(predictions)} images {len(chosen.unreadable)} could not be read, and "
             f"{chosen.empty} have no box with a score of at least {args.min_score:g}"
@@ -124,21 +118,21 @@ def _gather(args: argparse.Namespace, predictions: "list[Prediction]", finder: "
     return chosen
 
 
-def _check_options(args: argparse.Namespace) -> None:
-    for option, formats in _ONLY.items():
-        if getattr(args, option) is not None and args.format not in formats:
-            raise OptionError(f"--{option.replace('_', '-')} is for {', '.join(formats)}, not for {args.format}")
+def _check_options(args: argparse.Namespace, kind: Format) -> None:
+    for option in OPTIONS:
+        if getattr(args, option) is not None and option not in kind.options:
+            words = f"--{option.replace('_', '-')} is for {', '.join(formats_with(option))}"
+            raise OptionError(f"{words}, not for {args.format}")
 
 
-def _check_out(args: argparse.Namespace, source: Path) -> None:
+def _check_out(args: argparse.Namespace, kind: Format, source: Path) -> None:
     from lostreg.exports.writing import check_file, check_folder
 
-    if args.format in _FOLDERS:
+    if kind.is_folder:
         check_folder(args.out, overwrite=args.overwrite)
         return
-    suffixes = (_SUFFIXES[args.format], *((".xml",) if args.format == "labelstudio" else ()))
-    for suffix in suffixes:
-        out = args.out if suffix == suffixes[0] else args.out.with_suffix(suffix)
+    for suffix in kind.suffixes:
+        out = args.out if suffix == kind.suffixes[0] else args.out.with_suffix(suffix)
         check_file(out, suffix, overwrite=args.overwrite)
         check_writable(out, "this format")
     if args.out.resolve() in [place.resolve() for place in (source, *map(source.with_name, _OF_A_RUN))]:
@@ -152,43 +146,21 @@ def _check_sources(out: Path, source: Path, predictions: "list[Prediction]", fin
     check_sources(out, [source, *(finder.place(line.image_id) for line in predictions)])
 
 
-def _write(args: argparse.Namespace, chosen: "ExportSet", finder: "ImageFinder") -> None:
-    from lostreg.exports.coco import as_coco
-    from lostreg.exports.csv_table import as_csv
-    from lostreg.exports.labelstudio import as_tasks, labelling_config
-    from lostreg.exports.writing import as_text, write_file
-
-    options = _given(args, "label")
-    if args.format in _FOLDERS:
-        _write_folder(args, chosen, finder)
-    elif args.format == "coco":
-        write_file(args.out, as_text(as_coco(chosen, **options)))
-    elif args.format == "csv":
-        write_file(args.out, as_csv(chosen))
-    else:
-        tasks = as_text(as_tasks(chosen, **options, **_given(args, "image_url")))
-        write_file(args.out.with_suffix(".xml"), labelling_config(**options))
-        write_file(args.out, tasks)
-
-
-def _write_folder(args: argparse.Namespace, chosen: "ExportSet", finder: "ImageFinder") -> None:
-    from lostreg.exports.voc import write_voc
+def _write(args: argparse.Namespace, kind: Format, chosen: "ExportSet", finder: "ImageFinder") -> None:
     from lostreg.exports.writing import MARK, whole_folder
-    from lostreg.exports.yolo import write_yolo
     from lostreg.jsonio import write_json
 
+    names = [name for name in kind.options if name != "keep_empty" and getattr(args, name) is not None]
+    options = {name: getattr(args, name) for name in names}  # the formats know what holds else
+    if not kind.is_folder:
+        kind.write(args.out, chosen, **options)
+        return
     _refuse_among_images(args.out, chosen, finder)
-    options = _given(args, "label", "val_share") | ({"placing": args.files} if args.files else {})
-    write = write_yolo if args.format == "yolo" else write_voc
-    with whole_folder(args.out) as folder, ProgressBar("export", len(chosen.images)) as bar:
-        encoded = write(folder, chosen, **options, advance=bar.advance)
-        about = {
-            "kind": args.format,
-            "lostreg": metadata.version("lostreg"),
-            "images": len(chosen.images),
-            "boxes": chosen.boxes,
-        }
-        write_json(folder / MARK, {"format": "lostreg export 1", **about, "min_score": args.min_score})
+    with whole_folder(args.out) as folder, ProgressBar("export") as bar:
+        encoded = kind.write(folder, chosen, **options, on_progress=bar)
+        about = {"kind": args.format, "lostreg": metadata.version("lostreg")}
+        about |= {"images": len(chosen.images), "boxes": chosen.boxes, "min_score": args.min_score}
+        write_json(folder / MARK, {"format": "lostreg export 1", **about})
     if encoded:
         tell(
             f"{encoded} images were encoded anew, upright, as JPEG or PNG: not all readers of {args.format} take them "
@@ -204,31 +176,26 @@ def _refuse_among_images(out: Path, chosen: "ExportSet", finder: "ImageFinder") 
     refuse_among_images("--out", out, [str(finder.folder)] if finder.folder else [], paths)
 
 
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options that the user gave: the formats know what holds else."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def _report(args: argparse.Namespace, chosen: "ExportSet") -> None:
+def _report(args: argparse.Namespace, kind: Format, chosen: "ExportSet") -> None:
     from lostreg.exports.names import utf8_name
 
     if chosen.clipped:
         tell(f"{chosen.clipped} boxes reached beyond their images and were cut")
     unclear = chosen.below(defaults.CLEAR_SCORE)
-    if unclear and args.format in _FOLDERS:  # which have no place for scores
+    if unclear and not kind.has_scores:
         tell(
             f"{unclear} of {chosen.boxes} boxes have a score below {defaults.CLEAR_SCORE}, where there is no clear "
             f"object: --min-score {defaults.CLEAR_SCORE} leaves them out"
         )
     strange = sum(utf8_name(image.name) != image.name for image in chosen.images)
-    if strange and args.format in ("coco", "labelstudio"):
+    if strange and kind.is_utf8:
         tell(
             f"{strange} file names are not UTF-8 and were changed: other tools find these images once their files have "
             "the names in the export"
         )
     notes = []
     if chosen.unreadable:
-        notes.append(f"{len(chosen.unreadable)} unreadable" + ("" if args.format == "csv" else " left out"))
+        notes.append(f"{len(chosen.unreadable)} unreadable" + ("" if kind.has_unreadable else " left out"))
     if chosen.empty:
         notes.append(f"{chosen.empty} without a box left out")
     note = f" ({', '.join(notes)})" if notes else ""

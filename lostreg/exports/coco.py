@@ -1,12 +1,20 @@
 """COCO: one JSON with images, annotations and one category."""
 
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from lostreg.exports.items import ExportBox, ExportImage, ExportSet
 from lostreg.exports.names import utf8_name
+from lostreg.exports.writing import as_text, write_file
 
 CATEGORY = 1
+
+
+def write(out: Path, collection: ExportSet, label: str = "object") -> int:
+    """Write the file; see `as_coco`."""
+    write_file(out, as_text(as_coco(collection, label)))
+    return 0
 
 
 def as_coco(collection: ExportSet, label: str = "object") -> dict[str, Any]:

@@ -2,13 +2,21 @@
 
 import csv
 import io
+from pathlib import Path
 from typing import Any, Final
 
 from lostreg.exports.items import ExportSet
 from lostreg.exports.names import escaped
+from lostreg.exports.writing import write_file
 
 COLUMNS: Final = ("image_id", "width", "height", "x1", "y1", "x2", "y2", "score", "seed_row", "seed_col", "error")
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+def write(out: Path, collection: ExportSet) -> int:
+    """Write the file; see `as_csv`."""
+    write_file(out, as_csv(collection))
+    return 0
 
 
 def as_csv(collection: ExportSet) -> str:

@@ -2,23 +2,22 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from lostreg.datasets.base import ImageId, name_some
 from lostreg.errors import OptionError, PredictionsError
-from lostreg.exports.names import below_one_folder, cut
+from lostreg.exports.names import below_one_folder
 from lostreg.images.decode import SUFFIXES, read_image
 from lostreg.images.rle import Rle, decode_rle
-from lostreg.jsonio import is_finite_number
+from lostreg.jsonio import cut
 from lostreg.runs.locate import ImageFinder, Source
 from lostreg.runs.predictions import Prediction
 
 Box = tuple[float, float, float, float]
 
 _MOST_PIXELS: Final = 1 << 30  # of a mask, which takes a byte for each
-_LONGEST_SIDE: Final = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -109,14 +108,14 @@ def gather(
 
     Raises:
         OptionError: if boxes are to be left out by scores that the predictions do not have.
-        PredictionsError: if an image comes twice, its numbers or masks do not fit together, a box lies outside, or the
-            size is needed and neither known nor to be found.
+        PredictionsError: if an image comes twice, its masks are of another size, a box lies outside, or the size is
+            needed and neither known nor to be found.
         ImageError: if an image file whose size is needed cannot be read.
     """
     lines = list(predictions)
     _check_ids(lines)
-    unreadable = tuple(line for line in lines if _is_unreadable(line))
-    readable = [_clear(_image(line, finder), min_score) for line in lines if not _is_unreadable(line)]
+    unreadable = tuple(line for line in lines if line.error is not None)
+    readable = [_clear(_image(line, finder), min_score) for line in lines if line.error is None]
     images = [image for image in readable if image.boxes or keep_empty]
     empty = len(readable) - len(images)
     clipped = 0
@@ -136,18 +135,7 @@ def _check_ids(lines: Sequence[Prediction]) -> None:
         raise PredictionsError(f"the predictions have {len(twice)} images twice: {name_some(twice)}")
 
 
-def _is_unreadable(line: Prediction) -> bool:
-    """Whether the image could not be read; other programs may write an empty error where there is none."""
-    error: Any = line.error
-    if error is None or error is False or error == "":
-        return False
-    if not isinstance(error, str):
-        raise PredictionsError(f"{_name_of(line)}: expected the error as text, not {cut(repr(error))}")
-    return True
-
-
 def _image(line: Prediction, finder: ImageFinder) -> ExportImage:
-    _check(line)
     source = finder.find(line.image_id)
     boxes = [
         ExportBox(
@@ -204,31 +192,6 @@ def _name(image_id: ImageId, source: Source | None) -> str:
 
 def _name_of(line: Prediction | ExportImage) -> str:
     return f"image {cut(repr(line.image_id))}"
-
-
-def _check(line: Prediction) -> None:
-    """Raise unless the numbers of a line fit together: the reader checks boxes alone."""
-    count = len(line.boxes)
-    wrong = None
-    if not all(type(side) is int and 0 <= side < _LONGEST_SIDE for side in (line.width, line.height)):
-        sizes = f"{cut(repr(line.width))} and {cut(repr(line.height))}"
-        wrong = f"width and height must be whole numbers below 2**31, not {sizes}"
-    elif not _fits(line.scores, count, is_finite_number):
-        wrong = f"expected one finite score for each of {count} boxes, found {cut(repr(line.scores))}"
-    elif not _fits(line.seeds, count, _is_pair):
-        wrong = f"expected one seed [row, column] for each of {count} boxes, found {cut(repr(line.seeds))}"
-    elif line.masks is not None and not _fits(line.masks, count, lambda mask: isinstance(mask, dict)):
-        wrong = f"expected one mask, as COCO encodes them, for each of {count} boxes, found {cut(repr(line.masks))}"
-    if wrong:
-        raise PredictionsError(f"{_name_of(line)}: {wrong}")
-
-
-def _fits(values: Any, count: int, is_sound: Callable[[Any], bool]) -> bool:
-    return isinstance(values, Sequence) and len(values) in (0, count) and all(is_sound(value) for value in values)
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 2 and all(type(number) is int for number in value)
 
 
 def _within(images: list[ExportImage]) -> tuple[list[ExportImage], int]:

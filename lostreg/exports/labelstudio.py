@@ -1,18 +1,28 @@
 """Label Studio: tasks with pre-annotations, and the labelling configuration that they need."""
 
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
 from lostreg.exports.items import ExportBox, ExportImage, ExportSet
 from lostreg.exports.names import escaped, utf8_name
+from lostreg.exports.writing import as_text, write_file
 
 IMAGE_URL: Final = "/data/local-files/?d="
 """What Label Studio's local storage puts before a path below its document root."""
 
 _FROM: Final = "label"
 _TO: Final = "image"
+
+
+def write(out: Path, collection: ExportSet, label: str = "object", image_url: str = IMAGE_URL) -> int:
+    """Write the tasks, and beside them the labelling configuration, as .xml."""
+    tasks = as_text(as_tasks(collection, label, image_url))
+    write_file(out.with_suffix(".xml"), labelling_config(label))
+    write_file(out, tasks)
+    return 0
 
 
 def labelling_config(label: str = "object") -> str:

@@ -70,12 +70,6 @@ def escaped(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def cut(text: str, most: int = 60) -> str:
-    """A value for a message, without its middle where it is long."""
-    half = (most - 3) // 2
-    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
-
-
 def below_one_folder(names: Sequence[str]) -> list[str]:
     """Names as paths below one folder: no export says where a machine keeps files, and none leads out of its place.
 

@@ -2,7 +2,6 @@
 
 import math
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -10,18 +9,19 @@ from lostreg.exports.items import Box, ExportImage, ExportSet
 from lostreg.exports.names import Names, printable
 from lostreg.exports.pictures import Placing, Plan, Reader, place, plan_all
 from lostreg.exports.writing import put
+from lostreg.progress import OnProgress, Progress
 
 READER: Final = Reader(kinds=("JPEG", "MPO", "PNG"), turns=False)
 SPLIT: Final = "trainval"
 
 
-def write_voc(
+def write(
     folder: Path,
     collection: ExportSet,
     *,
     label: str = "object",
-    placing: Placing = "copy",
-    advance: Callable[[], None] = lambda: None,
+    files: Placing = "copy",
+    on_progress: OnProgress = lambda _: None,
 ) -> int:
     """Fill a folder in VOC layout, as `lostreg eval voc` reads it.
 
@@ -31,8 +31,8 @@ def write_voc(
         folder: that is filled.
         collection: what is exported.
         label: of every object.
-        placing: what becomes of the image files.
-        advance: called after each image.
+        files: what becomes of the image files.
+        on_progress: called after each image.
 
     Returns:
         How many images were encoded anew: those that are no JPEG or PNG files, or have an EXIF orientation.
@@ -43,20 +43,20 @@ def write_voc(
         OSError: if something cannot be written.
     """
     names = Names(flat=True)
-    plans = plan_all(collection.images, READER, placing)
+    plans = plan_all(collection.images, READER, files)
     stems = []
     for image, what in zip(collection.images, plans, strict=True):
         stems.append(names.stem(image.name))
-        _put_image(folder, stems[-1], image, what, placing=placing, label=label)
-        advance()
+        _put_image(folder, stems[-1], image, what, files=files, label=label)
+        on_progress(Progress(len(stems), len(plans)))
     put(folder / "ImageSets" / "Main" / f"{SPLIT}.txt", "".join(f"{stem}\n" for stem in stems))
     return sum(what.encode for what in plans if what)
 
 
-def _put_image(folder: Path, stem: str, image: ExportImage, what: Plan | None, *, placing: Placing, label: str) -> None:
+def _put_image(folder: Path, stem: str, image: ExportImage, what: Plan | None, *, files: Placing, label: str) -> None:
     suffix = what.suffix if what else printable(Path(image.name).suffix) or ".jpg"
     if what:
-        place(what, folder / "JPEGImages" / (stem + suffix), placing)
+        place(what, folder / "JPEGImages" / (stem + suffix), files)
     put(folder / "Annotations" / f"{stem}.xml", _xml(image, stem + suffix, label))
 
 

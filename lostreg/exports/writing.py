@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lostreg.errors import OptionError, PredictionsError
-from lostreg.exports.names import cut
-from lostreg.jsonio import as_line, write_whole
+from lostreg.jsonio import as_line, cut, write_whole
 from lostreg.runs.locate import is_file
 
 MARK: Final = "lostreg-export.json"

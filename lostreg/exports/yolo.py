@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -10,20 +10,21 @@ from lostreg.exports.items import ExportBox, ExportImage, ExportSet
 from lostreg.exports.names import Names, escaped
 from lostreg.exports.pictures import Placing, Plan, Reader, place, plan_all
 from lostreg.exports.writing import put
+from lostreg.progress import OnProgress, Progress
 
 READER: Final = Reader(kinds=("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"), turns=True)
 VAL_SHARE: Final = 0.2
 _LEAST_SIDE: Final = 1e-6  # what six decimals still hold: readers drop a box without width or height
 
 
-def write_yolo(
+def write(
     folder: Path,
     collection: ExportSet,
     *,
     label: str = "object",
-    placing: Placing = "copy",
+    files: Placing = "copy",
     val_share: float = VAL_SHARE,
-    advance: Callable[[], None] = lambda: None,
+    on_progress: OnProgress = lambda _: None,
 ) -> int:
     """Fill a folder with ``images/train``, ``images/val``, ``labels/train``, ``labels/val`` and ``data.yaml``.
 
@@ -33,9 +34,9 @@ def write_yolo(
         folder: that is filled.
         collection: what is exported.
         label: of the one class.
-        placing: what becomes of the image files.
+        files: what becomes of the image files.
         val_share: about how much of the images goes to ``val``, see `choose_val`.
-        advance: called after each image.
+        on_progress: called after each image.
 
     Returns:
         How many images were encoded anew, because OpenCV or Ultralytics read them differently or not at all.
@@ -47,18 +48,18 @@ def write_yolo(
     """
     names = Names(reserved="images")
     val = choose_val([str(image.image_id) for image in collection.images], val_share)
-    plans = plan_all(collection.images, READER, placing)
+    plans = plan_all(collection.images, READER, files)
     for index, (image, what) in enumerate(zip(collection.images, plans, strict=True)):
         stem = f"{'val' if index in val else 'train'}/{names.stem(image.name)}"
-        _put_image(folder, stem, image, what, placing)
-        advance()
+        _put_image(folder, stem, image, what, files)
+        on_progress(Progress(index + 1, len(plans)))
     put(folder / "data.yaml", _data(label, has_val=bool(val)))
     return sum(what.encode for what in plans if what)
 
 
-def _put_image(folder: Path, stem: str, image: ExportImage, what: Plan | None, placing: Placing) -> None:
+def _put_image(folder: Path, stem: str, image: ExportImage, what: Plan | None, files: Placing) -> None:
     if what:
-        place(what, folder / "images" / (stem + what.suffix), placing)
+        place(what, folder / "images" / (stem + what.suffix), files)
     put(folder / "labels" / f"{stem}.txt", "".join(_row(image, box) for box in image.boxes))
 
 

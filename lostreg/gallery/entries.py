@@ -15,7 +15,7 @@ from lostreg.images.rle import decode_rle
 from lostreg.runs.locate import find_below
 from lostreg.runs.maps import ImageMaps
 from lostreg.runs.predictions import Prediction
-from lostreg.runs.reader import Shown, clean_scores
+from lostreg.runs.reader import Shown
 
 SIDE: Final = 480
 QUALITY: Final = 75
@@ -55,7 +55,8 @@ def make_entry(shown: Shown, images: Path | None, *, exif: bool, max_pixels: int
             jpeg, actual, note = _encode(picture.pixels), (picture.width, picture.height), ""
         except ImageError as error:
             note = str(error).replace(str(path), path.name)
-    width, height = size = _size(prediction) or actual or _reach(prediction)
+    known = (prediction.width, prediction.height)
+    width, height = size = known if all(known) else actual or _reach(prediction)
     if actual and actual != size:
         note = f"the file has changed since the run: it was {width}x{height} and is {actual[0]}x{actual[1]}"
     return Entry(_card(shown, size, note), _maps(prediction, maps), jpeg)
@@ -81,8 +82,8 @@ def _card(shown: Shown, size: tuple[int, int], note: str) -> dict[str, Any]:
         "name": readable(str(prediction.image_id)),
         "size": list(size),
         "boxes": [[round(value, 2) for value in box] for box in prediction.boxes],
-        "scores": clean_scores(prediction),
-        "seeds": _seeds(prediction),
+        "scores": list(prediction.scores) or [None] * len(prediction.boxes),
+        "seeds": [list(seed) for seed in prediction.seeds],
     }
     if maps is not None:
         fields["patch"] = [maps.patch_width, maps.patch_height]
@@ -99,23 +100,9 @@ def _maps(prediction: Prediction, maps: ImageMaps | None) -> dict[str, Any]:
         kind = "<u2" if maps.degrees.max(initial=0) < 1 << 16 else "<u4"
         fields["grid"] = list(maps.degrees.shape)
         fields["degrees"] = base64.b64encode(maps.degrees.astype(kind).tobytes()).decode("ascii")
-    if isinstance(prediction.masks, list):
-        fields["masks"] = [small_mask(mask) for mask in prediction.masks[: len(prediction.boxes)]]
+    if prediction.masks:
+        fields["masks"] = [small_mask(mask) for mask in prediction.masks]
     return fields
-
-
-def _seeds(prediction: Prediction) -> list[list[int]]:
-    seeds = prediction.seeds if isinstance(prediction.seeds, list | tuple) else ()
-    return [list(seed) for seed in seeds] if all(_is_pair(seed) for seed in seeds) else []
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(type(part) is int for part in value)
-
-
-def _size(prediction: Prediction) -> tuple[int, int] | None:
-    width, height = prediction.width, prediction.height
-    return (width, height) if all(type(side) is int and side > 0 for side in (width, height)) else None
 
 
 def _reach(prediction: Prediction) -> tuple[int, int]:

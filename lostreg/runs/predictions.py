@@ -1,29 +1,31 @@
 """The predictions file: JSON Lines, one image a line, appended as it is computed and safe to cut anywhere."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
 from lostreg.images.rle import Rle, encode_rle
 from lostreg.inference.discovery import Discovery
-from lostreg.jsonio import as_line, is_box, is_finite_number, is_id
+from lostreg.jsonio import as_line, cut, is_box, is_finite_number, is_id
+
+_LONGEST_SIDE: Final = 1 << 31
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One line of a predictions file.
+    """One line of a predictions file; what is read from a file has been checked, see `parse_prediction`.
 
     Attributes:
         image_id: file stem for VOC, integer id for COCO.
         boxes: ``[x1, y1, x2, y2]`` each, in pixels, best first; none for an image that could not be read.
         width: of the image, in pixels; 0 where unknown.
         height: of the image, in pixels; 0 where unknown.
-        scores: one a box, in [0, 1].
-        seeds: patch row and column, one pair a box.
+        scores: one a box, those of lostreg in [0, 1]; none where other programs have written none.
+        seeds: patch row and column, one pair a box; or none.
         masks: one a box, in COCO's compressed run-length encoding; None where masks were not asked for.
         error: why there are no boxes, for an image that could not be read.
     """
@@ -39,13 +41,8 @@ class Prediction:
 
     @property
     def has_scores(self) -> bool:
-        """Whether each box has a score that can be compared: a line that a person has edited may hold anything."""
-        scores = self.scores
-        return (
-            isinstance(scores, Sequence)
-            and len(scores) == len(self.boxes)
-            and all(is_finite_number(score) for score in scores)
-        )
+        """Whether each box has a score."""
+        return len(self.scores) == len(self.boxes)
 
     def to_line(self) -> str:
         """The JSON object, without a line break."""
@@ -121,44 +118,73 @@ def stream_predictions(path: Path) -> Iterator[Prediction]:
         raise PredictionsError(f"cannot read predictions {path}: {error.strerror}") from error
 
 
-def parse_prediction(line: bytes) -> Prediction:
-    """One line of a file.
-
-    Raises:
-        ValueError: if it is no JSON, or a field has a value that cannot be.
-        TypeError: if a field is of another type than it should be.
-    """
-    return _parse(json.loads(line))
-
-
 def _parse_lines(lines: Iterable[bytes], path: Path, *, may_be_cut: bool = False) -> Iterator[Prediction]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield parse_prediction(line)
-            except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            except (ValueError, TypeError) as error:
                 if may_be_cut and not line.endswith(b"\n"):
                     return
-                raise PredictionsError(
-                    f"{path}, line {number}: expected an object with image_id and boxes ({error})"
-                ) from error
+                raise PredictionsError(f"{path}, line {number}: {error}") from error
 
 
-def _parse(fields: Any) -> Prediction:
+def parse_prediction(line: bytes) -> Prediction:
+    """One line of a file, checked completely.
+
+    Only ``image_id`` and ``boxes`` are needed. Other fields may be missing or null, ``error`` also false or empty, as
+    other programs write them; what is there has to fit. Run lengths of masks are checked where they are decoded.
+
+    Raises:
+        ValueError: if it is no JSON, or a field has a value that cannot be.
+        TypeError: if a field is of another type than it should be.
+    """
+    expected = "expected an object with image_id and boxes"
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{expected} ({error})") from error
     if not isinstance(fields, dict):
-        raise TypeError(f"found {type(fields).__name__}")
-    image_id, boxes = fields.get("image_id"), fields.get("boxes")
+        raise TypeError(f"{expected} (found {type(fields).__name__})")
+    image_id, boxes, reason = fields.get("image_id"), fields.get("boxes"), fields.get("error")
     if not is_id(image_id):
-        raise TypeError(f"image_id is {image_id!r}")
+        raise TypeError(f"{expected} (image_id is {cut(repr(image_id))})")
     if not isinstance(boxes, list) or not all(is_box(box) for box in boxes):
-        raise TypeError("boxes is not a list of [x1, y1, x2, y2]")
+        raise TypeError(f"{expected} (boxes is not a list of [x1, y1, x2, y2])")
+    if reason is False or reason == "":
+        reason = None
+    if not isinstance(reason, str | None):
+        raise TypeError(f"expected the error as text, not {cut(repr(reason))}")
     return Prediction(
         image_id,
         boxes,
-        fields.get("width", 0),
-        fields.get("height", 0),
-        fields.get("scores", ()),
-        fields.get("seeds", ()),
-        fields.get("masks"),
-        fields.get("error"),
+        _side(fields, "width"),
+        _side(fields, "height"),
+        _of_boxes(fields, "scores", is_finite_number, "finite score") or (),
+        _of_boxes(fields, "seeds", _is_place, "seed [row, column]") or (),
+        _of_boxes(fields, "masks", lambda mask: isinstance(mask, dict), "mask, as COCO encodes them,"),
+        reason,
     )
+
+
+def _side(fields: dict[str, Any], name: str) -> int:
+    side = fields.get(name)
+    if side is None:
+        return 0
+    if type(side) is not int or not 0 <= side < _LONGEST_SIDE:
+        raise ValueError(f"width and height must be whole numbers below 2**31, not {cut(repr(side))}")
+    return side
+
+
+def _of_boxes(fields: dict[str, Any], name: str, is_sound: Callable[[Any], bool], words: str) -> list[Any] | None:
+    """A list with a sound value for each box, or without any; None where it is missing."""
+    values, count = fields.get(name), len(fields["boxes"])
+    if values is None:
+        return None
+    if not isinstance(values, list) or len(values) not in (0, count) or not all(is_sound(value) for value in values):
+        raise ValueError(f"expected one {words} for each of {count} boxes, found {cut(repr(values))}")
+    return values
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)

@@ -1,13 +1,12 @@
 """A run's folder as its page needs it: read line by line, finished or not, with maps or without."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from lostreg.defaults import CLEAR_SCORE, MAPS_FILE, MAX_PIXELS, PREDICTIONS_FILE
 from lostreg.errors import PredictionsError
-from lostreg.jsonio import is_finite_number
 from lostreg.metrics import Corloc, is_hit
 from lostreg.runs.maps import ImageMaps, read_maps
 from lostreg.runs.predictions import Prediction, stream_predictions
@@ -173,15 +172,8 @@ class RunFolder:
 
 
 def main_score(prediction: Prediction) -> float | None:
-    """The first box's score; None where a foreign file lacks it."""
-    return next(iter(clean_scores(prediction)), None)
-
-
-def clean_scores(prediction: Prediction) -> list[float | None]:
-    """A score a box: None for whatever is no finite number, as files of other programs may have."""
-    scores = prediction.scores if isinstance(prediction.scores, Sequence) else ()
-    found = [score if is_finite_number(score) else None for score in scores]
-    return (found + [None] * len(prediction.boxes))[: len(prediction.boxes)]
+    """The first box's score; None where other programs have written none."""
+    return prediction.scores[0] if prediction.scores else None
 
 
 def _advice(folder: Path) -> str:

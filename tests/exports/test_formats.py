@@ -18,13 +18,14 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 
 from lostreg.datasets.voc import load_voc
+from lostreg.exports import voc, yolo
 from lostreg.exports.coco import as_coco
 from lostreg.exports.csv_table import COLUMNS, as_csv
 from lostreg.exports.items import ExportSet
 from lostreg.exports.labelstudio import as_tasks, labelling_config
-from lostreg.exports.voc import whole_corners, write_voc
+from lostreg.exports.voc import whole_corners
 from lostreg.exports.writing import as_text, write_file
-from lostreg.exports.yolo import choose_val, write_yolo
+from lostreg.exports.yolo import choose_val
 
 BOXES = [[6, 4, 30.5, 28.125], [0, 0, WIDTH, HEIGHT]]
 UNUSUAL = st.text(st.characters(exclude_categories=()), min_size=1, max_size=12)
@@ -93,7 +94,7 @@ def test_whole_numbers_stay_the_ids_of_images(tmp_path: Path) -> None:
 
 
 def test_our_own_reader_and_supervision_read_voc(tmp_path: Path, collection: ExportSet) -> None:
-    write_voc(tmp_path / "voc", collection, label="thing <&>")
+    voc.write(tmp_path / "voc", collection, label="thing <&>")
     benchmark = load_voc(tmp_path / "voc")
     assert len(benchmark) == len(NAMES)
     assert all(np.array_equal(example.boxes, [[6, 4, 31, 28], BOXES[1]]) for example in benchmark.examples)
@@ -107,7 +108,7 @@ def test_our_own_reader_and_supervision_read_voc(tmp_path: Path, collection: Exp
 
 
 def test_stems_of_voc_stay_what_they_are(tmp_path: Path) -> None:
-    write_voc(tmp_path / "voc", collection_of(tmp_path, line("000005")), placing="none")
+    voc.write(tmp_path / "voc", collection_of(tmp_path, line("000005")), files="none")
     assert [example.image_id for example in load_voc(tmp_path / "voc").examples] == ["000005"]
 
 
@@ -138,7 +139,7 @@ def rows(label: Path, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
 
 
 def test_every_image_has_its_label_where_ultralytics_looks(tmp_path: Path, collection: ExportSet) -> None:
-    write_yolo(tmp_path / "images" / "yolo", collection)
+    yolo.write(tmp_path / "images" / "yolo", collection)
     images = [path for path in (tmp_path / "images/yolo/images").rglob("*") if path.is_file()]
     assert len(images) == len(NAMES)
     labels = set()
@@ -155,7 +156,7 @@ def test_every_image_has_its_label_where_ultralytics_looks(tmp_path: Path, colle
 def test_labels_belong_to_their_images(tmp_path: Path) -> None:
     run = write_run(tmp_path, ["a.jpg", "a.png", "b/a.jpg"])
     found = collect(run / "predictions.jsonl")
-    write_yolo(tmp_path / "yolo", found, val_share=0)
+    yolo.write(tmp_path / "yolo", found, val_share=0)
     for name, source in (("a.jpg", "a.jpg"), ("a-2.png", "a.png"), ("b/a.jpg", "b/a.jpg")):
         copied = tmp_path / "yolo/images/train" / name
         assert copied.read_bytes() == (tmp_path / "photos" / source).read_bytes()
@@ -163,7 +164,7 @@ def test_labels_belong_to_their_images(tmp_path: Path) -> None:
 
 def test_supervision_reads_yolo(tmp_path: Path, collection: ExportSet) -> None:
     supervision = pytest.importorskip("supervision")
-    write_yolo(tmp_path / "yolo", collection, label="no", val_share=0)
+    yolo.write(tmp_path / "yolo", collection, label="no", val_share=0)
     read = supervision.DetectionDataset.from_yolo(
         str(tmp_path / "yolo/images/train"), str(tmp_path / "yolo/labels/train"), str(tmp_path / "yolo/data.yaml")
     )
@@ -175,19 +176,19 @@ def test_supervision_reads_yolo(tmp_path: Path, collection: ExportSet) -> None:
 @pytest.mark.parametrize("label", ["object", "no", "a: b # c", '"', "Tür", "1"])
 def test_the_data_file_is_yaml_with_the_label_as_text(tmp_path: Path, label: str) -> None:
     found = collection_of(tmp_path, line("a.jpg"), line("b.jpg"))
-    write_yolo(tmp_path / "yolo", found, label=label, placing="none")
+    yolo.write(tmp_path / "yolo", found, label=label, files="none")
     data = yaml.safe_load((tmp_path / "yolo/data.yaml").read_text(encoding="utf-8"))
     assert data == {"train": "images/train", "val": "images/val", "names": {0: label}}
 
 
 def test_without_images_to_validate_with_those_to_train_with_do_both(tmp_path: Path) -> None:
-    write_yolo(tmp_path / "yolo", collection_of(tmp_path, line("a.jpg")), placing="none")
+    yolo.write(tmp_path / "yolo", collection_of(tmp_path, line("a.jpg")), files="none")
     assert yaml.safe_load((tmp_path / "yolo/data.yaml").read_text())["val"] == "images/train"
 
 
 def test_no_box_is_too_small_for_six_decimals(tmp_path: Path) -> None:
     found = collection_of(tmp_path, line(boxes=[[10, 10, 10.0000001, 10.0000001], [0, 0, 6, 4]]))
-    write_yolo(tmp_path / "yolo", found, placing="none")
+    yolo.write(tmp_path / "yolo", found, files="none")
     (label,) = (tmp_path / "yolo/labels").rglob("*.txt")
     numbers = np.loadtxt(label)
     assert numbers[0, 3:].tolist() == [1e-6, 1e-6]
@@ -304,8 +305,8 @@ def test_the_configuration_names_what_the_tasks_use(tmp_path: Path) -> None:
 )
 def test_no_name_is_too_strange_for_any_format(tmp_path: Path, image_id: str, name: str) -> None:
     found = collection_of(tmp_path, line(image_id))
-    write_voc(tmp_path / "voc", found, placing="none")
-    write_yolo(tmp_path / "yolo", found, placing="none")
+    voc.write(tmp_path / "voc", found, files="none")
+    yolo.write(tmp_path / "yolo", found, files="none")
     assert len(load_voc(tmp_path / "voc")) == 1
     assert len(list((tmp_path / "yolo/labels").rglob("*.txt"))) == 1
     for number, text in enumerate((as_text(as_coco(found)), as_text(as_tasks(found)), as_csv(found))):

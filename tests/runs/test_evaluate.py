@@ -531,14 +531,25 @@ def test_predictions_for_other_images_are_refused(image_id: str | int) -> None:
     assert f"such as {image_id!r}: expected ids like 'a'" in str(caught.value)
 
 
-@pytest.mark.parametrize("scores", [["high"], 5, {"a": 1}, [None], [float("nan")], [True], []])
-def test_scores_that_are_no_numbers_take_no_part_in_the_auc(
+@pytest.mark.parametrize("scores", [[], None])
+def test_boxes_without_scores_take_no_part_in_the_auc(
     benchmark: Benchmark, discoverer: Discoverer, finished: Path, scores: object
 ) -> None:
-    """Somebody has edited the file by hand: boxes are scored as ever."""
     path = finished / PREDICTIONS_FILE
     lines = [{**json.loads(line), "scores": scores} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     evaluation = evaluate(benchmark, discoverer, finished)
     assert evaluation.auc is None
+    assert evaluation.detection is None
     assert evaluation.score.hits == results(finished)["hits"]
+
+
+@pytest.mark.parametrize("scores", [["high"], 5, {"a": 1}, [None], [float("nan")], [True]])
+def test_scores_that_are_no_numbers_are_not_gone_on_with(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path, scores: object
+) -> None:
+    path = finished / PREDICTIONS_FILE
+    lines = [{**json.loads(line), "scores": scores} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(PredictionsError, match=r"is not of this run \(line 1: expected one finite score for each of 1"):
+        evaluate(benchmark, discoverer, finished)

@@ -1,5 +1,7 @@
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,16 +14,26 @@ from lostreg.runs.predictions import Prediction, from_discovery, from_error, rea
 
 IDS = st.one_of(st.text(min_size=1), st.integers(-(2**53), 2**53))
 COORDINATES = st.integers(0, 10**7).map(lambda thousandths: thousandths / 1000)
-PREDICTIONS = st.builds(
-    Prediction,
-    image_id=IDS,
-    boxes=st.lists(st.lists(COORDINATES, min_size=4, max_size=4), max_size=3),
-    width=st.integers(0, 10**5),
-    height=st.integers(0, 10**5),
-    scores=st.lists(st.integers(0, 1000).map(lambda thousandths: thousandths / 1000), max_size=3),
-    seeds=st.lists(st.lists(st.integers(0, 99), min_size=2, max_size=2), max_size=3),
-    error=st.one_of(st.none(), st.text()),
-)
+
+
+@st.composite
+def sound(draw: st.DrawFn) -> Prediction:
+    """A prediction that may be, with a score and a seed a box or none at all."""
+    boxes = draw(st.lists(st.lists(COORDINATES, min_size=4, max_size=4), max_size=3))
+    score = st.integers(0, 1000).map(lambda thousandths: thousandths / 1000)
+    seed = st.lists(st.integers(0, 99), min_size=2, max_size=2)
+    return Prediction(
+        draw(IDS),
+        boxes,
+        draw(st.integers(0, 10**5)),
+        draw(st.integers(0, 10**5)),
+        draw(st.lists(score, min_size=len(boxes), max_size=len(boxes)) | st.just(())),
+        draw(st.lists(seed, min_size=len(boxes), max_size=len(boxes)) | st.just(())),
+        error=draw(st.none() | st.text(min_size=1)),
+    )
+
+
+PREDICTIONS = sound()
 GOOD = '{"image_id": "a", "boxes": [[0, 0, 5, 5]]}'
 
 
@@ -34,8 +46,15 @@ def write(path: Path, *lines: str) -> Path:
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, predictions: list[Prediction]) -> None:
     path = tmp_path_factory.mktemp("predictions") / "predictions.jsonl"
     write(path, *(prediction.to_line() for prediction in predictions))
-    assert read_predictions(path) == predictions
-    assert list(stream_predictions(path)) == predictions
+    assert [vars(one) for one in read_predictions(path)] == [plain(one) for one in predictions]
+    assert list(stream_predictions(path)) == read_predictions(path)
+
+
+def plain(prediction: Prediction) -> dict[str, Any]:
+    """Its fields, with none of a thing as an empty tuple."""
+    return {
+        name: () if value == [] and name in ("scores", "seeds") else value for name, value in vars(prediction).items()
+    }
 
 
 @given(PREDICTIONS)
@@ -144,6 +163,52 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path: Path, line: str) -> N
     for read in (read_predictions, stream_predictions):
         with pytest.raises(PredictionsError, match=r"p\.jsonl, line 3: expected an object with image_id and boxes"):
             list(read(path))
+
+
+RLE = {"size": [2, 2], "counts": "04"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"width": "60"}, r"width and height must be whole numbers below 2\*\*31, not '60'"),
+        ({"width": 10**400}, r"must be whole numbers .*, not 1000.*\.\.\.0000.*"),
+        ({"height": 2**31}, "must be whole numbers"),
+        ({"width": -60}, "must be whole numbers"),
+        ({"width": 60.5}, "must be whole numbers"),
+        ({"width": True}, "must be whole numbers"),
+        ({"scores": [0.5]}, "one finite score for each of 2 boxes"),
+        ({"scores": [0.5, math.nan]}, "one finite score for each of 2 boxes"),
+        ({"scores": [0.5, 10**400]}, "one finite score for each of 2 boxes"),
+        ({"scores": "ab"}, "one finite score for each of 2 boxes"),
+        ({"scores": [None, 0.5]}, "one finite score for each of 2 boxes"),
+        ({"scores": [0.5, True]}, "one finite score for each of 2 boxes"),
+        ({"scores": {"a": 1}}, "one finite score for each of 2 boxes"),
+        ({"seeds": 7}, "one seed .* for each of 2 boxes"),
+        ({"seeds": [[1, 2], [3.0, 4]]}, "one seed .* for each of 2 boxes"),
+        ({"seeds": [[1, 2]]}, "one seed .* for each of 2 boxes"),
+        ({"seeds": [[1, 2], [3]]}, "one seed .* for each of 2 boxes"),
+        ({"masks": [RLE]}, "one mask, as COCO encodes them, for each of 2 boxes"),
+        ({"masks": [RLE, None]}, "one mask, as COCO encodes them, for each of 2 boxes"),
+        ({"error": {"a": 1}}, "expected the error as text, not {'a': 1}"),
+        ({"error": True}, "expected the error as text, not True"),
+        ({"error": 0}, "expected the error as text, not 0"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_whatever_else_a_line_has_must_fit_its_boxes(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    line = json.dumps({"image_id": "a", "boxes": [[1, 2, 3, 4], [5, 6, 7, 8]], **fields})
+    with pytest.raises(PredictionsError, match=rf"p\.jsonl, line 2: .*{message}") as caught:
+        read_predictions(write(tmp_path / "p.jsonl", GOOD, line))
+    assert len(str(caught.value)) < len(str(tmp_path)) + 250  # long values lose their middle
+
+
+@pytest.mark.parametrize("absent", [None, [], False, ""])
+def test_what_other_programs_leave_empty_is_absent(tmp_path: Path, absent: Any) -> None:
+    names = ("width", "height", "scores", "seeds", "masks", "error")
+    empty = {None: names, "[]": ("scores", "seeds")}.get(absent if absent is None else str(absent), ("error",))
+    line = json.dumps({"image_id": "a", "boxes": [[1, 2, 3, 4]], **dict.fromkeys(empty, absent)})
+    assert read_predictions(write(tmp_path / "p.jsonl", line)) == [Prediction("a", [[1, 2, 3, 4]])]
 
 
 def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""The formats of other tools: a row each, and a module that writes it. Nothing is imported before it is needed."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Final
+
+OPTIONS: Final = ("label", "keep_empty", "files", "val_share", "image_url")
+"""What only some formats have."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of another tool.
+
+    Attributes:
+        module: within `lostreg.exports`. Its function ``write`` takes the file or folder to write, an `ExportSet`, and
+            as keywords the options of the format but ``keep_empty``; a folder's also ``on_progress``.
+        suffixes: of the files that are written, that of ``--out`` first; none for a folder with the images.
+        options: which of `OPTIONS` it has.
+        needs_sizes: whether it needs the sizes of the images; boxes are then cut to these.
+        has_masks: whether it has a place for masks.
+        has_scores: whether it has a place for scores.
+        has_unreadable: whether it lists images that could not be read.
+        is_utf8: whether names that are not UTF-8 are changed.
+    """
+
+    module: str
+    suffixes: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    needs_sizes: bool = True
+    has_masks: bool = False
+    has_scores: bool = False
+    has_unreadable: bool = False
+    is_utf8: bool = False
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is a folder with the images."""
+        return not self.suffixes
+
+    def write(self, *arguments: Any, **options: Any) -> int:
+        """Write an export; how many images were encoded anew for it."""
+        encoded: int = import_module(f"lostreg.exports.{self.module}").write(*arguments, **options)
+        return encoded
+
+
+FORMATS: Final[dict[str, Format]] = {
+    "coco": Format("coco", (".json",), ("label", "keep_empty"), has_masks=True, has_scores=True, is_utf8=True),
+    "voc": Format("voc", options=("label", "keep_empty", "files")),
+    "yolo": Format("yolo", options=("label", "keep_empty", "files", "val_share")),
+    "csv": Format("csv_table", (".csv",), needs_sizes=False, has_scores=True, has_unreadable=True),
+    "labelstudio": Format("labelstudio", (".json", ".xml"), ("label", "image_url"), has_scores=True, is_utf8=True),
+}
+
+
+def formats_with(option: str) -> list[str]:
+    """The names of the formats that have an option."""
+    return [name for name, row in FORMATS.items() if option in row.options]
