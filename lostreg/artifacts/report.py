@@ -1,7 +1,6 @@
 """The report folder: one self-contained HTML page, its pictures as PNG files, and a JSON with every number."""
 
 import base64
-import html
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,21 +17,13 @@ from lostreg.artifacts.probes import ClassProbe, PixelProbe, PositionProbe, Skip
 from lostreg.artifacts.sample import RASTER
 from lostreg.errors import LostregError
 from lostreg.jsonio import write_json
+from lostreg.templates import render
 
 FORMAT: Final = "lostreg artifacts 1"
 PAGE: Final = "artifacts.html"
 NUMBERS: Final = "artifacts.json"
 _QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 _DPI: Final = 130
-
-_STYLE: Final = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; border-top: 1px solid #ddd; padding-top: 1rem; }
-figure { margin: 1rem 0; } img { max-width: 100%; } figcaption { color: #555; max-width: 60rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-size: 0.92rem; }
-th, td { border-bottom: 1px solid #ddd; padding: 0.3rem 0.8rem 0.3rem 0; text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,7 @@ class _Picture:
     name: str
     figure: Figure
     caption: str
+    heading: str = ""
 
 
 def write_report(out: Path, found: Sequence[Measurement], settings: dict[str, Any]) -> list[Path]:
@@ -143,6 +135,7 @@ def _pictures(found: Sequence[Measurement]) -> Iterator[_Picture]:
         "L2 norms of all patch tokens at the output. Outliers show before the model's final LayerNorm only: it gives "
         "all tokens about the same length, which is why norms taken from a model's usual output show none. Models "
         "without a final norm have one histogram twice.",
+        heading="Norms",
     )
     yield _Picture(
         "layers",
@@ -155,6 +148,7 @@ def _pictures(found: Sequence[Measurement]) -> Iterator[_Picture]:
         figures.outlier_places(found),
         f"Share of patches that are outliers, in {CELLS} x {CELLS} cells over the image; where there are none, the "
         "norm instead.",
+        heading="Where outliers sit",
     )
     yield _Picture(
         "neighbours",
@@ -169,6 +163,7 @@ def _pictures(found: Sequence[Measurement]) -> Iterator[_Picture]:
         "Linear models on tokens after the final norm, trained on 70 % of the sample's images and measured on the "
         "rest; means and deviations over five splits. Compare outliers with as many normal tokens of the same images: "
         "more tokens make better probes. The table below has the figures of a guess, and counts.",
+        heading="What tokens hold",
     )
     yield _Picture(
         "gram",
@@ -177,6 +172,7 @@ def _pictures(found: Sequence[Measurement]) -> Iterator[_Picture]:
         "are no outliers, with the share of pairs of patches whose similarity is positive. Means over the images of "
         "the sample that have outliers, over all where none has any; with test-time registers over the same images "
         "as without.",
+        heading="How LOST sees the patches",
     )
     for number, measured in enumerate(found, start=1):
         if measured.sample.examples:
@@ -186,6 +182,7 @@ def _pictures(found: Sequence[Measurement]) -> Iterator[_Picture]:
                 f"{measured.title}: images of the sample with the most outliers, or the first ones where there are "
                 f"none. Degrees are of {measured.feature} of layer {measured.layer}: to how many others a patch is "
                 "similar.",
+                heading="Images" if number == 1 else "",
             )
 
 
@@ -196,35 +193,17 @@ def _png(figure: Figure) -> bytes:
 
 
 def _page(found: Sequence[Measurement], pictures: Sequence[tuple[_Picture, bytes]], settings: dict[str, Any]) -> str:
-    parts = ["<h1>Artifacts of Vision Transformers</h1>", _summary(found)]
-    headings = {
-        "norms": "Norms",
-        "places": "Where outliers sit",
-        "probes": "What tokens hold",
-        "gram": "How LOST sees the patches",
-        "examples-1": "Images",
-    }
-    for picture, data in pictures:
-        if picture.name in headings:
-            parts.append(f"<h2>{headings[picture.name]}</h2>")
-        source = base64.b64encode(data).decode("ascii")
-        caption = html.escape(picture.caption)
-        parts.append(
-            f'<figure><img alt="{picture.name}" src="data:image/png;base64,{source}">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-        if picture.name == "probes":
-            parts.append(_probes(found))
-    parts += ["<h2>Settings</h2>", _table(["", ""], [[name, str(value)] for name, value in settings.items()])]
-    body = "\n".join(parts)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>lostreg artifacts</title>'
-        f"<style>{_STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    return render(
+        "lostreg.artifacts",
+        "report.html",
+        pictures=[(picture, base64.b64encode(data).decode("ascii")) for picture, data in pictures],
+        summary=_summary(found),
+        probes=_probes(found),
+        settings=settings,
     )
 
 
-def _summary(found: Sequence[Measurement]) -> str:
-    headings = ["backbone", "images", "patches", "outliers", "cut-off", "emerge in layer", "what the rule says"]
+def _summary(found: Sequence[Measurement]) -> list[list[str]]:
     rows = []
     for one in found:
         value, count = one.cutoff.value, one.outliers
@@ -239,10 +218,10 @@ def _summary(found: Sequence[Measurement]) -> str:
                 f"{one.cutoff.rule}: {one.cutoff.reason}",
             ]
         )
-    return _table(headings, rows)
+    return rows
 
 
-def _probes(found: Sequence[Measurement]) -> str:
+def _probes(found: Sequence[Measurement]) -> list[list[str]]:
     rows = []
     for one in found:
         for kind, position in one.sample.position.items():
@@ -254,7 +233,7 @@ def _probes(found: Sequence[Measurement]) -> str:
         else:
             for kind, probe in one.sample.classes.items():
                 rows.append([one.title, f"class, {kind}", *_class_row(probe)])
-    return _table(["backbone", "probe", "result", "a guess", "measured on"], rows)
+    return rows
 
 
 def _position_row(probe: PositionProbe | Skipped) -> list[str]:
@@ -286,9 +265,3 @@ def _class_row(probe: ClassProbe | Skipped) -> list[str]:
 
 def _text(spread: Spread) -> str:
     return f"{spread.mean:.2f} ± {spread.deviation:.2f}"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

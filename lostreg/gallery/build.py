@@ -7,13 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal, TextIO, TypeAlias, get_args
+from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from lostreg.errors import OptionError
 from lostreg.gallery.entries import Entry, make_entry
-from lostreg.gallery.page import page_head, page_item, page_tail
+from lostreg.gallery.page import Facts, page
 from lostreg.progress import OnProgress, Progress
 from lostreg.runs.reader import RunFolder, Shown, Survey
 
@@ -74,21 +74,21 @@ def write_gallery(
     """
     survey = run.survey()
     chosen = choose_images(survey.scores, limit, choose)
+    left_out = len(survey.scores) - len(chosen)
+    facts = Facts(gone=0, changed=0, sort=_SORTS[choose])
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with beside.open("w", encoding="utf-8", newline="\n") as file:
-                left_out = len(survey.scores) - len(chosen)
-                file.write(page_head(run, survey, left_out, _WORDS[choose]))
-                gone, changed = _write_items(file, run, chosen, images, on_progress)
-                file.write(page_tail(gone, changed, _SORTS[choose]))
+                entries = _counted(_read_entries(run, chosen, images), facts, len(chosen), on_progress)
+                file.writelines(page(run, survey, left_out, _WORDS[choose], entries, lambda: facts))
             beside.replace(target)
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise OptionError(f"cannot write {target}: {error.strerror}") from error
-    return Written(len(chosen), left_out, gone, changed, survey)
+    return Written(len(chosen), left_out, facts["gone"], facts["changed"], survey)
 
 
 def choose_images(scores: list[tuple[int, float | None]], limit: int, choose: Choice) -> set[int]:
@@ -115,21 +115,18 @@ def choose_images(scores: list[tuple[int, float | None]], limit: int, choose: Ch
     return {number for number, _ in scores[:limit]}
 
 
-def _write_items(
-    file: TextIO,
-    run: RunFolder,
-    chosen: set[int],
-    images: Path | None,
-    on_progress: OnProgress,
-) -> tuple[int, int]:
-    gone = changed = 0
+def _read_entries(run: RunFolder, chosen: set[int], images: Path | None) -> Iterator[Entry]:
     read = partial(make_entry, images=images, exif=run.exif, max_pixels=run.max_pixels)
-    for done, entry in enumerate(_read_ahead(read, _wanted(run, chosen)), start=1):
-        file.write(page_item(entry))
-        gone += not entry.jpeg
-        changed += bool(entry.jpeg) and "note" in entry.card
-        on_progress(Progress(done, len(chosen)))
-    return gone, changed
+    return _read_ahead(read, _wanted(run, chosen))
+
+
+def _counted(entries: Iterator[Entry], facts: Facts, total: int, on_progress: OnProgress) -> Iterator[Entry]:
+    """The entries as they go by."""
+    for done, entry in enumerate(entries, start=1):
+        facts["gone"] += not entry.jpeg
+        facts["changed"] += bool(entry.jpeg) and "note" in entry.card
+        yield entry
+        on_progress(Progress(done, total))
 
 
 def _wanted(run: RunFolder, chosen: set[int]) -> Iterator[Shown]:

@@ -16,6 +16,7 @@ from lostreg.runs.locate import find_below
 from lostreg.runs.maps import ImageMaps
 from lostreg.runs.predictions import Prediction
 from lostreg.runs.reader import Shown
+from lostreg.templates import readable
 
 SIDE: Final = 480
 QUALITY: Final = 75
@@ -35,6 +36,11 @@ class Entry:
     card: dict[str, Any]
     maps: dict[str, Any]
     jpeg: bytes
+
+    @property
+    def picture(self) -> str:
+        """The picture in base64."""
+        return base64.b64encode(self.jpeg).decode("ascii")
 
 
 def make_entry(shown: Shown, images: Path | None, *, exif: bool, max_pixels: int) -> Entry:
@@ -109,11 +115,6 @@ def _reach(prediction: Prediction) -> tuple[int, int]:
     """How far the boxes reach, for an image whose size is not known."""
     right, bottom = np.ceil(np.array(prediction.boxes)[:, 2:].max(axis=0)).clip(1, 1e6).astype(int).tolist()
     return right, bottom
-
-
-def readable(text: str) -> str:
-    """A text that can be written: a file name that is not UTF-8 has lone surrogates, shown as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def small_mask(rle: Any, side: int = _MASK_SIDE) -> dict[str, Any] | None:
