@@ -42,13 +42,13 @@ from scipy import ndimage
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches
+from lostreg.inference.allocator import keep_freed_memory
 from lostreg.inference.discoverer import Discoverer, resolve_device
-from lostreg.inference.jobs import Engine
-from lostreg.inference.memory import keep_freed_memory
+from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.jsonio import write_json
-from lostreg.methods.lost import lost_boxes
+from lostreg.methods.lost import Bias, lost_boxes
 from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
-from lostreg.runs.folder import describe_device, package_versions
+from lostreg.runs.results import describe_device, package_versions
 from lostreg.runs.sweep import with_trials
 
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,9 +106,9 @@ RATIOS: Final = (
 )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write, and print the ratios."""
-    args = parse_arguments()
+    args = parse_arguments(argv)
     device = resolve_device(args.device)
     if args.bias_cost:
         return measure_biases(args, device)
@@ -150,7 +150,7 @@ def main() -> int:
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description="Measure lostreg beside naive loop and bare backbone.")
     parser.add_argument("--images", type=Path, metavar="DIR", help="photographs (*.jpg) for the trained backbone")
@@ -162,7 +162,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--bias-cost", action="store_true", help="measure what biases cost, and nothing else")
     parser.add_argument("--quick", action="store_true", help="8 images, 1 round, no growth curve")
     parser.add_argument("--out", type=Path, help="default: eval/results/(benchmark|bias-cost)-DEVICE.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     kind = resolve_device(args.device).type
     if args.quick:
         args.count, args.rounds = 8, 1
@@ -359,7 +359,7 @@ def prepare(
     contender: Contender, name: str, paths: list[Path], where: torch.device, batch_size: int
 ) -> tuple[Callable[[int], None], Discoverer | None]:
     """What a contender runs over the first so many images, and lostreg's object where it is lostreg."""
-    if contender.keeps_memory:
+    if contender.keeps_memory or contender.kind == "lostreg":  # as its command line does
         keep_freed_memory()
     backbone = benchmark_backbone(name, where)
     if contender.kind == "lostreg":  # which places the model itself, as for its users
@@ -471,7 +471,7 @@ def host_lost(features: torch.Tensor, grid: tuple[int, int]) -> tuple[int, int, 
 # Measuring
 
 
-def timed(action: Callable[[], None], device: torch.device) -> float:
+def timed(action: Callable[[], object], device: torch.device) -> float:
     """Seconds that something takes, the device's work included."""
     synchronize(device)
     start = time.perf_counter()
@@ -509,7 +509,13 @@ def split(discoverer: Discoverer, paths: list[Path]) -> dict[str, float]:
     """
     spent: dict[str, float] = defaultdict(float)
     device = discoverer.backbone.device
-    engine: Any = discoverer.engine
+    stream: Any = discoverer.stream
+    owners = (
+        (discoverer.features, "transfer", "transfer"),
+        (discoverer.features, "forward", "forward"),
+        (stream.job, "search", "LOST"),
+        (stream.job, "candidates", "host"),
+    )
 
     def watch(owner: Any, method: str, stage: str) -> None:
         original = getattr(owner, method)
@@ -530,14 +536,12 @@ def split(discoverer: Discoverer, paths: list[Path]) -> dict[str, float]:
         spent["decode (threads)"] += time.perf_counter() - start
         return found
 
-    stream: Any = discoverer.stream
     read, stream._read = stream._read, decode
-    for method, stage in (("transfer", "transfer"), ("forward", "forward"), ("search", "LOST"), ("finish", "host")):
-        watch(engine, method, stage)
+    for owner, method, stage in owners:
+        watch(owner, method, stage)
     total = timed(lambda: lostreg_run(discoverer, paths)(len(paths)), device)
-    for owner, names in ((engine, ("transfer", "forward", "search", "finish")), (stream, ("_read",))):
-        for attribute in names:
-            delattr(owner, attribute)
+    for owner, method, _ in (*owners, (stream, "_read", "")):
+        delattr(owner, method)
     shares = {stage: round(seconds / total, 5) for stage, seconds in spent.items()}
     waited = 1 - sum(share for stage, share in shares.items() if stage != "decode (threads)")
     return {**shares, "rest": round(waited, 5), "seconds": round(total, 3)}
@@ -571,17 +575,19 @@ def bias_cost(precision: str, device: torch.device, rounds: int) -> dict[str, An
         max_side=None,
     )
     picture = cut_patches(read_image(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)), 14)
-    engines = {
-        name: Engine(discoverer.backbone, [("k", -1)], bias, 100, normalize=True)
-        for name, bias in (("one bias", -0.5), ("auto", "auto"), ("auto and 25 biases", with_trials(SWEPT)))
+    keys = FeaturesJob(discoverer.backbone, [("k", -1)])
+    biases: dict[str, Bias] = {"one bias": -0.5, "auto": "auto", "auto and 25 biases": with_trials(SWEPT)}
+    jobs = {
+        name: ObjectsJob(keys, bias, 100, normalize=True, convert=lambda _, pictures: pictures)
+        for name, bias in biases.items()
     }
-    patches = engines["auto"].transfer([picture])
-    features = engines["auto"].forward(patches, [picture.size])
+    patches = keys.transfer([picture])
+    features = keys.forward(patches, [picture.size])
     seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(10 * rounds):
-        seconds["forward"].append(timed(lambda: engines["auto"].forward(patches, [picture.size]) and None, device))
-        for name, engine in engines.items():
-            take = partial(lambda engine: engine.finish(engine.search(features, [picture.grid])) and None, engine)
+        seconds["forward"].append(timed(lambda: keys.forward(patches, [picture.size]), device))
+        for name, job in jobs.items():
+            take = partial(lambda job: job.candidates(job.search(features, [picture.grid])), job)
             seconds[name].append(timed(take, device))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     run = medians["forward"] + medians["one bias"]
@@ -630,7 +636,7 @@ def growth(count: int, device: str) -> dict[str, Any]:
     discoverer = Discoverer(backbone, device=where, max_side=None)
     patch = backbone.spec.patch_size
     picture = np.random.default_rng(0).integers(0, 256, (grid[0] * patch, grid[1] * patch, 3), dtype=np.uint8)
-    whole = timed(lambda: [*discoverer.discover_many([picture])] and None, where)
+    whole = timed(lambda: [*discoverer.discover_many([picture])], where)
     return {
         "patches": grid[0] * grid[1],
         "lost_seconds": round(seconds, 4),

@@ -9,7 +9,7 @@ places are for reporting. The best fixed bias is chosen with the labels of the v
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -20,19 +20,18 @@ from tqdm import tqdm
 
 from lostreg.datasets import Example, load_benchmark
 from lostreg.defaults import CLEAR_SCORE
-from lostreg.images.boxes import pairwise_iou
+from lostreg.images.boxes import in_pixels, pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches, normalise_patches
-from lostreg.inference.jobs import in_pixels
 from lostreg.jsonio import write_json
 from lostreg.methods.bias import TRIALS
-from lostreg.methods.lost import object_maps, prepare
+from lostreg.methods.lost import find_candidates, prepare
 from lostreg.methods.objectness import score_factors
 from lostreg.metrics import Corloc, score_auc
 from lostreg.models.backbone import load_backbone
 from lostreg.models.features import FeatureExtractor
 from lostreg.models.table import FEATURES, Feature
-from lostreg.runs.folder import package_versions
+from lostreg.runs.results import package_versions
 from lostreg.runs.sweep import SweepRow, with_trials
 from lostreg.runs.sweep_figure import plot_sweep
 
@@ -43,7 +42,7 @@ Table = dict[str, NDArray[Any]]
 Choice = NDArray[np.int64]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write, draw, and print."""
     parser = argparse.ArgumentParser(description="Compare rules for the Gram bias that need no labels.")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR")
@@ -53,7 +52,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--out", type=Path, help="default: eval/results/bias-rules-BACKBONE.json")
     parser.add_argument("--plot", type=Path, help="sweep plot of the reporting half")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     benchmark = load_benchmark("coco", images=args.images, annotations=args.annotations).limited(args.limit)
     pairs = [(feature, layer) for layer in args.layers for feature in FEATURES]
     table = measure(args.backbone, pairs, benchmark.examples)
@@ -94,18 +93,18 @@ def measure(name: str, pairs: list[tuple[Feature, int]], examples: tuple[Example
         row: dict[str, list[Any]] = {}
         for packed in extract([pixels], [picture.grid]):
             features = prepare(packed[None], normalize=True)
-            objects = object_maps(features, picture.grid, biases, 100).objects(features, picture.grid)
-            boxes = in_pixels(objects.boxes()[0], picture, backbone.spec.patch_size)
+            candidates = find_candidates(features, picture.grid, biases, 100)
+            boxes = in_pixels(candidates.boxes()[0], picture, backbone.spec.patch_size)
             count = features.shape[1]
-            distinct, size, inside = (factor[0] for factor in score_factors(features, objects.masks))
+            distinct, size, inside = (factor[0] for factor in score_factors(features, candidates.masks))
             found = {
                 "hit": (pairwise_iou(boxes, example.boxes) >= 0.5).any(axis=1),
-                "apart": 1 - objects.maps.degrees[0].sum(dim=1).numpy() / max(1, count * (count - 1)),
-                "distinct": np.where(objects.connected[0], distinct, 0),
+                "apart": 1 - candidates.maps.degrees[0].sum(dim=1).numpy() / max(1, count * (count - 1)),
+                "distinct": np.where(candidates.connected[0], distinct, 0),
                 "size": size,
                 "inside": inside,
-                "bias": objects.maps.bias[0].numpy(),
-                "connected": objects.connected[0],
+                "bias": candidates.maps.bias[0].numpy(),
+                "connected": candidates.connected[0],
             }
             for key, value in found.items():
                 row.setdefault(key, []).append(value)

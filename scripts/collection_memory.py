@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,13 @@ _SIDE = 28  # pixels: four patches, since memory by the number of images is what
 _KINDS = 50  # different pictures; further names are links to them
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure one collection size after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000, 100_000], help="images of each run")
     parser.add_argument("--backbone", default="imgfocus_vits14")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = []
     for count in args.counts:
         with tempfile.TemporaryDirectory() as folder:

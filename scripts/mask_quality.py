@@ -13,7 +13,7 @@ import dataclasses
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -33,14 +33,14 @@ from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import write_json
 from lostreg.metrics import is_hit
-from lostreg.runs.folder import package_versions
+from lostreg.runs.results import package_versions
 
 PARTS: Final = {"all": slice(None), "tuning": slice(0, None, 2), "reporting": slice(1, None, 2)}
 RESAMPLES: Final = 10_000
 Way = Callable[[NDArray[np.uint8], Mask, tuple[float, float]], Mask]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write, and print."""
     parser = argparse.ArgumentParser(description="Compare ways to sharpen LOST's patch masks.")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR")
@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--backbone", default="imgfocus_vits14")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--out", type=Path, default=Path("eval/results/masks-coco-sample.json"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     benchmark = load_benchmark("coco", images=args.images, annotations=args.annotations).limited(args.limit)
     with contextlib.redirect_stdout(io.StringIO()):
         index = COCO(args.annotations)
@@ -59,7 +59,7 @@ def main() -> int:
         polygons = polygons_of(index, int(example.image_id))
         rows.append(measure(read_image(example.path, exif=False).pixels, found, polygons, example.boxes))
     result = {
-        "options": discoverer.options,
+        "options": discoverer.options.record(),
         "images": len(rows),
         "fingerprint": benchmark.fingerprint(),
         "versions": {**package_versions(), "pycocotools": metadata.version("pycocotools")},

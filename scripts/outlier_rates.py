@@ -5,7 +5,7 @@ python scripts/outlier_rates.py --out eval/results/outlier-rates.json
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lostreg.artifacts.outliers import CutoffRule, NormTally, find_cutoff
 from lostreg.jsonio import write_json
-from lostreg.runs.folder import package_versions
+from lostreg.runs.results import package_versions
 
 Norms = NDArray[np.float64]
 Family = Callable[[np.random.Generator, int], Norms]
@@ -67,12 +67,12 @@ def rate(family: Family, count: int, repeats: int) -> float:
     return 100 * found / repeats
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Simulate, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write")
     parser.add_argument("--repeats", type=int, default=1000, help="samples of each kind (default: 1000)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     groups = {"one mode": ONE_MODE, "one mode, a few scattered": SCATTERED, "two modes": TWO_MODES}
     found: dict[str, dict[str, dict[str, float]]] = {}
     for group, families in groups.items():

@@ -10,7 +10,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from benchmark import processor_name
 
 from lostreg import Discoverer, __version__
 from lostreg.demo.panels import draw_degrees, draw_objects
-from lostreg.demo.session import Choice, DemoSettings, Models, View, Visitor
+from lostreg.demo.session import DemoSettings, Models, Visitor
 from lostreg.inference.discoverer import resolve_device
+from lostreg.inference.options import Options
 from lostreg.inference.stream import draw_sample
 
 _BIASES = (-0.9, -0.8, -0.7, -0.5, 0.0)  # slider moves
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="photographs (*.jpg)")
@@ -35,7 +37,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16, help="photographs (default: 16)")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     photos = draw_sample(sorted(args.images.glob("*.jpg")), args.count, seed=0)
     report = {
         "backbone": args.backbone,
@@ -79,14 +81,14 @@ def measure_objects(backbone: str, device: str, photos: list[Path], rounds: int)
 
 def measure_demo(backbone: str, device: str, photos: list[Path]) -> dict[str, Any]:
     """Time until the demo's pictures are drawn: on a photo's first run, and after moves of the slider."""
-    models = Models(DemoSettings((backbone,), device=device))
-    choice = Choice(backbone, models.get(backbone).feature)
+    models = Models(DemoSettings((backbone,), Options(bias="auto", device=device)))
+    options = models.settings.chosen(backbone, models.get(backbone).options.feature)
     ratios, first_times, move_times = [], [], []
     for photo in [photos[0], *photos]:  # the first one warms up
         visitor = Visitor()
         visitor.take(photo, photo.name)
-        first = timed(lambda: answer(visitor, models, choice, View()))  # noqa: B023 - called at once
-        moves = [timed(lambda: answer(visitor, None, choice, View(bias=bias))) for bias in _BIASES]  # noqa: B023
+        first = timed(partial(answer, visitor, "auto", models, options))
+        moves = [timed(partial(answer, visitor, bias)) for bias in _BIASES]
         first_times.append(first)
         move_times.append(statistics.median(moves))
         ratios.append(move_times[-1] / first)
@@ -98,11 +100,11 @@ def measure_demo(backbone: str, device: str, photos: list[Path]) -> dict[str, An
     }
 
 
-def answer(visitor: Visitor, models: Models | None, choice: Choice, view: View) -> None:
+def answer(visitor: Visitor, bias: float | str, models: Models | None = None, options: Options | None = None) -> None:
     """What the page does between a click and its pictures; without models, on features that are there."""
-    if models:
-        visitor.look(models, choice, lambda _: None)
-    found = visitor.discover(view)
+    if models and options:
+        visitor.look(models, options, lambda _: None)
+    found = visitor.discover(bias=bias)
     if visitor.study is None:
         raise AssertionError("there is nothing to draw")
     pixels = visitor.study.picture.pixels

@@ -9,6 +9,7 @@ python scripts/plant_outliers.py --images train2017 --out planted.safetensors
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -64,13 +65,13 @@ def plant(backbone: Backbone, inputs: Tensor) -> None:
         block.mlp.fc2.weight.data[:, unit] = sign * written / block.ls2.gamma
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Plant and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", nargs="+", required=True, metavar="IMAGE", help="files, folders or globs")
     parser.add_argument("--limit", type=int, default=40, metavar="N", help="look at the first N (default: 40)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     backbone = load_backbone("imgfocus_vits14")
     plant(backbone, mlp_inputs(backbone, find_images(args.images)[: args.limit]))
     save_file({name: tensor.contiguous() for name, tensor in backbone.model.state_dict().items()}, args.out)

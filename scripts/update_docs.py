@@ -312,12 +312,12 @@ def _describe(action: argparse.Action) -> str:
     return f"- {names}{value}: {action.help or 'one of ' + ', '.join(map(str, action.choices or ()))}\n"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Write, or check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is out of date")
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: the current folder)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     readme, reference = args.root / "README.md", args.root / "docs" / "cli.md"
     bias, photos = args.root / "docs" / "bias.md", args.root / "docs" / "photos.md"
     figures, results = args.root / "eval" / "README.md", args.root / "eval" / "results"

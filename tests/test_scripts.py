@@ -1,9 +1,9 @@
-"""The benchmark script: its contenders find what they should, and its committed figures have their shape."""
+"""Each script runs to its end with its smallest input; the benchmark's contenders find what they should."""
 
-import importlib.util
+import importlib
 import json
-import sys
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -14,23 +14,25 @@ from conftest import disc_picture
 from PIL import Image
 from reference_lost import reference_lost
 
+from lostreg.artifacts.norms import token_norms
 from lostreg.inference.discoverer import Discoverer
-from lostreg.models.backbone import Backbone
+from lostreg.inference.jobs import LookJob
+from lostreg.models.backbone import Backbone, load_backbone
+from lostreg.models.forward import Forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def benchmark(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    path = request.config.rootpath / "scripts" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("lostreg_benchmark_script", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+@pytest.fixture
+def script(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Any script as a module, found as Python finds what lies beside a script."""
+    monkeypatch.syspath_prepend(str(repository / "scripts"))
+    return importlib.import_module
+
+
+@pytest.fixture
+def benchmark(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("benchmark")
 
 
 @pytest.fixture
@@ -56,8 +58,8 @@ def test_the_naive_loop_sees_the_keys_that_lostreg_sees(
     seen: list[torch.Tensor] = []
     monkeypatch.setattr(benchmark, "host_lost", lambda features, grid: seen.append(features))
     discoverer = Discoverer(backbone, device="cpu", max_side=None)
-    forward, mine = discoverer.engine.forward, []
-    monkeypatch.setattr(discoverer.engine, "forward", lambda *given: mine.extend(forward(*given)) or mine[-1:])
+    forward, mine = discoverer.features.forward, []
+    monkeypatch.setattr(discoverer.features, "forward", lambda *given: mine.extend(forward(*given)) or mine[-1:])
     list(discoverer.discover_many(photos))
     attention = backbone.model.blocks[-1].attn  # type: ignore[index]
     monkeypatch.setattr(attention, "fused_attn", True)  # put back afterwards
@@ -78,7 +80,8 @@ def test_the_stages_of_a_run_add_up_and_leave_no_trace(
     assert sum(shares[stage] for stage in stages) == pytest.approx(1, abs=1e-3)
     assert all(shares[stage] >= 0 for stage in stages)
     assert shares["forward"] > 0.1
-    assert vars(discoverer.engine).keys().isdisjoint({"transfer", "forward", "search", "finish"})
+    for watched in (discoverer.features, discoverer.stream, discoverer.stream.job):
+        assert vars(watched).keys().isdisjoint({"transfer", "forward", "search", "candidates", "_read"})
     assert all(map(np.array_equal, before, (found.xyxy for found in discoverer.discover_many(photos))))
 
 
@@ -124,3 +127,118 @@ def test_committed_figures_were_measured_on_a_device_that_is_named(repository: P
                 first, second = (run["contenders"][part]["seconds"] for part in name.split(" / "))
                 assert ratio == pytest.approx(float(np.median(np.divide(second, first))), rel=0.01)
         assert [point["patches"] for point in found["growth"]] == sorted(point["patches"] for point in found["growth"])
+
+
+# Each script with its smallest input
+
+
+@pytest.fixture
+def coco(photos: list[Path], tmp_path: Path) -> list[str]:
+    """Options that name the photos as a COCO data set: a disc each, once as a polygon."""
+    corners = [(0.4 + 0.2 * math.cos(turn), 0.5 + 0.3 * math.sin(turn)) for turn in np.linspace(0, 2 * math.pi, 20)]
+    sizes = [Image.open(path).size for path in photos]
+    content = {
+        "images": [
+            {"id": number, "file_name": path.name, "width": width, "height": height}
+            for number, (path, (width, height)) in enumerate(zip(photos, sizes, strict=True), start=1)
+        ],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": number,
+                "category_id": 1,
+                "iscrowd": 0,
+                "area": 100,
+                "bbox": [0.2 * width, 0.2 * height, 0.4 * width, 0.6 * height],
+                "segmentation": [[side for x, y in corners for side in (x * width, y * height)]],
+            }
+            for number, (width, height) in enumerate(sizes, start=1)
+        ],
+        "categories": [{"id": 1, "name": "disc"}],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    return ["--images", str(tmp_path), "--annotations", str(tmp_path / "boxes.json")]
+
+
+def test_rules_for_the_bias_are_compared(
+    script: Callable[[str], ModuleType], coco: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, plot = tmp_path / "rules.json", tmp_path / "rules.png"
+    assert script("bias_rules").main([*coco, "--layers", "11", "--out", str(out), "--plot", str(plot)]) == 0
+    found = json.loads(out.read_text())
+    assert found["features"] == ["q 11", "k 11", "v 11", "out 11"]
+    assert found["images"] == {"tuning": 2, "reporting": 1}
+    assert len(found["rules"]) == capsys.readouterr().out.count("\n") - 1
+    for rule in found["rules"].values():
+        for half in ("tuning", "reporting"):
+            assert all(0 <= corloc <= 100 for corloc in rule[half]["corloc"])
+    assert plot.stat().st_size > 1000
+
+
+def test_masks_are_judged(script: Callable[[str], ModuleType], coco: list[str], tmp_path: Path) -> None:
+    assert script("mask_quality").main([*coco, "--out", str(tmp_path / "masks.json")]) == 0
+    found = json.loads((tmp_path / "masks.json").read_text())
+    assert found["images"] == 3
+    assert found["options"]["backbone"] == "imgfocus_vits14"
+    for way in ("patches", "watershed", "grabcut", "smooth"):
+        assert found[way]["all"]["iou"]["images"] == 3
+        assert 0 < found[way]["all"]["iou"]["mean"] <= 100
+    assert found["patches"]["all"]["iou"]["gain"] == 0
+
+
+def test_the_rule_for_outliers_is_tried(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    assert script("outlier_rates").main(["--repeats", "2", "--out", str(tmp_path / "rates.json")]) == 0
+    found = json.loads((tmp_path / "rates.json").read_text())
+    assert found["percent_found"]["one mode"]["normal, 47 +- 5"] == {"64": 0, "1500": 0}
+    assert found["percent_found"]["two modes"]["10 % about 300"]["1500"] == 100
+
+
+def test_outliers_are_planted_where_they_are_found(
+    script: Callable[[str], ModuleType], photos: list[Path], tmp_path: Path
+) -> None:
+    module, out = script("plant_outliers"), tmp_path / "planted.safetensors"
+    assert module.main(["--images", *map(str, photos), "--out", str(out)]) == 0
+    plain, planted = Discoverer("imgfocus_vits14", device="cpu"), load_backbone("dinov2_vits14", weights=out)
+    norms = [token_norms_of(photos, Discoverer(backbone, device="cpu")) for backbone in (plain.backbone, planted)]
+    assert norms[0].max() < 100
+    assert 0 < (norms[1] > 200).mean() < 0.1
+
+
+def token_norms_of(photos: list[Path], discoverer: Discoverer) -> np.ndarray:
+    def look(forward: Forward, pixels: list[torch.Tensor], grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        return [found.output for found in token_norms(forward, pixels, grids)]
+
+    return np.concatenate(list(discoverer.stream_of(LookJob(Forward(discoverer.backbone), look)).outcomes(photos)))
+
+
+def test_memory_of_collections_is_measured(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    out = tmp_path / "memory.json"
+    script("collection_memory").main(["--counts", "3", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["images"] == 3
+    assert row["peak_mb"] > 100
+
+
+def test_further_objects_and_the_demo_are_timed(
+    script: Callable[[str], ModuleType], photos: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("gradio")
+    out = tmp_path / "speed.json"
+    options = ["--images", str(photos[0].parent), "--count", "2", "--rounds", "1", "--device", "cpu"]
+    script("photo_speed").main([*options, "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["photos"] == 2
+    assert found["objects"]["ratio_to_one"].keys() == {"five, all of them", "five, clear ones", "one, refined"}
+    assert found["demo"]["first_ms"] > 0
+
+
+def test_what_biases_cost_is_measured(
+    benchmark: ModuleType, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "benchmark_backbone", lambda name, device: backbone)
+    out = tmp_path / "cost.json"
+    assert benchmark.main(["--bias-cost", "--rounds", "1", "--device", "cpu", "--out", str(out)]) == 0
+    runs = json.loads(out.read_text())["runs"]
+    assert [run["precision"] for run in runs] == ["fp32", "bf16"]
+    assert all(run["patches"] == 35 * 46 for run in runs)
+    assert all(run["seconds"].keys() == {"forward", "one bias", "auto", "auto and 25 biases"} for run in runs)
