@@ -87,12 +87,6 @@ def as_line(fields: dict[str, Any]) -> str:
     return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def whole_lines(path: Path) -> bytes:
-    """The whole lines of a file whose writer may have been killed; what it left of a line is cut off the file."""
-    keep_lines(path)
-    return path.read_bytes() if path.exists() else b""
-
-
 def keep_lines(path: Path, most: int | None = None) -> None:
     """Cut off a file what follows its whole lines, or its first ``most`` of them; no more than a line is in memory."""
     if not path.exists():

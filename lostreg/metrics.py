@@ -55,6 +55,10 @@ def score_auc(scores: ArrayLike, hits: ArrayLike) -> float | None:
 
     Returns:
         In [0, 1]; 0.5 is no better than chance. None where there are no hits or no misses.
+
+    Example:
+        >>> lostreg.metrics.score_auc([0.9, 0.4, 0.5], [True, True, False])
+        0.5
     """
     values, hit = np.asarray(scores, dtype=np.float64), np.asarray(hits, dtype=bool)
     if not len(hit) or hit.all() or not hit.any():
@@ -70,6 +74,10 @@ def is_hit(boxes: ArrayLike, truth: ArrayLike) -> bool:
     Args:
         boxes: predictions, shape (n, 4); only the first counts, and no prediction is a miss.
         truth: ground truth, shape (m, 4), in the same convention.
+
+    Example:
+        >>> lostreg.metrics.is_hit([[0, 0, 10, 10]], [[0, 0, 10, 5], [90, 90, 99, 99]])
+        True
     """
     predicted = as_boxes(boxes)
     if not len(predicted):
@@ -86,6 +94,10 @@ def corloc(predictions: Sequence[ArrayLike], truths: Sequence[ArrayLike]) -> Cor
 
     Raises:
         OptionError: if the two are of different lengths.
+
+    Example:
+        >>> print(lostreg.metrics.corloc([[[0, 0, 10, 10]], []], [[[0, 0, 9, 10]], [[0, 0, 5, 5]]]))
+        corloc 50.00 (1/2)
     """
     if len(predictions) != len(truths):
         raise OptionError(f"expected one prediction an image, got {len(predictions)} for {len(truths)} images")
@@ -148,6 +160,11 @@ def detection_scores(images: Sequence[Detections]) -> DetectionScores:
 
     Raises:
         ValueError: if there is no object at all, or the scores of an image are not as many as its boxes.
+
+    Example:
+        >>> image = lostreg.metrics.Detections([[0, 0, 10, 10]], [0.9], [[0, 0, 10, 10], [20, 0, 30, 10]], [])
+        >>> round(lostreg.metrics.detection_scores([image]).recall50)
+        50
     """
     if not any(len(as_boxes(image.objects)) for image in images):
         raise ValueError("expected at least one object")

@@ -65,6 +65,12 @@ def attention_maps(
 
     Raises:
         OptionError: if a layer does not exist, or the backbone has no token in front of the patches.
+
+    Example:
+        >>> discoverer = lostreg.Discoverer("dinov2_vits14_reg", device="cpu")
+        >>> for maps in lostreg.attention_maps(["dog.jpg"], discoverer, layers=[-1]):
+        ...     print(maps[0].names[0], maps[0].mean.shape)
+        CLS (5, 8, 11)
     """
     backbone = discoverer.backbone
     if not layers:

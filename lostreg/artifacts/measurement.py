@@ -190,6 +190,12 @@ def measure(
     Raises:
         OptionError: if there are no images, a number is out of range, or labels and images differ in number.
         LostregError: if no image can be read, or a norm is not finite.
+
+    Example:
+        >>> discoverer = lostreg.Discoverer("dinov2_vits14_reg", device="cpu")
+        >>> found = lostreg.artifacts.measure(["dog.jpg"], discoverer)
+        >>> found.patches, found.emerges
+        (88, None)
     """
     rule = rule or CutoffRule("auto")
     if labels is not None and len(labels) != len(images):

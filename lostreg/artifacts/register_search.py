@@ -62,6 +62,14 @@ def find_registers(
     Raises:
         OptionError: if there are no images, or a number is below 1.
         RegistersError: if no image can be read, there are no outliers, or nothing else.
+
+    Example:
+        >>> discoverer = lostreg.Discoverer("dinov2_vits14", device="cpu")
+        >>> try:
+        ...     registers = lostreg.find_registers(["dog.jpg"], discoverer, count=1)
+        ... except lostreg.LostregError as error:  # small backbones have no outliers
+        ...     print(str(error)[:11])
+        no outliers
     """
     if count < 1 or (neurons is not None and neurons < 1):
         raise OptionError(f"expected at least one added token and one neuron, not {count} and {neurons}")

@@ -49,6 +49,11 @@ def write_report(out: Path, found: Sequence[Measurement], settings: dict[str, An
 
     Raises:
         LostregError: if the folder cannot be written.
+
+    Example:
+        >>> found = lostreg.artifacts.measure(["dog.jpg"], lostreg.Discoverer("dinov2_vits14_reg", device="cpu"))
+        >>> lostreg.artifacts.write_report(Path("report"), [found], {"seed": 0})[0].as_posix()
+        'report/artifacts.html'
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +71,13 @@ def write_report(out: Path, found: Sequence[Measurement], settings: dict[str, An
 
 
 def as_numbers(measured: Measurement) -> dict[str, Any]:
-    """Every number of one backbone as plain values, for JSON."""
+    """Every number of one backbone as plain values, for JSON.
+
+    Example:
+        >>> found = lostreg.artifacts.measure(["dog.jpg"], lostreg.Discoverer("dinov2_vits14_reg", device="cpu"))
+        >>> lostreg.artifacts.as_numbers(found)["outliers"]
+        0
+    """
     seen, sample = measured.seen, measured.sample
     outlier_cosine, normal_cosine = measured.cosine_means()
     first = np.inf if measured.cutoff.value is None else measured.cutoff.value

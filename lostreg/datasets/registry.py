@@ -162,6 +162,11 @@ def load_benchmark(
     Raises:
         DatasetError: if the name or the split is unknown, or the data is missing or malformed.
         OptionError: if an argument does not apply to this benchmark, or a needed one is missing.
+
+    Example:
+        >>> benchmark = lostreg.load_benchmark("voc", root=Path("VOCdevkit/VOC2007"))
+        >>> len(benchmark), benchmark.examples[0].boxes.tolist()
+        (3, [[9.0, 9.0, 60.0, 60.0]])
     """
     info = benchmark_info(name)
     given = {"root": root, "split": split, "images": images, "annotations": annotations}

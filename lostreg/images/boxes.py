@@ -23,6 +23,10 @@ def pairwise_iou(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
 
     Raises:
         OptionError: if a shape is not (n, 4).
+
+    Example:
+        >>> lostreg.images.boxes.pairwise_iou([[0, 0, 10, 10]], [[0, 0, 10, 5], [20, 20, 30, 30]]).tolist()
+        [[0.5, 0.0]]
     """
     first, second = as_boxes(boxes), as_boxes(others)
     low = np.maximum(first[:, None, :2], second[None, :, :2])
@@ -72,6 +76,10 @@ def spread(values: NDArray[Value], size: tuple[int, ...], cell: tuple[float, flo
 
     Returns:
         Shape (height, width), of the type of the values.
+
+    Example:
+        >>> lostreg.images.boxes.spread(np.array([[1, 2]], np.uint8), (2, 3), (2, 1.5)).tolist()
+        [[1, 2, 2], [1, 2, 2]]
     """
     rows = cells(size[0], cell[0], values.shape[0])
     columns = cells(size[1], cell[1], values.shape[1])

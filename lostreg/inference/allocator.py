@@ -27,7 +27,6 @@ def keep_freed_memory() -> bool:
         Whether the setting was made.
 
     Example:
-        >>> import lostreg
         >>> lostreg.keep_freed_memory() in (True, False)
         True
     """

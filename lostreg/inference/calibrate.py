@@ -54,6 +54,12 @@ def calibrate(
     Raises:
         OptionError: if there are no images, or ``sample`` is below 1.
         CalibrationError: if no image can be read.
+
+    Example:
+        >>> discoverer = lostreg.Discoverer("dinov2_vits14_reg", device="cpu")
+        >>> calibration = lostreg.calibrate(sorted(Path("photos").iterdir()), discoverer)
+        >>> -1 <= calibration.bias <= 1, calibration.images
+        (True, 3)
     """
     sources = draw_sample(images, sample, seed)
     options = discoverer.options

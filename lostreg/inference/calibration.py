@@ -32,6 +32,13 @@ class Calibration:
         feature: ``q``, ``k``, ``v`` or ``out``.
         layer: block index from 0.
         k_patches: low-degree patches that might join the seed.
+
+    Example:
+        >>> discoverer = lostreg.Discoverer("dinov2_vits14_reg", device="cpu")
+        >>> lostreg.calibrate(["dog.jpg"], discoverer).save("bias.json")
+        >>> calibration = lostreg.Calibration.load("bias.json")
+        >>> lostreg.Discoverer("dinov2_vits14_reg", bias=calibration, device="cpu").options.bias == calibration.bias
+        True
     """
 
     bias: float

@@ -59,11 +59,11 @@ class Discoverer:
         BackboneError: if the backbone or its weights cannot be had.
 
     Example:
-        >>> import lostreg, numpy
-        >>> backbone = lostreg.models.backbone.build_backbone(lostreg.BACKBONES["dinov2_vits14_reg"], depth=1)
-        >>> discoverer = lostreg.Discoverer(backbone, feature="k", bias="auto", device="cpu")
-        >>> discoverer.discover(numpy.zeros((98, 70, 3), numpy.uint8)).xyxy.shape
+        >>> discoverer = lostreg.Discoverer("dinov2_vits14_reg", feature="k", bias="auto", device="cpu")
+        >>> discoverer.discover("dog.jpg").xyxy.shape
         (1, 4)
+        >>> [found.scores.shape for found in discoverer.discover_many(["dog.jpg", "dog.jpg"])]
+        [(1,), (1,)]
     """
 
     @_keywords_of(Options)

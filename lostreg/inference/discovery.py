@@ -43,6 +43,11 @@ class Discovery:
             where that was not asked for. See `lostreg.images.masks`.
         source: what was searched, as far as it is known: for pictures of the result.
         exif: whether the source's EXIF orientation was applied.
+
+    Example:
+        >>> found = lostreg.Discoverer("dinov2_vits14_reg", device="cpu").discover("dog.jpg")
+        >>> found.xyxy.shape, found.pixel_mask(0).shape, found.plot().shape
+        ((1, 4), (110, 150), (503, 1292, 3))
     """
 
     xyxy: NDArray[np.float32]

@@ -65,6 +65,11 @@ class Options:
 
     Raises:
         OptionError: if an option is out of its range.
+
+    Example:
+        >>> options = lostreg.Discoverer("dinov2_vits14_reg", max_side=448, device="cpu").options
+        >>> options.feature, options.layer, options.bias, options.max_side
+        ('k', 1, 'auto', 448)
     """
 
     backbone: str | Backbone = BACKBONE

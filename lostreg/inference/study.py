@@ -20,6 +20,11 @@ class Study:
 
     Raises:
         ImageError: if the image cannot be read, or memory does not suffice for it.
+
+    Example:
+        >>> study = lostreg.Study(lostreg.Discoverer("dinov2_vits14_reg", device="cpu"), "dog.jpg")
+        >>> [study.discover(bias=bias).degrees.shape for bias in ("auto", -0.5)]
+        [(8, 11), (8, 11)]
     """
 
     def __init__(self, discoverer: Discoverer, image: ImageSource) -> None:

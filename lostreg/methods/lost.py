@@ -108,6 +108,12 @@ def lost_boxes(
     Raises:
         OptionError: if the shapes disagree, ``k_patches`` is below 1, ``auto`` meets ``normalize=False``, or a
             feature is not finite.
+
+    Example:
+        >>> features = torch.eye(3).repeat_interleave(torch.tensor([4, 14, 2]), dim=0)  # 20 patches of three kinds
+        >>> found = lostreg.lost_boxes(features[None], grid=(4, 5), bias=-0.5)
+        >>> found.xyxy.shape, found.seeds.tolist()
+        (torch.Size([1, 4]), [[3, 3]])
     """
     if not isinstance(features, Tensor):
         raise OptionError(f"features must be a PyTorch tensor, not {type(features).__name__}")

@@ -229,6 +229,11 @@ def load_backbone(
     Raises:
         BackboneError: if the name is unknown, the model unsupported, or no weights can be had.
         WeightsError: if the file is unreadable, or lacks a tensor, or has one too many.
+
+    Example:
+        >>> backbone = lostreg.load_backbone("dinov2_vits14_reg")
+        >>> backbone.spec.patch_size, backbone.prefix_names
+        (14, ['CLS', 'register 1', 'register 2', 'register 3', 'register 4'])
     """
     spec = find_spec(name)
     if weights is not None:

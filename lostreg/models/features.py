@@ -41,6 +41,11 @@ def patch_features(backbone: Backbone, images: Tensor, feature: Feature = "k", l
 
     Raises:
         OptionError: if the feature or layer does not exist, or the images' size does not fit.
+
+    Example:
+        >>> backbone = lostreg.load_backbone("dinov2_vits14_reg")
+        >>> lostreg.patch_features(backbone, torch.zeros(2, 3, 28, 42), "v", layer=-1).shape
+        torch.Size([2, 6, 384])
     """
     return collect_features(backbone, images, [(feature, layer)])[0]
 

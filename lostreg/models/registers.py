@@ -31,6 +31,12 @@ class RegisterNeurons:
         outliers: share of patches that were outliers there, in [0, 1].
         outliers_left: the same with the activations moved, over a few of the images.
         seed: of the sample of images.
+
+    Example:
+        >>> registers = lostreg.RegisterNeurons(neurons=((1, 7), (1, 30)), count=2)
+        >>> discoverer = lostreg.Discoverer("dinov2_vits14", registers=registers, device="cpu")
+        >>> discoverer.backbone.prefix_names
+        ['CLS', 'test-time register 1', 'test-time register 2']
     """
 
     neurons: tuple[tuple[int, int], ...]

@@ -1,0 +1,67 @@
+"""The examples in the docstrings run, with small random backbones in place of those that would be loaded."""
+
+import doctest
+import importlib
+import inspect
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import disc_picture, scenes
+from fabricate import write_voc
+from PIL import Image
+
+import lostreg
+from lostreg import artifacts, metrics
+from lostreg.images.boxes import pairwise_iou, spread
+from lostreg.models.backbone import build_backbone, find_spec
+
+PUBLIC = [
+    *[getattr(lostreg, name) for name in lostreg.__all__ if name not in ("LostregError", "artifacts")],
+    *[getattr(artifacts, name) for name in artifacts.__all__],
+    *[getattr(metrics, name) for name in ("corloc", "is_hit", "score_auc", "detection_scores")],
+    pairwise_iou,
+    spread,
+]
+MADE_BY_OTHERS = {"AttentionMaps", "Backbone", "BackboneSpec", "LostResult", "Measurement"}
+EXPLAINED = [thing for thing in PUBLIC if callable(thing) and thing.__name__ not in MADE_BY_OTHERS]
+
+
+@pytest.fixture
+def _a_place_for_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """A photo ``dog.jpg``, a folder of photos, a VOC folder, and backbones of two random blocks."""
+
+    def small(name: str, **_: Any) -> object:
+        torch.manual_seed(0)
+        return build_backbone(find_spec(name), depth=2)
+
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(disc_picture()).save("dog.jpg")
+    Path("photos").mkdir()
+    for number, pixels in enumerate(scenes(3)):
+        Image.fromarray(pixels).save(f"photos/{number}.png")
+    write_voc(Path("VOCdevkit/VOC2007"), 3)
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", small)
+    if "load_backbone" not in request.node.name:
+        monkeypatch.setattr(lostreg, "load_backbone", small, raising=False)
+
+
+@pytest.mark.usefixtures("_a_place_for_examples", "one_thread")
+@pytest.mark.parametrize("name", sorted({thing.__module__ for thing in EXPLAINED}))
+def test_examples_do_what_they_say(name: str) -> None:
+    module: ModuleType = importlib.import_module(name)
+    names = {"lostreg": lostreg, "np": np, "torch": torch, "Path": Path}
+    told: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for test in doctest.DocTestFinder(exclude_empty=True).find(module, name, globs=names):
+        runner.run(test, out=told.append)
+    assert not runner.failures, "".join(told)
+    assert runner.tries
+
+
+@pytest.mark.parametrize("thing", EXPLAINED, ids=lambda thing: thing.__name__)
+def test_everything_public_has_an_example(thing: Any) -> None:
+    assert ">>> " in (inspect.getdoc(thing) or "")
