@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from lostreg.inference.discovery import Discovery
     from lostreg.inference.options import Options
     from lostreg.inference.study import Study
-
-    __version__: str
     from lostreg.methods.lost import LostResult, lost_boxes
     from lostreg.models.backbone import Backbone, load_backbone
     from lostreg.models.features import patch_features
     from lostreg.models.registers import RegisterNeurons
+
+    __version__: str
 
 __all__ = [
     "BACKBONES",

@@ -5,7 +5,8 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from types import UnionType
+from typing import Any, TypeGuard, TypeVar, get_args, get_type_hints
 
 from lostreg.errors import LostregError, OptionError
 
@@ -77,6 +78,36 @@ def load_document(
         raise error(f"cannot read the {name} {path}: {reason.strerror}") from reason
     except (ValueError, TypeError, RecursionError, OptionError) as reason:
         raise error(f"{path} is no file of `{command}`: {reason}") from reason
+
+
+def as_dataclass(kind: Callable[..., Document], fields: dict[str, Any]) -> Document:
+    """A dataclass out of a document's fields: all of them, each of the type that it is annotated with.
+
+    Raises:
+        ValueError: if a field is missing or of another type.
+        TypeError: if one is unknown.
+    """
+    hints = get_type_hints(kind)
+    missing = [name for name in hints if name not in fields]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing")
+    known = {name: _typed(name, fields[name], hint) for name, hint in hints.items()}
+    return kind(**{**fields, **known})
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """A value out of a JSON file as its annotation has it: lists become tuples."""
+    options = get_args(hint)
+    if isinstance(hint, UnionType):
+        hint = type(None) if value is None else options[0]
+        return _typed(name, value, hint)
+    if options and isinstance(value, list):
+        kinds = options[:1] * len(value) if options[-1] is Ellipsis else options
+        if len(kinds) == len(value):
+            return tuple(_typed(name, entry, kind) for entry, kind in zip(value, kinds, strict=True))
+    if is_finite_number(value) if hint is float else type(value) is hint:
+        return value
+    raise ValueError(f"{name} is {cut(repr(value))}")
 
 
 def as_line(fields: dict[str, Any]) -> str:

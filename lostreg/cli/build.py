@@ -148,10 +148,23 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def open_benchmark(args: argparse.Namespace) -> "Benchmark":
-    """The benchmark that the options name, limited as asked; what was left out is told on standard error."""
-    from lostreg.datasets import load_benchmark
+def open_benchmark(args: argparse.Namespace, *, with_images: bool = True) -> "Benchmark":
+    """The benchmark that the options name, limited as asked; what was left out is told on standard error.
 
+    Args:
+        args: of the command.
+        with_images: whether its images are needed.
+
+    Raises:
+        OptionError: if nothing says where the images are.
+        DatasetError: if the benchmark cannot be read, or an image is missing.
+    """
+    from lostreg.datasets import load_benchmark, require_images
+
+    if with_images and args.benchmark == "coco" and args.images is None:
+        raise OptionError(
+            f"{args.command} coco needs --images, the folder that file names in the annotations are relative to"
+        )
     benchmark = load_benchmark(
         args.benchmark,
         root=args.root,
@@ -162,4 +175,7 @@ def open_benchmark(args: argparse.Namespace) -> "Benchmark":
     )
     for note in benchmark.notes:
         tell(note)
-    return benchmark.limited(args.limit)
+    benchmark = benchmark.limited(args.limit)
+    if with_images:
+        require_images(benchmark)
+    return benchmark

@@ -8,7 +8,6 @@ from lostreg.cli.build import REGISTERS_FILE, chosen_backbones, make_discoverer,
 from lostreg.cli.options import Subparsers, add_benchmark_options, add_max_side, add_method_options, add_object_options
 from lostreg.cli.progress import ProgressBar
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
-from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
     from lostreg.datasets import Benchmark, Example
@@ -45,13 +44,8 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every backbone that was asked for."""
-    from lostreg.datasets import require_images
-
     backbones = chosen_backbones(args)
-    if args.benchmark == "coco" and args.images is None:
-        raise OptionError("eval coco needs --images, the folder that file names in the annotations are relative to")
     benchmark = open_benchmark(args)
-    require_images(benchmark)
     if len(backbones) == 1:
         _evaluate(args, benchmark, backbones[0], args.out)
         return 0

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from lostreg.runs.predictions import read_predictions
 
     predictions = read_predictions(args.predictions)
-    benchmark = open_benchmark(args)
+    benchmark = open_benchmark(args, with_images=False)
     score, missing = score_predictions(predictions, benchmark)
     detection = score_detections(predictions, benchmark)
     if missing:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from lostreg.cli.build import REGISTERS_FILE, make_discoverer, open_benchmark, with_registers
 from lostreg.cli.options import Subparsers, add_backbone_options, add_benchmark_options, add_max_side, as_finite
 from lostreg.cli.progress import ProgressBar
-from lostreg.errors import OptionError
 from lostreg.models.table import FEATURES
 
 if TYPE_CHECKING:
@@ -76,15 +75,11 @@ def bias_list(text: str) -> tuple[float, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Sweep, and print the table."""
-    from lostreg.datasets import require_images
     from lostreg.models.features import resolve_layer
     from lostreg.runs.sweep import LINES_FILE, RESULTS_FILE, sweep
     from lostreg.runs.sweep_figure import plot_sweep
 
-    if args.benchmark == "coco" and args.images is None:
-        raise OptionError("sweep coco needs --images, the folder that file names in the annotations are relative to")
     benchmark = open_benchmark(args)
-    require_images(benchmark)
     discoverer = make_discoverer(args, args.backbone, exif=False)
     for layer in args.layers:
         resolve_layer(discoverer.backbone, layer)  # before anything is looked for in images

@@ -1,13 +1,13 @@
 """One Gram bias for a whole collection, as a file keeps it."""
 
 import dataclasses
-import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, get_type_hints
+from typing import Final
 
 from lostreg.errors import CalibrationError, OptionError
-from lostreg.jsonio import load_document, save_document
+from lostreg.jsonio import as_dataclass, load_document, save_document
 
 FORMAT: Final = "lostreg bias 1"
 
@@ -71,7 +71,9 @@ class Calibration:
         Raises:
             CalibrationError: if it cannot be read, or is of something else.
         """
-        return load_document(path, FORMAT, _parse, CalibrationError, name="bias file", command="lostreg calibrate")
+        return load_document(
+            path, FORMAT, partial(as_dataclass, cls), CalibrationError, name="bias file", command="lostreg calibrate"
+        )
 
     def require(self, backbone: str, weights: str, feature: str, layer: int) -> None:
         """Raise `OptionError` unless it was found on this feature."""
@@ -82,34 +84,6 @@ class Calibration:
             )
         if self.weights != weights:
             raise OptionError(f"the bias was calibrated on the weights {self.weights}, not on {weights}")
-
-
-def _parse(fields: dict[str, Any]) -> Calibration:
-    """A calibration out of a file's fields.
-
-    Raises:
-        ValueError: if one has another type than it should.
-        TypeError: if one is missing or unknown.
-    """
-    calibration = Calibration(**fields)
-    for name, kind in get_type_hints(Calibration).items():
-        value = fields[name]
-        if name == "interval":
-            right = isinstance(value, list) and len(value) == 2 and all(_is_finite(bound) for bound in value)
-        elif kind is float:
-            right = _is_finite(value)
-        else:
-            right = type(value) is kind
-        if not right:
-            raise ValueError(f"{name} is {value!r}")
-    low, high = calibration.interval
-    return dataclasses.replace(calibration, interval=(low, high))
-
-
-def _is_finite(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max  # False for NaN too, and for an integer that is no float
 
 
 def _describe(backbone: str, feature: str, layer: int) -> str:

@@ -179,10 +179,11 @@ class ResolvedOptions(Options):
 
     def record(self) -> dict[str, Any]:
         """As plain values, as results record them; a score that decides nothing is None."""
-        options = {**vars(self), "min_score": self.min_score if self.max_objects > 1 else None}
-        registers = options.pop("registers")
-        return {
-            **options,
-            "auto_trials": list(TRIALS) if self.bias == "auto" else None,
-            "test_time_registers": registers.describe() if registers else None,
-        }
+        values: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if name == "registers":
+                values["auto_trials"] = list(TRIALS) if self.bias == "auto" else None
+                values["test_time_registers"] = value.describe() if value else None
+            else:
+                values[name] = value
+        return {**values, "min_score": self.min_score if self.max_objects > 1 else None}

@@ -7,11 +7,12 @@ tokens that are added to the image. Here that is a property of a `Backbone`: its
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from lostreg.errors import OptionError, RegistersError
-from lostreg.jsonio import load_document, save_document
+from lostreg.jsonio import as_dataclass, load_document, save_document
 
 FORMAT: Final = "lostreg registers 1"
 
@@ -91,33 +92,6 @@ class RegisterNeurons:
         Raises:
             RegistersError: if it cannot be read, or is of something else.
         """
-        return load_document(
-            path, FORMAT, _parse, RegistersError, name="registers file", command="lostreg registers find"
-        )
-
-
-def _parse(fields: dict[str, Any]) -> RegisterNeurons:
-    """Raise `ValueError` or `TypeError` if a field is missing, unknown or of another type than it should."""
-    kinds = {
-        "count": (int,),
-        "backbone": (str,),
-        "weights": (str,),
-        "cutoff": (int, float, type(None)),
-        "layer": (int, type(None)),
-        "images": (int,),
-        "outliers": (int, float),
-        "outliers_left": (int, float),
-        "seed": (int,),
-    }
-    missing = [name for name in ("neurons", *kinds) if name not in fields]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} missing")
-    for name, allowed in kinds.items():
-        if isinstance(fields[name], bool) or not isinstance(fields[name], allowed):
-            raise ValueError(f"{name} is {fields[name]!r}")
-    pairs = fields["neurons"]
-    if not isinstance(pairs, list) or not all(
-        isinstance(pair, list) and len(pair) == 2 and all(type(number) is int for number in pair) for pair in pairs
-    ):
-        raise ValueError("neurons is no list of pairs of layer and unit")
-    return RegisterNeurons(**{**fields, "neurons": tuple((layer, unit) for layer, unit in pairs)})
+        parse = partial(as_dataclass, cls)
+        command = "lostreg registers find"
+        return load_document(path, FORMAT, parse, RegistersError, name="registers file", command=command)
