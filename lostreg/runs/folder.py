@@ -230,11 +230,14 @@ class Run(Generic[AnyLine]):
         self.computed += 1
 
     def put_in_order(self) -> bool:
-        """Close the files and put them in the list's order, without images that are gone; whether that was needed."""
+        """Close the files and put them in the list's order, without images that are gone; whether that was needed.
+
+        The memory comes last: as long as it is in another order, a run that was killed here has this still to do.
+        """
         for file in self._files:
             file.close()
         needed = self._written != list(self.images)
-        for path in (self._memory, *self._beside) if needed else ():
+        for path in (*self._beside, self._memory) if needed else ():
             _put_in_order(path, self.images)
         return needed
 

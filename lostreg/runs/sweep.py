@@ -93,7 +93,8 @@ class _Line:
     error: str | None = None
 
     def to_line(self) -> str:
-        return as_line({name: value for name, value in vars(self).items() if value})
+        rest = {"features": self.features} if self.error is None else {"error": self.error}
+        return as_line({"image_id": self.image_id, **rest})
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from lostreg.metrics import Corloc, is_hit
 from lostreg.models.backbone import Backbone
 from lostreg.models.blocks import BlockRunner
 from lostreg.progress import Progress
+from lostreg.runs import sweep as sweep_run
 from lostreg.runs.evaluate import evaluate
 from lostreg.runs.sweep import LINES_FILE, RESULTS_FILE, SweepRow, summary, sweep
 
@@ -31,6 +32,8 @@ COUNT = 9
 BATCH = 2
 PAIRS = [(feature, layer) for layer in (0, 1) for feature in ("q", "k", "v", "out")]
 BIASES = (-0.75, 0.25, -0.4, -0.1, -2.0, 0.0, 2.0)  # in no order; with one all is connected, with one nothing
+
+ENTRY = {"hits": "01", "auto": {"hit": True, "box": [0, 0, 1, 1], "score": 0.5, "bias": -0.1, "connected": True}}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -622,3 +625,9 @@ def test_an_image_error_is_the_streams_own(seen: list[Any], discoverer: Discover
     unreadable(root, "im00")
     sweep(load_benchmark("voc", root=root).limited(1), discoverer, [("k", -1)], [-0.4], tmp_path / "out")
     assert [type(outcome) for outcome in seen] == [ImageError]
+
+
+@pytest.mark.parametrize("image_id", [0, 7, "im00", ""])
+def test_a_line_is_read_back_whatever_its_image_is_called(image_id: str | int) -> None:
+    for line in (sweep_run._Line(image_id, {"k 1": ENTRY}), sweep_run._Line(image_id, error="cut")):
+        assert sweep_run._parse(line.to_line().encode(), {"k 1"}) == line
