@@ -88,26 +88,31 @@ def as_dataclass(kind: Callable[..., Document], fields: dict[str, Any]) -> Docum
         TypeError: if one is unknown.
     """
     hints = get_type_hints(kind)
+    typed = {}
+    for name in hints.keys() & fields.keys():
+        try:
+            typed[name] = _typed(fields[name], hints[name])
+        except ValueError as error:
+            raise ValueError(f"{name} is {fields[name]!r}") from error
+    document = kind(**{**fields, **typed})
     missing = [name for name in hints if name not in fields]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing")
-    known = {name: _typed(name, fields[name], hint) for name, hint in hints.items()}
-    return kind(**{**fields, **known})
+    return document
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
+def _typed(value: Any, hint: Any) -> Any:
     """A value out of a JSON file as its annotation has it: lists become tuples."""
     options = get_args(hint)
     if isinstance(hint, UnionType):
-        hint = type(None) if value is None else options[0]
-        return _typed(name, value, hint)
+        return None if value is None else _typed(value, options[0])
     if options and isinstance(value, list):
         kinds = options[:1] * len(value) if options[-1] is Ellipsis else options
         if len(kinds) == len(value):
-            return tuple(_typed(name, entry, kind) for entry, kind in zip(value, kinds, strict=True))
+            return tuple(_typed(entry, kind) for entry, kind in zip(value, kinds, strict=True))
     if is_finite_number(value) if hint is float else type(value) is hint:
         return value
-    raise ValueError(f"{name} is {cut(repr(value))}")
+    raise ValueError(hint)
 
 
 def as_line(fields: dict[str, Any]) -> str:

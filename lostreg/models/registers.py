@@ -7,7 +7,6 @@ tokens that are added to the image. Here that is a property of a `Backbone`: its
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -92,6 +91,17 @@ class RegisterNeurons:
         Raises:
             RegistersError: if it cannot be read, or is of something else.
         """
-        parse = partial(as_dataclass, cls)
-        command = "lostreg registers find"
-        return load_document(path, FORMAT, parse, RegistersError, name="registers file", command=command)
+        return load_document(
+            path, FORMAT, _parse, RegistersError, name="registers file", command="lostreg registers find"
+        )
+
+
+def _parse(fields: dict[str, Any]) -> RegisterNeurons:
+    if "neurons" not in fields:
+        raise ValueError("neurons missing")
+    try:
+        return as_dataclass(RegisterNeurons, fields)
+    except ValueError as error:
+        if str(error).startswith("neurons is "):
+            raise ValueError("neurons is no list of pairs of layer and unit") from error
+        raise

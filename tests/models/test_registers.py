@@ -100,7 +100,7 @@ def test_a_file_by_hand_is_read(tmp_path: Path) -> None:
         (json.dumps(fields(outliers_left={})), r"outliers_left is \{\}"),
         (json.dumps(fields(seed=None)), "seed is None"),
         *[
-            (json.dumps(fields(neurons=neurons)), "neurons is ")
+            (json.dumps(fields(neurons=neurons)), "neurons is no list of pairs of layer and unit")
             for neurons in (None, "1 2", {"1": 2}, [1, 2], [[1]], [[1, 2, 3]], [[1, 2.0]], [[1, "2"]], [[True, 2]])
         ],
     ],
