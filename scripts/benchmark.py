@@ -26,12 +26,14 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -39,6 +41,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
+from lostreg.defaults import Precision
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches
@@ -51,7 +54,7 @@ from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_ba
 from lostreg.runs.results import describe_device, package_versions
 from lostreg.runs.sweep import with_trials
 
-DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: Final[dict[Precision, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GROWTH: Final = (500, 1000, 2000, 5000, 10_000, 20_000)
 BUCKETING: Final = ((8, 32), (32, 128))  # batch sizes, and images that plain bucketing by shape looks ahead
 # Width, height and weight of photographs: the common sizes of COCO; the rest is 640 wide or high and anything beside.
@@ -77,7 +80,7 @@ class Contender:
 
     name: str
     kind: str  # naive, backbone or lostreg
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     compiled: bool = False
     keeps_memory: bool = False
 
@@ -92,6 +95,7 @@ CONTENDERS: Final = (
     Contender("lostreg bf16", "lostreg", "bf16"),
     Contender("lostreg bf16 compiled", "lostreg", "bf16", compiled=True),
 )
+REFERENCE: Final = "lostreg fp32"  # whose boxes the others' are compared with
 # What is divided by what; the first of each pair is the better the larger.
 RATIOS: Final = (
     ("lostreg fp32", "backbone fp32"),
@@ -141,8 +145,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )  # random weights: no boxes to judge
             run = compare(name, files, limit, device, args)
             result["runs"].append({"backbone": name, "images": images, **run})
-        for count in () if args.quick else GROWTH:
-            result["growth"].append(in_process(growth, count, str(device)))
+        for count in args.growth:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # with a peak of its own
+                result["growth"].append(process.submit(growth, count, str(device)).result())
             print("growth", result["growth"][-1], flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
@@ -159,13 +164,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, help="images a set (default: 12, on CUDA 512)")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--backbone", nargs="+", help="only these")
+    names = [contender.name for contender in CONTENDERS]
+    parser.add_argument(
+        "--contender", nargs="+", choices=names, default=names, metavar="NAME", help=f"only these and {REFERENCE}"
+    )
+    parser.add_argument(
+        "--growth", type=int, nargs="*", default=GROWTH, metavar="PATCHES", help="points of the growth curve"
+    )
     parser.add_argument("--bias-cost", action="store_true", help="measure what biases cost, and nothing else")
     parser.add_argument("--quick", action="store_true", help="8 images, 1 round, no growth curve")
     parser.add_argument("--out", type=Path, help="default: eval/results/(benchmark|bias-cost)-DEVICE.json")
     args = parser.parse_args(argv)
     kind = resolve_device(args.device).type
     if args.quick:
-        args.count, args.rounds = 8, 1
+        args.count, args.rounds, args.growth = 8, 1, ()
     args.count = args.count or (512 if kind == "cuda" else 12)
     args.out = args.out or Path("eval/results") / f"{'bias-cost' if args.bias_cost else 'benchmark'}-{kind}.json"
     return args
@@ -229,15 +241,16 @@ def compare(
     batch_size = args.batch_size or (32 if device.type == "cuda" else 8)
     patch = find_spec(name).patch_size
     grids = [grid_of(path, patch) for path in paths]
-    seconds: dict[str, list[float]] = {contender.name: [] for contender in CONTENDERS}
+    contenders = [contender for contender in CONTENDERS if contender.name in {REFERENCE, *args.contender}]
+    seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     report: dict[str, Any] = {
         "count": len(paths),
         "mean_patches": round(statistics.mean(rows * columns for rows, columns in grids), 1),
         "grids": len(set(grids)),
     }
-    with workers(name, paths, images, str(device), batch_size) as ask:
+    with workers(contenders, name, paths, images, str(device), batch_size) as ask:
         for number in range(args.rounds):
-            for contender in CONTENDERS:
+            for contender in contenders:
                 seconds[contender.name].append(ask(contender, "run"))
                 speed = len(paths) / seconds[contender.name][-1]
                 print(f"  round {number + 1}  {contender.name:32s} {speed:8.3f} images/s", flush=True)
@@ -248,9 +261,9 @@ def compare(
                 "seconds": [round(value, 3) for value in seconds[contender.name]],
                 "peak_mb": ask(contender, "peak"),
             }
-            for contender in CONTENDERS
+            for contender in contenders
         }
-        mine = [contender for contender in CONTENDERS if contender.kind == "lostreg"]
+        mine = [contender for contender in contenders if contender.kind == "lostreg"]
         report["split"] = {contender.name: ask(contender, "split") for contender in mine}
         boxes = {contender.name: ask(contender, "boxes") for contender in mine}
     report["ratios"] = {
@@ -258,12 +271,13 @@ def compare(
             statistics.median(b / a for a, b in zip(seconds[first], seconds[second], strict=True)), 3
         )
         for first, second in RATIOS
+        if first in seconds and second in seconds
     }
     report["boxes_compared"] = len(images)
     report["same_boxes"] = {
-        name: round(float(np.mean([overlap >= 0.9 for overlap in overlaps(boxes["lostreg fp32"], found)])), 4)
+        name: round(float(np.mean([overlap >= 0.9 for overlap in overlaps(boxes[REFERENCE], found)])), 4)
         for name, found in boxes.items()
-        if name != "lostreg fp32"
+        if name != REFERENCE
     }
     for key in ("ratios", "same_boxes", "split"):
         print(" ", key, json.dumps(report[key], indent=2))
@@ -296,13 +310,13 @@ def bucket_fill(grids: list[tuple[int, int]], batch_size: int, window: int) -> f
 
 @contextmanager
 def workers(
-    name: str, paths: list[Path], images: list[Path], device: str, batch_size: int
+    contenders: list[Contender], name: str, paths: list[Path], images: list[Path], device: str, batch_size: int
 ) -> Iterator[Callable[[Contender, str], Any]]:
     """One process a contender, ready and warm; yields a way to have one of them do something."""
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
     processes = []
-    for contender in CONTENDERS:
+    for contender in contenders:
         ours, theirs = context.Pipe()
         process = context.Process(
             target=work, args=(theirs, contender, name, paths, images, device, batch_size), daemon=True
@@ -366,7 +380,7 @@ def prepare(
         discoverer = Discoverer(
             backbone,
             device=where,
-            precision=contender.precision,  # type: ignore[arg-type]
+            precision=contender.precision,
             batch_size=batch_size,
             compile=contender.compiled,
             max_side=None,
@@ -509,39 +523,28 @@ def split(discoverer: Discoverer, paths: list[Path]) -> dict[str, float]:
     """
     spent: dict[str, float] = defaultdict(float)
     device = discoverer.backbone.device
-    stream: Any = discoverer.stream
-    owners = (
-        (discoverer.features, "transfer", "transfer"),
-        (discoverer.features, "forward", "forward"),
-        (stream.job, "search", "LOST"),
-        (stream.job, "candidates", "host"),
-    )
 
-    def watch(owner: Any, method: str, stage: str) -> None:
+    def watch(owner: object, method: str, stage: str, where: torch.device) -> AbstractContextManager[object]:
         original = getattr(owner, method)
 
         def watched(*arguments: Any) -> Any:
-            synchronize(device)
-            start = time.perf_counter()
-            found = original(*arguments)
-            synchronize(device)
-            spent[stage] += time.perf_counter() - start
-            return found
+            results: list[Any] = []
+            seconds = timed(lambda: results.append(original(*arguments)), where)
+            spent[stage] += seconds
+            return results[0]
 
-        setattr(owner, method, watched)
+        return mock.patch.object(owner, method, watched)
 
-    def decode(*arguments: Any) -> Any:
-        start = time.perf_counter()
-        found = read(*arguments)
-        spent["decode (threads)"] += time.perf_counter() - start
-        return found
-
-    read, stream._read = stream._read, decode
-    for owner, method, stage in owners:
-        watch(owner, method, stage)
-    total = timed(lambda: lostreg_run(discoverer, paths)(len(paths)), device)
-    for owner, method, _ in (*owners, (stream, "_read", "")):
-        delattr(owner, method)
+    with ExitStack() as watches:
+        watches.enter_context(watch(discoverer.stream, "_read", "decode (threads)", torch.device("cpu")))
+        for owner, method, stage in (
+            (discoverer.features, "transfer", "transfer"),
+            (discoverer.features, "forward", "forward"),
+            (discoverer.stream.job, "search", "LOST"),
+            (discoverer.stream.job, "candidates", "host"),
+        ):
+            watches.enter_context(watch(owner, method, stage, device))
+        total = timed(lambda: lostreg_run(discoverer, paths)(len(paths)), device)
     shares = {stage: round(seconds / total, 5) for stage, seconds in spent.items()}
     waited = 1 - sum(share for stage, share in shares.items() if stage != "decode (threads)")
     return {**shares, "rest": round(waited, 5), "seconds": round(total, 3)}
@@ -566,12 +569,12 @@ def measure_biases(args: argparse.Namespace, device: torch.device) -> int:
     return 0
 
 
-def bias_cost(precision: str, device: torch.device, rounds: int) -> dict[str, Any]:
+def bias_cost(precision: Precision, device: torch.device, rounds: int) -> dict[str, Any]:
     """Seconds for one 640x480 image: the forward, and LOST from features to boxes with several kinds of bias."""
     discoverer = Discoverer(
         benchmark_backbone("dinov2_vits14_reg", device),
         device=device,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
         max_side=None,
     )
     picture = cut_patches(read_image(np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)), 14)
@@ -598,23 +601,6 @@ def bias_cost(precision: str, device: torch.device, rounds: int) -> dict[str, An
         "auto_share_of_run": round((medians["auto"] - medians["one bias"]) / run, 4),
         "swept_over_one_bias": round((medians["forward"] + medians["auto and 25 biases"]) / run, 3),
     }
-
-
-def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """A function's result from a fresh process: its peak memory is then its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=send_result, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
-    found = ours.recv()
-    process.join()
-    return found
-
-
-def send_result(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    """Call, and send what comes back."""
-    connection.send(function(*arguments))
 
 
 def growth(count: int, device: str) -> dict[str, Any]:

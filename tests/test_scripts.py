@@ -132,6 +132,37 @@ def test_committed_figures_were_measured_on_a_device_that_is_named(repository: P
 # Each script with its smallest input
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (Path(__file__).parents[1] / "scripts").glob("*.py")))
+def test_every_script_starts(
+    script: Callable[[str], ModuleType], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        script(name).main(["--help"])
+    assert ended.value.code == 0
+    assert "usage: " in capsys.readouterr().out
+
+
+def test_contenders_are_compared_in_processes_of_their_own(
+    benchmark: ModuleType, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = tmp_path / "new" / "speed.json"
+    small = ["--backbone", "imgfocus_vits14", "--contender", "backbone fp32", "--count", "2", "--rounds", "1"]
+    options = ["--images", str(tmp_path), "--device", "cpu", *small, "--growth", "30", "--out", str(out)]
+    assert benchmark.main(options) == 0
+    found = json.loads(out.read_text())
+    (run,) = found["runs"]
+    assert (run["backbone"], run["images"], run["count"]) == ("imgfocus_vits14", "photographs", 2)
+    assert run["boxes_compared"] == len(photos)
+    assert run["contenders"].keys() == {"backbone fp32", "lostreg fp32"}
+    assert all(contender["images_per_s"] > 0 for contender in run["contenders"].values())
+    assert run["ratios"].keys() == {"lostreg fp32 / backbone fp32"}
+    assert run["split"].keys() == {"lostreg fp32"}
+    (point,) = found["growth"]
+    assert point["patches"] == 30
+    assert point["lost_seconds"] > 0
+
+
 @pytest.fixture
 def coco(photos: list[Path], tmp_path: Path) -> list[str]:
     """Options that name the photos as a COCO data set: a disc each, once as a polygon."""
@@ -202,6 +233,11 @@ def test_outliers_are_planted_where_they_are_found(
     norms = [token_norms_of(photos, Discoverer(backbone, device="cpu")) for backbone in (plain.backbone, planted)]
     assert norms[0].max() < 100
     assert 0 < (norms[1] > 200).mean() < 0.1
+    before, after = plain.backbone.model.state_dict(), planted.model.state_dict()
+    axes = {"blocks.6.mlp.fc1.weight": 0, "blocks.6.mlp.fc1.bias": 0, "blocks.6.mlp.fc2.weight": 1}  # of the units
+    assert axes.keys() == {name for name in before if not after[name].equal(before[name])}
+    for name, axis in axes.items():
+        assert set((after[name] != before[name]).nonzero()[:, axis].tolist()) == set(module.UNITS)
 
 
 def token_norms_of(photos: list[Path], discoverer: Discoverer) -> np.ndarray:
@@ -213,16 +249,15 @@ def token_norms_of(photos: list[Path], discoverer: Discoverer) -> np.ndarray:
 
 def test_memory_of_collections_is_measured(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     out = tmp_path / "memory.json"
-    script("collection_memory").main(["--counts", "3", "--out", str(out)])
+    script("collection_memory").main(["--counts", "51", "--out", str(out)])  # the last one is a link
     (row,) = json.loads(out.read_text())["rows"]
-    assert row["images"] == 3
+    assert row["images"] == 51
     assert row["peak_mb"] > 100
 
 
 def test_further_objects_and_the_demo_are_timed(
     script: Callable[[str], ModuleType], photos: list[Path], tmp_path: Path
 ) -> None:
-    pytest.importorskip("gradio")
     out = tmp_path / "speed.json"
     options = ["--images", str(photos[0].parent), "--count", "2", "--rounds", "1", "--device", "cpu"]
     script("photo_speed").main([*options, "--out", str(out)])
