@@ -39,7 +39,8 @@ def draw_objects(pixels: Pixels, found: Discovery) -> Pixels:
         found: in pixels of the original.
     """
     panel = _fitted(pixels, found)
-    size, scale = panel.shape[:2], panel.shape[1] / found.width
+    size = panel.shape[:2]
+    scale = np.array([size[1] / found.width, size[0] / found.height] * 2)
     for index in range(len(found)):
         if found.refined is None:
             mask = spread(found.masks[index], size, _patch(found, panel))

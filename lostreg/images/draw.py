@@ -56,8 +56,9 @@ def plot_objects(
         RGB picture, uint8; each panel's longer side is 640 pixels, upscaled for small images.
     """
     left = fit(pixels, size, _PANEL_SIDE)
-    scale = left.shape[1] / size[1]
-    right = colour_map(degrees, left.shape[:2], (patch[0] * scale, patch[1] * scale))
+    high, wide = left.shape[0] / size[0], left.shape[1] / size[1]  # not the same in thin pictures
+    scale, cell = np.array([wide, high, wide, high]), (patch[0] * high, patch[1] * wide)
+    right = colour_map(degrees, left.shape[:2], cell)
     for index, mask in enumerate(() if refined is None else refined):
         draw_outline(left, stretched(mask, left.shape[:2]), _OUTLINE if index == 0 else _FURTHER)
     for panel in (left, right):
@@ -66,7 +67,7 @@ def plot_objects(
         for index in reversed(range(len(xyxy))):  # the main object is drawn over the others
             number = str(index + 1) if panel is left and len(xyxy) > 1 else ""
             draw_box(panel, xyxy[index] * scale, _FURTHER if index else _BOX, 2 if index else 3, number)
-        draw_seeds(panel, seeds, (patch[0] * scale, patch[1] * scale))
+        draw_seeds(panel, seeds, cell)
     caption = _caption(scores) + ("" if truth is None else "; thin: ground truth")
     panels = [_captioned(left, caption), _captioned(right, f"degree: dark {degrees.min()}, light {degrees.max()}")]
     gap = np.full((panels[0].shape[0], _GAP, 3), _PAPER, dtype=np.uint8)

@@ -81,5 +81,24 @@ def test_a_line_of_pixels_can_be_drawn() -> None:
     assert draw_objects(np.zeros((1, 1024, 3), np.uint8), one).shape == (1, 1024, 3)
 
 
+def test_boxes_of_thin_pictures_lie_where_they_are() -> None:
+    # 20 x 2000 pixels are 6 x 640 in the panel: the shorter side is rounded, and says nothing of the longer.
+    grid = (125, 2)
+    found = Discovery(
+        xyxy=np.array([[0, 1800, 20, 1900]], np.float32),
+        scores=np.zeros(1, np.float32),
+        seeds=np.array([[0, 0]]),
+        biases=np.zeros(1, np.float32),
+        masks=np.zeros((1, *grid), bool),
+        degrees=np.zeros(grid, np.int64),
+        width=20,
+        height=2000,
+        patch_width=16,
+        patch_height=16,
+    )
+    drawn = np.flatnonzero(draw_objects(np.zeros((640, 6, 3), np.uint8), found).any(axis=(1, 2)))
+    assert abs(drawn.max() - 608) <= 3
+
+
 def test_ten_objects_have_ten_colours() -> None:
     assert len({colour_of(index) for index in range(10)}) == 10

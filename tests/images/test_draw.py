@@ -51,6 +51,30 @@ def test_the_degree_panel_shows_low_degrees_dark_and_high_ones_light() -> None:
     assert (right[1, 33] != right[1, 1]).any()
 
 
+def test_a_pixel_of_the_degree_panel_shows_the_patch_that_its_centre_lies_in() -> None:
+    # The panel is two thirds of the image: the second patch ends at 21.33, between pixel 21's left edge and its centre.
+    degrees = np.arange(600).reshape(10, 60) % 7 * 40
+    found = discovery(width=960, degrees=degrees, masks=np.zeros((1, 10, 60), dtype=bool))
+    right = found.plot(np.zeros((160, 960, 3), np.uint8))[CAPTION:, 640 + 12 :]
+    edges = np.flatnonzero((right[3, 1:] != right[3, :-1]).any(axis=1)) + 1
+    assert edges[:3].tolist() == [11, 21, 32]
+
+
+def test_boxes_of_thin_pictures_lie_where_they_are() -> None:
+    # 20 x 2000 pixels are 6 x 640 in the panel: the shorter side is rounded, and says nothing of the longer.
+    found = discovery(
+        width=20,
+        height=2000,
+        xyxy=np.array([[0, 1800, 20, 1900]], dtype=np.float32),
+        seeds=np.zeros((1, 2), dtype=int),
+        degrees=np.zeros((125, 2), dtype=int),
+        masks=np.zeros((1, 125, 2), dtype=bool),
+    )
+    panel = found.plot(np.zeros((2000, 20, 3), np.uint8))[CAPTION:, :6]
+    green = np.flatnonzero([near(pixel, GREEN) for pixel in panel[:, 0]])
+    np.testing.assert_allclose([green.min(), green.max()], [576, 608], atol=2)
+
+
 def test_padding_beyond_the_image_is_not_shown() -> None:
     found = discovery(width=312, degrees=np.zeros((10, 20), dtype=int))
     assert found.plot(np.zeros((160, 312, 3), np.uint8)).shape[1] == 640 * 2 + 12
