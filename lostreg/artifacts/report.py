@@ -1,9 +1,8 @@
 """The report folder: one self-contained HTML page, its pictures as PNG files, and a JSON with every number."""
 
-import base64
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,8 +15,8 @@ from lostreg.artifacts.outliers import NormTally
 from lostreg.artifacts.probes import ClassProbe, PixelProbe, PositionProbe, Skipped, Spread
 from lostreg.artifacts.sample import RASTER
 from lostreg.errors import LostregError
-from lostreg.jsonio import write_json
-from lostreg.templates import render
+from lostreg.jsonio import write_json, write_whole
+from lostreg.templates import TEMPLATES
 
 FORMAT: Final = "lostreg artifacts 1"
 PAGE: Final = "artifacts.html"
@@ -25,15 +24,15 @@ NUMBERS: Final = "artifacts.json"
 _QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 _DPI: Final = 130
 
-
-@dataclass(frozen=True)
-class _Picture:
-    """A figure of the report."""
-
-    name: str
-    figure: Figure
-    caption: str
-    heading: str = ""
+# The pictures of all backbones side by side, by the names of their files; report.html says what they show.
+_FIGURES: Final[dict[str, Callable[[Sequence[Measurement]], Figure]]] = {
+    "norms": figures.norm_histograms,
+    "layers": figures.norms_by_layer,
+    "places": figures.outlier_places,
+    "neighbours": figures.neighbour_similarities,
+    "probes": figures.probe_bars,
+    "gram": figures.gram_spectra,
+}
 
 
 def write_report(out: Path, found: Sequence[Measurement], settings: dict[str, Any]) -> list[Path]:
@@ -58,16 +57,23 @@ def write_report(out: Path, found: Sequence[Measurement], settings: dict[str, An
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / NUMBERS, {"format": FORMAT, **settings, "backbones": [as_numbers(one) for one in found]})
-        pages = list(_pictures(found))
-        encoded = [(picture, _png(picture.figure)) for picture in pages]
+        pictures = {name: _png(figure) for name, figure in _pictures(found)}
         for stale in out.glob("examples-*.png"):
             stale.unlink()
-        for picture, data in encoded:
-            (out / f"{picture.name}.png").write_bytes(data)
-        (out / PAGE).write_text(_page(found, encoded, settings), encoding="utf-8")
+        for name, data in pictures.items():
+            (out / f"{name}.png").write_bytes(data)
+        page = TEMPLATES.get_template("artifacts/report.html").render(
+            summary=_summary(found),
+            probes=_probes(found),
+            measurements=found,
+            pictures=pictures,
+            cells=CELLS,
+            settings=settings,
+        )
+        write_whole(out / PAGE, page, errors="backslashreplace")
     except OSError as error:
         raise LostregError(f"cannot write the report to {out}: {error.strerror}") from error
-    return [out / PAGE, out / NUMBERS, *(out / f"{picture.name}.png" for picture in pages)]
+    return [out / PAGE, out / NUMBERS, *(out / f"{name}.png" for name in pictures)]
 
 
 def as_numbers(measured: Measurement) -> dict[str, Any]:
@@ -139,62 +145,12 @@ def _tally(tally: NormTally, cutoff: float | None) -> dict[str, Any]:
     }
 
 
-def _pictures(found: Sequence[Measurement]) -> Iterator[_Picture]:
-    yield _Picture(
-        "norms",
-        figures.norm_histograms(found),
-        "L2 norms of all patch tokens at the output. Outliers show before the model's final LayerNorm only: it gives "
-        "all tokens about the same length, which is why norms taken from a model's usual output show none. Models "
-        "without a final norm have one histogram twice.",
-        heading="Norms",
-    )
-    yield _Picture(
-        "layers",
-        figures.norms_by_layer(found),
-        "The same norms as they leave each block, before any final norm; dashed lines: means of the tokens in front "
-        "of the patches. Outliers emerge in the first layer that has at least half as many as the output.",
-    )
-    yield _Picture(
-        "places",
-        figures.outlier_places(found),
-        f"Share of patches that are outliers, in {CELLS} x {CELLS} cells over the image; where there are none, the "
-        "norm instead.",
-        heading="Where outliers sit",
-    )
-    yield _Picture(
-        "neighbours",
-        figures.neighbour_similarities(found),
-        "How similar patches are to those above, below, left and right of them right after the patch embedding, "
-        "before positions are added. In the register paper's models outliers are more similar to their neighbours "
-        "than other patches.",
-    )
-    yield _Picture(
-        "probes",
-        figures.probe_bars(found),
-        "Linear models on tokens after the final norm, trained on 70 % of the sample's images and measured on the "
-        "rest; means and deviations over five splits. Compare outliers with as many normal tokens of the same images: "
-        "more tokens make better probes. The table below has the figures of a guess, and counts.",
-        heading="What tokens hold",
-    )
-    yield _Picture(
-        "gram",
-        figures.gram_spectra(found),
-        "Shares of the largest eigenvalues of the Gram matrix that LOST works on, of all patches and of those that "
-        "are no outliers, with the share of pairs of patches whose similarity is positive. Means over the images of "
-        "the sample that have outliers, over all where none has any; with test-time registers over the same images "
-        "as without.",
-        heading="How LOST sees the patches",
-    )
+def _pictures(found: Sequence[Measurement]) -> Iterator[tuple[str, Figure]]:
+    for name, draw in _FIGURES.items():
+        yield name, draw(found)
     for number, measured in enumerate(found, start=1):
         if measured.sample.examples:
-            yield _Picture(
-                f"examples-{number}",
-                figures.example_maps(measured),
-                f"{measured.title}: images of the sample with the most outliers, or the first ones where there are "
-                f"none. Degrees are of {measured.feature} of layer {measured.layer}: to how many others a patch is "
-                "similar.",
-                heading="Images" if number == 1 else "",
-            )
+            yield f"examples-{number}", figures.example_maps(measured)
 
 
 def _png(figure: Figure) -> bytes:
@@ -203,75 +159,46 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _page(found: Sequence[Measurement], pictures: Sequence[tuple[_Picture, bytes]], settings: dict[str, Any]) -> str:
-    return render(
-        "lostreg.artifacts",
-        "report.html",
-        pictures=[(picture, base64.b64encode(data).decode("ascii")) for picture, data in pictures],
-        summary=_summary(found),
-        probes=_probes(found),
-        settings=settings,
-    )
-
-
-def _summary(found: Sequence[Measurement]) -> list[list[str]]:
-    rows = []
+def _summary(found: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
     for one in found:
         value, count = one.cutoff.value, one.outliers
-        rows.append(
-            [
-                one.title,
-                f"{one.seen.images:,}" + (f" ({len(one.seen.errors)} unreadable)" if one.seen.errors else ""),
-                f"{one.patches:,}",
-                "none found" if value is None else f"{count:,} ({100 * count / one.patches:.2f} %)",
-                "-" if value is None else f"{value:.4g}",
-                "-" if one.emerges is None else str(one.emerges),
-                f"{one.cutoff.rule}: {one.cutoff.reason}",
-            ]
+        yield (
+            one.title,
+            f"{one.seen.images:,}" + (f" ({len(one.seen.errors)} unreadable)" if one.seen.errors else ""),
+            f"{one.patches:,}",
+            "none found" if value is None else f"{count:,} ({100 * count / one.patches:.2f} %)",
+            "-" if value is None else f"{value:.4g}",
+            "-" if one.emerges is None else str(one.emerges),
+            f"{one.cutoff.rule}: {one.cutoff.reason}",
         )
-    return rows
 
 
-def _probes(found: Sequence[Measurement]) -> list[list[str]]:
-    rows = []
+def _probes(found: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
     for one in found:
-        for kind, position in one.sample.position.items():
-            rows.append([one.title, f"position, {kind} tokens", *_position_row(position)])
-        for kind, pixels in one.sample.pixels.items():
-            rows.append([one.title, f"pixels, {kind} tokens", *_pixel_row(pixels)])
-        if isinstance(one.sample.classes, Skipped):
-            rows.append([one.title, "class", f"not measured: {one.sample.classes.reason}", "", ""])
+        sample = one.sample
+        for kind, position in sample.position.items():
+            yield one.title, f"position, {kind} tokens", *_probe_row(position)
+        for kind, pixels in sample.pixels.items():
+            yield one.title, f"pixels, {kind} tokens", *_probe_row(pixels)
+        if isinstance(sample.classes, Skipped):
+            yield one.title, "class", *_probe_row(sample.classes)
         else:
-            for kind, probe in one.sample.classes.items():
-                rows.append([one.title, f"class, {kind}", *_class_row(probe)])
-    return rows
+            for kind, classes in sample.classes.items():
+                yield one.title, f"class, {kind}", *_probe_row(classes)
 
 
-def _position_row(probe: PositionProbe | Skipped) -> list[str]:
+def _probe_row(probe: PositionProbe | PixelProbe | ClassProbe | Skipped) -> tuple[str, str, str]:
+    """The result, that of a guess, and what both were measured on."""
     if isinstance(probe, Skipped):
-        return [f"not measured: {probe.reason}", "", ""]
+        return f"not measured: {probe.reason}", "", ""
+    if isinstance(probe, ClassProbe):
+        used = f"{probe.images} images of {probe.classes} classes"
+        return f"{_text(probe.accuracy)} %", f"{_text(probe.chance)} %", used
+    used = f"{probe.tokens:,} tokens of {probe.images} images"
+    if isinstance(probe, PixelProbe):
+        return f"L2 error {_text(probe.error)}", _text(probe.baseline), used
     result = f"top-1 {_text(probe.accuracy)} %, {_text(probe.distance)} cells off (of {RASTER} x {RASTER})"
-    return [result, f"{_text(probe.chance)} %", f"{probe.tokens:,} tokens of {probe.images} images"]
-
-
-def _pixel_row(probe: PixelProbe | Skipped) -> list[str]:
-    if isinstance(probe, Skipped):
-        return [f"not measured: {probe.reason}", "", ""]
-    return [
-        f"L2 error {_text(probe.error)}",
-        _text(probe.baseline),
-        f"{probe.tokens:,} tokens of {probe.images} images",
-    ]
-
-
-def _class_row(probe: ClassProbe | Skipped) -> list[str]:
-    if isinstance(probe, Skipped):
-        return [f"not measured: {probe.reason}", "", ""]
-    return [
-        f"{_text(probe.accuracy)} %",
-        f"{_text(probe.chance)} %",
-        f"{probe.images} images of {probe.classes} classes",
-    ]
+    return result, f"{_text(probe.chance)} %", used
 
 
 def _text(spread: Spread) -> str:

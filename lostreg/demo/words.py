@@ -6,7 +6,7 @@ from lostreg.defaults import CLEAR_SCORE
 from lostreg.demo.panels import colour_of
 from lostreg.inference.discovery import Discovery
 from lostreg.runs.predictions import from_discovery
-from lostreg.templates import render
+from lostreg.templates import TEMPLATES
 
 
 def verdict(found: Discovery, asked: int) -> str:
@@ -24,14 +24,13 @@ def verdict(found: Discovery, asked: int) -> str:
             "bias or backbone may do better."
         )
         return _note("unclear", text, "No clear object.")
-    text = f"Score{'s' * (clear > 1)}: " + ", ".join(
-        f"{score:.2f}" for score in found.scores.tolist() if score >= CLEAR_SCORE
-    )
+    plural = "s" * (clear > 1)
+    text = f"Score{plural}: " + ", ".join(f"{score:.2f}" for score in found.scores.tolist() if score >= CLEAR_SCORE)
     if len(found) > clear:
         text += f"; {len(found) - clear} more under {CLEAR_SCORE}, likely background"
     if len(found) < asked:
         text += f". You asked for up to {asked}; nothing else stands out"
-    return _note("clear", text + ".", f"{clear} object{'s' * (clear > 1)} found.")
+    return _note("clear", f"{text}.", f"{clear} object{plural} found.")
 
 
 def problem(message: str) -> str:
@@ -46,12 +45,9 @@ def hint(message: str) -> str:
 
 def box_table(found: Discovery) -> str:
     """One row a box, in pixels of the original photo, as HTML."""
-    scores = found.scores.tolist()
-    rows = [
-        ("rgb({}, {}, {})".format(*colour_of(index)), [f"{value:.0f}" for value in box], score)
-        for index, (box, score) in enumerate(zip(found.xyxy.tolist(), scores, strict=True))
-    ]
-    return render("lostreg.demo", "boxes.html", rows=rows, clear=CLEAR_SCORE)
+    colours = (colour_of(index) for index in range(len(found)))
+    rows = zip(colours, found.xyxy.tolist(), found.scores.tolist(), strict=True)
+    return TEMPLATES.get_template("demo/boxes.html").render(rows=rows, clear=CLEAR_SCORE)
 
 
 def box_json(name: str, found: Discovery) -> str:
@@ -61,5 +57,5 @@ def box_json(name: str, found: Discovery) -> str:
     return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()) + "\n}"
 
 
-def _note(kind: str, text: str, lead: str = "") -> str:
-    return render("lostreg.demo", "note.html", kind=kind, lead=lead, text=text)
+def _note(kind: str, text: str, headline: str = "") -> str:
+    return TEMPLATES.get_template("demo/note.html").render(kind=kind, text=text, headline=headline)

@@ -7,13 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 
 from lostreg.errors import OptionError
 from lostreg.gallery.entries import Entry, make_entry
-from lostreg.gallery.page import Facts, page
+from lostreg.gallery.page import render_page
 from lostreg.progress import OnProgress, Progress
 from lostreg.runs.reader import RunFolder, Shown, Survey
 
@@ -75,14 +75,15 @@ def write_gallery(
     survey = run.survey()
     chosen = choose_images(survey.scores, limit, choose)
     left_out = len(survey.scores) - len(chosen)
-    facts = Facts(gone=0, changed=0, sort=_SORTS[choose])
+    facts: dict[str, Any] = {"gone": 0, "changed": 0, "sort": _SORTS[choose]}
+    entries = _entries(run, chosen, images, facts, on_progress)
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with beside.open("w", encoding="utf-8", newline="\n") as file:
-                entries = _counted(_read_entries(run, chosen, images), facts, len(chosen), on_progress)
-                file.writelines(page(run, survey, left_out, _WORDS[choose], entries, lambda: facts))
+            # A file name that is not UTF-8 has lone surrogates: escapes stand for them on the page.
+            with beside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+                file.writelines(render_page(run, survey, left_out, _WORDS[choose], entries, facts))
             beside.replace(target)
         finally:
             beside.unlink(missing_ok=True)
@@ -115,18 +116,16 @@ def choose_images(scores: list[tuple[int, float | None]], limit: int, choose: Ch
     return {number for number, _ in scores[:limit]}
 
 
-def _read_entries(run: RunFolder, chosen: set[int], images: Path | None) -> Iterator[Entry]:
+def _entries(
+    run: RunFolder, chosen: set[int], images: Path | None, facts: dict[str, Any], on_progress: OnProgress
+) -> Iterator[Entry]:
+    """The chosen images in order; whose files are gone or changed is counted as they go by."""
     read = partial(make_entry, images=images, exif=run.exif, max_pixels=run.max_pixels)
-    return _read_ahead(read, _wanted(run, chosen))
-
-
-def _counted(entries: Iterator[Entry], facts: Facts, total: int, on_progress: OnProgress) -> Iterator[Entry]:
-    """The entries as they go by."""
-    for done, entry in enumerate(entries, start=1):
+    for done, entry in enumerate(_read_ahead(read, _wanted(run, chosen)), start=1):
+        yield entry
         facts["gone"] += not entry.jpeg
         facts["changed"] += bool(entry.jpeg) and "note" in entry.card
-        yield entry
-        on_progress(Progress(done, total))
+        on_progress(Progress(done, len(chosen)))
 
 
 def _wanted(run: RunFolder, chosen: set[int]) -> Iterator[Shown]:

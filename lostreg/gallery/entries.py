@@ -16,7 +16,6 @@ from lostreg.runs.locate import find_below
 from lostreg.runs.maps import ImageMaps
 from lostreg.runs.predictions import Prediction
 from lostreg.runs.reader import Shown
-from lostreg.templates import readable
 
 SIDE: Final = 480
 QUALITY: Final = 75
@@ -36,11 +35,6 @@ class Entry:
     card: dict[str, Any]
     maps: dict[str, Any]
     jpeg: bytes
-
-    @property
-    def picture(self) -> str:
-        """The picture in base64."""
-        return base64.b64encode(self.jpeg).decode("ascii")
 
 
 def make_entry(shown: Shown, images: Path | None, *, exif: bool, max_pixels: int) -> Entry:
@@ -85,7 +79,7 @@ def _card(shown: Shown, size: tuple[int, int], note: str) -> dict[str, Any]:
     prediction, maps = shown.prediction, shown.maps
     fields: dict[str, Any] = {
         "number": shown.number,
-        "name": readable(str(prediction.image_id)),
+        "name": _readable(str(prediction.image_id)),
         "size": list(size),
         "boxes": [[round(value, 2) for value in box] for box in prediction.boxes],
         "scores": list(prediction.scores) or [None] * len(prediction.boxes),
@@ -96,7 +90,7 @@ def _card(shown: Shown, size: tuple[int, int], note: str) -> dict[str, Any]:
         fields["truth"] = maps.truth
         fields["hit"] = shown.hit
     if note:
-        fields["note"] = readable(note)
+        fields["note"] = _readable(note)
     return fields
 
 
@@ -145,3 +139,8 @@ def _runs(values: NDArray[np.bool_]) -> list[int]:
     edges = np.flatnonzero(np.diff(values)) + 1
     lengths: list[int] = np.diff(np.concatenate([[0], edges, [len(values)]])).tolist()
     return [0, *lengths] if values[0] else lengths
+
+
+def _readable(text: str) -> str:
+    """A text that can be shown: a file name that is not UTF-8 has lone surrogates, here as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

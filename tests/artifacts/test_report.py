@@ -21,6 +21,7 @@ from small_vit import LAYER, PATCHES, discoverer, pictures, small, strict_json, 
 from lostreg.artifacts import as_numbers, figures, report, write_report
 from lostreg.artifacts.measurement import CELLS, COSINE_BINS, Measurement, measure
 from lostreg.artifacts.outliers import parse_rule
+from lostreg.artifacts.probes import Skipped
 from lostreg.artifacts.report import FORMAT
 from lostreg.errors import LostregError
 from lostreg.models.registers import RegisterNeurons
@@ -38,9 +39,9 @@ def _coarse_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _two_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take most of the time of a report."""
-    pictures_of = report._pictures
-    kept = ("norms", "probes")
-    monkeypatch.setattr(report, "_pictures", lambda found: [one for one in pictures_of(found) if one.name in kept])
+    for name in PICTURES - {"norms", "probes"}:
+        monkeypatch.setitem(report._FIGURES, name, lambda _: Figure((1, 1)))
+    monkeypatch.setattr(figures, "example_maps", lambda _: Figure((1, 1)))
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +131,12 @@ def test_the_page_says_what_was_found_and_what_was_not(both: Path, found: Measur
 def test_names_and_settings_are_escaped(both: Path, tmp_path: Path, found: Measurement) -> None:
     assert "<script>" not in page(both)
     assert ["a <b> & c", "<script>alert(1)</script>"] in cells(page(both))
-    odd = dataclasses.replace(found, title="<i>odd</i> & x", backbone='"a" & <b>')
-    write_report(tmp_path, [odd], {})
+    sample = dataclasses.replace(found.sample, classes=Skipped("<i>why</i> {{ cells }}"))
+    odd = dataclasses.replace(found, title="<i>odd</i> & x", backbone='"a" & <b>', sample=sample)
+    write_report(tmp_path, [odd], {"root": "caf\udce9 {% raw %}"})
     text = page(tmp_path)
+    assert ["root", "caf\\udce9 {% raw %}"] in cells(text)
+    assert ["<i>odd</i> & x", "class", "not measured: <i>why</i> {{ cells }}", "", ""] in cells(text)
     assert "<i>" not in text
     assert "&lt;i&gt;odd&lt;/i&gt; &amp; x" in text
     assert numbers(tmp_path)["backbones"][0]["backbone"] == '"a" & <b>'

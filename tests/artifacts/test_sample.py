@@ -220,9 +220,9 @@ def test_degrees_are_those_of_lost(options: dict[str, Any]) -> None:
         np.testing.assert_array_equal(example.degrees, by_hand.degrees)
         assert example.degrees_normal is not None
         np.testing.assert_array_equal(example.degrees_normal < 0, example.outliers)
-        features = patch_features(backbone, padded(images[number], backbone), one.feature, one.layer)[0]
-        (bias,) = lost_boxes(features[None], grid, one.bias, normalize=one.normalize).bias.tolist()
-        unit = torch.nn.functional.normalize(features.double(), dim=1) if one.normalize else features.double()
+        features = patch_features(backbone, padded(images[number], backbone), one.options.feature, one.options.layer)[0]
+        (bias,) = lost_boxes(features[None], grid, one.options.bias, normalize=one.options.normalize).bias.tolist()
+        unit = torch.nn.functional.normalize(features.double(), dim=1) if one.options.normalize else features.double()
         connected = (unit @ unit.T + bias > 0).fill_diagonal_(False).numpy()
         kept = ~example.outliers.ravel()
         by_hand_without = connected[np.ix_(kept, kept)].sum(axis=1)

@@ -1,6 +1,7 @@
 """The demo's words."""
 
 import dataclasses
+import html
 import json
 
 import numpy as np
@@ -44,6 +45,8 @@ def test_the_json_is_a_line_of_a_predictions_file() -> None:
 
 
 def test_words_from_outside_are_no_html() -> None:
-    for text in (problem("<script>x</script>"), hint("<script>x</script>")):
+    message = """<script>x</script> & "q" 'r' {{ kind }}"""
+    for text in (problem(message), hint(message)):
         assert "<script>" not in text
         assert "&lt;script&gt;" in text
+        assert message in html.unescape(text)

@@ -1,6 +1,7 @@
 """The page as Python writes it."""
 
 import base64
+import hashlib
 import json
 import re
 import weakref
@@ -26,7 +27,7 @@ NASTY = [
     "<!--<script>",
     """a "b" 'c' & &lt; ]]>.jpg""",
     "caf\udce9 \u2028 日本.jpg",
-    "${name} $style",
+    "${name} $style {{ name }} {% raw %} {# style #}",
 ]
 
 
@@ -78,6 +79,9 @@ def test_a_page_refers_to_nothing_outside_itself(tmp_path: Path) -> None:
     assert policy is not None
     assert "default-src 'none'" in policy[1]
     assert "unsafe" not in policy[1]
+    for asset in (page.by_id["style"], page.by_id["None"]):
+        digest = hashlib.sha256(asset.encode("utf-8")).digest()
+        assert f"'sha256-{base64.b64encode(digest).decode()}'" in policy[1]
 
 
 def test_names_are_never_taken_for_markup(tmp_path: Path) -> None:
@@ -97,6 +101,15 @@ def test_names_are_never_taken_for_markup(tmp_path: Path) -> None:
     for name in shown:
         assert f"because {name}" in page.text
     assert f"{len(NASTY)} images without a box" in page.text
+
+
+def test_the_name_of_the_run_is_never_taken_for_markup(tmp_path: Path) -> None:
+    for name in ("<img src=x> & \"b\" 'c'", "{{ lead }}", "caf\udce9"):
+        page = page_of(write_run(tmp_path / name, ["a"]))
+        assert page.links == ["data:,"]
+        shown = name.encode("utf-8", "backslashreplace").decode()
+        assert f"{shown} - lostreg report" in page.text
+        assert page.text.count(shown) == 2  # title and heading
 
 
 @pytest.mark.parametrize("truth", [TRUTH, None])
