@@ -176,7 +176,10 @@ def _failed_row(*cells: ImageId) -> bytes:
     """A row of the table; names that are no text keep their bytes."""
     row = io.StringIO()
     csv.writer(row, lineterminator="\n").writerow(cells)
-    return row.getvalue().encode("utf-8", "surrogateescape")
+    try:
+        return row.getvalue().encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # no file name: edited by hand
+        return row.getvalue().encode("utf-8", "backslashreplace")
 
 
 def mask_path(out: Path, name: str) -> Path:

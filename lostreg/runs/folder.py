@@ -60,7 +60,8 @@ class Run(Generic[AnyLine]):
 
     What shares a pack is a function of a list alone. For a run that was merely stopped it is the whole list, so it ends
     with the same bytes as one that was not. For a run whose list has changed it is the list of the images that were
-    missing when the change was met, however often the run is stopped then.
+    missing when the change was met, however often the run is stopped then. Images tried again make a new list each
+    time.
 
     Args:
         out: the folder; made if need be.
@@ -106,6 +107,7 @@ class Run(Generic[AnyLine]):
         self._overwrite = overwrite
         self._retry_failed = retry_failed
         self._written: list[ImageId] = []  # ids of the memory's lines, as they stand in the file
+        self._gone_beside = False  # whether a file beside the memory has lines of images that are gone
         self._batch: Sequence[ImageId] = ()  # the list whose packs the missing images share
         self._earlier: dict[str, Any] = {}  # results of an earlier run
         self._stack = ExitStack()
@@ -120,6 +122,9 @@ class Run(Generic[AnyLine]):
         """
         with ExitStack() as stack:
             stack.enter_context(locked(self.out))
+            for path in (self._memory, self._results, *self._beside):
+                for left_by_a_kill in self.out.glob(f"{path.name}.part-*"):
+                    left_by_a_kill.unlink(missing_ok=True)
             if self._overwrite:
                 for path in (self._memory, self._results, *self._beside):
                     path.unlink(missing_ok=True)
@@ -138,9 +143,10 @@ class Run(Generic[AnyLine]):
             PredictionsError: if a line is malformed, or of an image that is not in the list where that may not change;
                 or if no image of the earlier run is in it.
         """
-        images, done = set(self.images), set()
-        with rewriting(self._memory, needed=self._retry_failed) as keep:
+        images, done, known = set(self.images), set[ImageId](), set[ImageId]()
+        with rewriting(self._memory, needed=self._retry_failed and self._memory.exists()) as keep:
             for raw, line in self._read_memory():
+                known.add(line.image_id)
                 if self._retry_failed and line.error is not None:
                     continue
                 keep(raw)
@@ -148,14 +154,15 @@ class Run(Generic[AnyLine]):
                 if line.image_id in images and line.image_id not in done:
                     done.add(line.image_id)
                     yield line
-        self._check_strangers([image_id for image_id in self._written if image_id not in images], known=len(done))
-        self.todo = [image_id for image_id in self.images if image_id not in done]
-        resumed_after = self._choose_batch()
-        if self.todo or not self._earlier:
-            marks = {_RESUMED_AFTER: resumed_after} if resumed_after else {}
-            write_json(self._results, {"complete": False, **marks, **self._settings})
-        for path in self._beside:
-            _cut_ahead(path, done)
+            self._check_strangers(known - images, known & images)
+            self.todo = [image_id for image_id in self.images if image_id not in done]
+            resumed_after = self._choose_batch()
+            if self._written != list(self.images) or not self._earlier:
+                marks = {_RESUMED_AFTER: resumed_after} if resumed_after else {}
+                write_json(self._results, {"complete": False, **marks, **self._settings})
+        # Lines beside those of the memory are kept for images that are gone, too: they may come back.
+        beside = set[ImageId]().union(*(_cut_ahead(path, set(self._written)) for path in self._beside))
+        self._gone_beside = not beside <= images
         for path in (*self._beside, self._memory):
             self._files.append(self._stack.enter_context(path.open("a", encoding="utf-8", newline="\n")))
         self._start = time.perf_counter()
@@ -166,6 +173,8 @@ class Run(Generic[AnyLine]):
             return
         with self._memory.open("rb") as file:
             for number, raw in enumerate(file, start=1):
+                if not raw.strip():
+                    continue
                 try:
                     yield raw, self._parse(raw)
                 except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -173,18 +182,19 @@ class Run(Generic[AnyLine]):
                         f"{self._memory} is not of this run (line {number}: {error}): {AFRESH}"
                     ) from error
 
-    def _check_strangers(self, strangers: list[ImageId], known: int) -> None:
+    def _check_strangers(self, strangers: set[ImageId], known: set[ImageId]) -> None:
         if not strangers:
             return
-        count = len(set(strangers))
+        count, example = len(strangers), min(strangers, key=str)
         if not self._may_change:
             raise PredictionsError(
-                f"{self._memory} holds {count} images that are none of this run, such as {strangers[0]!r}: {AFRESH}"
+                f"{self._memory} holds {count} images that are none of this run, such as {example!r}: {AFRESH}"
             )
-        if not known:
+        roots = [_root_of(settings) for settings in (self._earlier, self._settings)]
+        if not known or roots[0] != roots[1]:  # cameras name their photos alike: those of another folder are others
             raise PredictionsError(
-                f"{self.out} holds a run over other images: none of its {count} is among the {len(self.images)} of "
-                f"now; {AFRESH}"
+                f"{self.out} holds a run over other images, of {roots[0]}: {count} of them, such as {example!r}, are "
+                f"not among the {len(self.images)} of now, of {roots[1]}; {AFRESH}"
             )
         message = f"{count} images of the earlier run are gone: what was found in them is left out in the end"
         warnings.warn(message, LostregWarning, stacklevel=4)
@@ -232,14 +242,22 @@ class Run(Generic[AnyLine]):
     def put_in_order(self) -> bool:
         """Close the files and put them in the list's order, without images that are gone; whether that was needed.
 
-        The memory comes last: as long as it is in another order, a run that was killed here has this still to do.
+        Images that are gone leave the memory first, so that whoever comes back is computed again; its order comes last:
+        as long as it is another one, a run that was killed here has this still to do.
         """
         for file in self._files:
             file.close()
-        needed = self._written != list(self.images)
-        for path in (*self._beside, self._memory) if needed else ():
-            _put_in_order(path, self.images)
-        return needed
+        needed = self._written != list(self.images) or self._gone_beside
+        if not needed:
+            return False
+        images = set(self.images)
+        kept = list(dict.fromkeys(image_id for image_id in self._written if image_id in images))
+        if len(kept) < len(self._written):
+            _put_in_order(self._memory, kept, last=False)
+        for path in self._beside:
+            _put_in_order(path, self.images, last=True)
+        _put_in_order(self._memory, self.images, last=False)
+        return True
 
     def finish(self, figures: dict[str, Any], device: torch.device) -> None:
         """Write the results; the facts of an earlier run stay where it had done everything.
@@ -274,16 +292,16 @@ def rewriting(path: Path, *, needed: bool) -> Iterator[Callable[[bytes], object]
         part.unlink(missing_ok=True)
 
 
-def _put_in_order(path: Path, images: Iterable[ImageId]) -> None:
-    """One line an image, in the order of the images, and no others; lines are found again by their places."""
+def _put_in_order(path: Path, images: Iterable[ImageId], *, last: bool) -> None:
+    """One line an image, the first or last that it has, in the order of the images; they are found by their places."""
     if not path.exists():
         return
     places: dict[ImageId, int] = {}
-    with path.open("rb") as file, rewriting(path, needed=True) as keep:
+    with rewriting(path, needed=True) as keep, path.open("rb") as file:
         place = 0
         for raw in file:
             image_id = _image_id_of(raw)
-            if image_id is not None:
+            if image_id is not None and (last or image_id not in places):
                 places[image_id] = place
             place += len(raw)
         for image_id in images:
@@ -292,13 +310,26 @@ def _put_in_order(path: Path, images: Iterable[ImageId]) -> None:
                 keep(file.readline())
 
 
-def _cut_ahead(path: Path, done: set[ImageId]) -> None:
-    """Cut off the lines at a file's end that are of images that are not done: a run that was killed is ahead there."""
+def _cut_ahead(path: Path, written: set[ImageId]) -> set[ImageId]:
+    """Cut off the lines at a file's end whose images have no line in the memory: a run that was killed is ahead there.
+
+    Returns:
+        The images of the other lines.
+    """
     keep_lines(path)
-    if path.exists():
-        with path.open("rb") as file:
-            kept = max((number for number, raw in enumerate(file, start=1) if _image_id_of(raw) in done), default=0)
-        keep_lines(path, kept)
+    if not path.exists():
+        return set()
+    with path.open("rb") as file:
+        ids = [_image_id_of(raw) for raw in file]
+    kept = max((number for number, image_id in enumerate(ids, start=1) if image_id in written), default=0)
+    keep_lines(path, kept)
+    return {image_id for image_id in ids[:kept] if image_id is not None}
+
+
+def _root_of(settings: dict[str, Any]) -> Any:
+    """The folder of a collection, by a run's settings; None where none is told."""
+    collection = settings.get("collection")
+    return collection.get("root") if isinstance(collection, dict) else None
 
 
 def _image_id_of(raw: bytes) -> ImageId | None:

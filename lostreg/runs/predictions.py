@@ -124,7 +124,7 @@ def _parse_lines(lines: Iterable[bytes], path: Path, *, may_be_cut: bool = False
             try:
                 yield parse_prediction(line)
             except (ValueError, TypeError) as error:
-                if may_be_cut and not line.endswith(b"\n"):
+                if may_be_cut and not line.endswith(b"\n") and error.__cause__:  # no whole JSON
                     return
                 raise PredictionsError(f"{path}, line {number}: {error}") from error
 

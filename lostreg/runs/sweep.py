@@ -233,6 +233,8 @@ def _parse(raw: bytes, names: set[str]) -> _Line:
     if not isinstance(fields, dict):
         raise TypeError(f"expected an object, found {type(fields).__name__}")
     line = _Line(**fields)
+    if not isinstance(line.image_id, str | int) or not isinstance(line.features, dict):
+        raise TypeError("expected an image_id, and features by name")
     if line.error is None and set(line.features) != names:
         raise ValueError("the features are others")
     for entry in line.features.values():

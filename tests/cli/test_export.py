@@ -248,7 +248,7 @@ BAD = {
     "no predictions": ("{}/none --format csv --out {}/x.csv", "none: expected a predictions file, or the folder of a"),
     "folder without a run": ("{}/photos --format csv --out {}/x.csv", "expected a predictions file"),
     "an image": ("{}/photos/a.jpg --format csv --out {}/x.csv", r"a\.jpg, line 1: expected an object with image_id"),
-    "results": ("{}/run/results.json --format csv --out {}/x.csv", "results.json holds no predictions: expected one"),
+    "results": ("{}/run/results.json --format csv --out {}/x.csv", "results.json, line 1: expected an object with"),
     "folder as a file": ("{}/run --format coco --out {}/photos", "expected a file ending in .json"),
     "wrong suffix": ("{}/run --format csv --out {}/x.json", "expected a file ending in .csv"),
     "file as a folder": ("{}/run --format yolo --out {}/run/results.json", "expected a folder for this format"),

@@ -21,6 +21,7 @@ from lostreg.inference.stream import ImageStream
 from lostreg.models.backbone import Backbone
 from lostreg.progress import Progress
 from lostreg.runs.discover import Summary, discover_collection, mask_path
+from lostreg.runs.folder import Run
 from lostreg.runs.maps import read_maps
 from lostreg.runs.predictions import Prediction, read_predictions
 
@@ -145,7 +146,8 @@ def test_a_collection_of_none_of_the_earlier_photos_is_refused(
     out = tmp_path / "out"
     discover_collection(Collection(photos.root, photos.names[:3]), discoverer, out)
     before = contents(out)
-    with pytest.raises(PredictionsError, match="over other images: none of its 3 is among the 4 of now; use --overw"):
+    refusal = r"other images, of .*: 3 of them, such as .* are not among the 4 of now, of .*; use --overw"
+    with pytest.raises(PredictionsError, match=refusal):
         discover_collection(Collection(photos.root, photos.names[3:]), discoverer, out)
     assert contents(out) == before
 
@@ -224,6 +226,97 @@ def test_photos_that_could_not_be_read_are_tried_again_on_request(
     assert contents(out) == contents(whole)
     (photos.path("a/photo 3.png")).write_text("no picture")
     assert discover_collection(photos, discoverer, out, retry_failed=True).unreadable == 0  # it is not looked at
+
+
+def test_photos_that_come_back_after_a_stop_have_all_of_their_lines(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = photos.names[0::2]
+    fewer = [first[0], *photos.names[1::2]]
+    replaced = Path.replace
+    for stop in range(5):  # at the first image, then before each of the files that are put in order is replaced
+        out = tmp_path / f"stopped {stop}"
+        discover_collection(Collection(photos.root, first), discoverer, out)
+        left = [stop or -1]
+
+        def replace(path: Path, target: Path, left: list[int] = left) -> Path:
+            left[0] -= path.name.startswith(("maps", "predictions"))
+            if not left[0]:
+                raise KeyboardInterrupt
+            return replaced(path, target)
+
+        progress = partial(interrupt, at=2 if stop == 0 else None)
+        stopped = pytest.raises(KeyboardInterrupt) if stop < 4 else nullcontext()
+        monkeypatch.setattr(Path, "replace", replace)
+        with stopped, pytest.warns(LostregWarning, match="3 images"):
+            discover_collection(Collection(photos.root, fewer), discoverer, out, on_progress=progress)
+        monkeypatch.setattr(Path, "replace", replaced)
+        assert settings(out)["complete"] is (stop == 4)
+        discover_collection(photos, discoverer, out)
+        assert [one.image_id for one in read_predictions(out / "predictions.jsonl")] == list(photos.names)
+        maps = [json.loads(line)["image_id"] for line in (out / "maps.jsonl").open()]
+        assert maps == [name for name in photos.names if name != "a/photo 3.png"]
+
+
+def test_trying_again_changes_nothing_before_it_is_sure_to_go_on(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    out, broken = tmp_path / "out", "a/photo 3.png"
+    discover_collection(Collection(photos.root, photos.names[:4]), discoverer, out)
+    before = contents(out)
+    with pytest.raises(PredictionsError, match="other images"):
+        discover_collection(Collection(photos.root, photos.names[4:]), discoverer, out, retry_failed=True)
+    assert (contents(out), settings(out)["complete"]) == (before, True)
+    with pytest.warns(LostregWarning, match="3 images"):  # only the one that is tried again is left
+        assert (
+            discover_collection(Collection(photos.root, [broken]), discoverer, out, retry_failed=True).unreadable == 1
+        )
+    new = tmp_path / "new"
+    with pytest.raises(KeyboardInterrupt):
+        discover_collection(photos, discoverer, new, retry_failed=True, on_progress=partial(interrupt, at=1))
+    assert discover_collection(photos, discoverer, new, retry_failed=True).images == 7
+
+
+def test_a_run_is_never_complete_while_its_files_are_of_another_list(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    discover_collection(photos, discoverer, out)
+    monkeypatch.setattr(Run, "finish", lambda *_: pytest.fail("stopped"))
+    with pytest.warns(LostregWarning, match="4 images"), pytest.raises(pytest.fail.Exception):
+        discover_collection(Collection(photos.root, photos.names[:3]), discoverer, out)
+    assert settings(out)["complete"] is False
+
+
+def test_photos_of_another_folder_with_a_name_in_common_are_others(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    discover_collection(photos, discoverer, out)
+    before = contents(out)
+    (other / photos.names[0]).parent.mkdir(parents=True)
+    (other / photos.names[0]).write_bytes(photos.path(photos.names[0]).read_bytes())
+    with pytest.raises(PredictionsError, match="6 of them"):
+        discover_collection(Collection(other, photos.names[:1]), discoverer, out)
+    assert contents(out) == before
+
+
+def test_what_a_kill_or_a_hand_left_behind_does_no_harm(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    discover_collection(photos, discoverer, out)
+    before = contents(out)
+    (out / "maps.jsonl.part-1").write_text("half")
+    line = json.dumps({"image_id": photos.names[0], "boxes": [], "error": "\ud800"}) + "\n"
+    with (out / "predictions.jsonl").open("a") as file:
+        file.write("\n" + line)
+    discover_collection(photos, discoverer, out)
+    assert contents(out) == before
+    lines = (out / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (out / "predictions.jsonl").write_text(line + "".join(lines[1:]))
+    assert discover_collection(photos, discoverer, out).unreadable == 2
+    assert "\\ud800" in (out / "failed.csv").read_text()
 
 
 def test_a_file_that_is_malformed_is_refused(photos: Collection, discoverer: Discoverer, tmp_path: Path) -> None:

@@ -253,3 +253,14 @@ def test_a_file_cut_inside_a_line_cannot_be_scored_unnoticed(tmp_path: Path) -> 
         path.write_text(f"{GOOD}\n{GOOD[:cut]}")
         with pytest.raises(PredictionsError, match="line 2"):
             read_predictions(path)
+
+
+def test_a_last_line_is_left_out_only_if_it_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    malformed = GOOD[:-1] + ', "scores": ["high"]}'
+    for cut in range(len(malformed)):
+        path.write_text(f"{GOOD}\n{malformed[:cut]}")
+        assert [prediction.image_id for prediction in stream_predictions(path)] == ["a"]
+    path.write_text(f"{GOOD}\n{malformed}")
+    with pytest.raises(PredictionsError, match="line 2: expected one finite score"):
+        list(stream_predictions(path))
