@@ -309,7 +309,8 @@ def _describe(action: argparse.Action) -> str:
     if action.option_strings and action.nargs != 0 and not isinstance(action, argparse.BooleanOptionalAction):
         choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else None
         value = f" `{action.metavar or choices or action.dest.upper()}`"
-    return f"- {names}{value}: {action.help or 'one of ' + ', '.join(map(str, action.choices or ()))}\n"
+    text = (action.help or "one of " + ", ".join(map(str, action.choices or ()))).replace("%%", "%")
+    return f"- {names}{value}: {text}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from lostreg.artifacts.outliers import NormTally
 from lostreg.models.forward import Forward, Grid
-
-Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)

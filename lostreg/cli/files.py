@@ -1,4 +1,4 @@
-"""The image files that a command line names."""
+"""Files and folders that commands write: whether they may, and what they are called."""
 
 import os
 from collections.abc import Iterable, Iterator

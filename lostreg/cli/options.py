@@ -92,7 +92,7 @@ def unit_interval(text: str) -> float:
 
 
 def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bool = False) -> None:
-    """The options of the method, shared by ``predict``, ``discover`` and ``eval``."""
+    """The options of the method, shared by ``predict``, ``discover``, ``eval`` and ``artifacts``."""
     group = parser.add_argument_group("method")
     _add_backbone(group, several=several_backbones)
     _add_feature(group)
@@ -158,7 +158,7 @@ def add_mask_folder(parser: argparse.ArgumentParser) -> None:
 def add_backbone_options(
     parser: argparse.ArgumentParser, *, feature: bool, lost: bool = True, registers: bool = False, several: bool = False
 ) -> None:
-    """The options of commands that choose the bias themselves.
+    """The options of the method for commands without ``--bias``.
 
     Args:
         parser: of the command.
@@ -225,7 +225,7 @@ def _add_k_patches(group: Group) -> None:
 
 
 def _add_running(group: Group) -> None:
-    """The options that no command of the method lacks."""
+    """The options that say how the backbone runs."""
     add_device(group)
     group.add_argument(
         "--batch-size",
@@ -292,7 +292,7 @@ def _max_side(text: str) -> int | None:
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """The options that name a benchmark, shared by ``eval`` and ``score``."""
+    """The options that name a benchmark, shared by ``eval``, ``score`` and ``sweep``."""
     group = parser.add_argument_group("benchmark")
     group.add_argument("--root", type=Path, metavar="DIR", help="where the benchmark lies (default: ./datasets)")
     group.add_argument("--split", help="trainval, train, val or test, where the benchmark has it")

@@ -1,4 +1,4 @@
-"""``lostreg registers find``, and the option ``--test-time-registers`` of other commands."""
+"""``lostreg registers find``: the neurons that write a backbone's outliers, in a file."""
 
 import argparse
 from pathlib import Path

@@ -57,6 +57,7 @@ class Page:
     Args:
         settings: of the demo.
         uploads: folder into which Gradio puts what visitors send; nothing else is read.
+        models: loaded already; None loads the first backbone.
     """
 
     def __init__(self, settings: DemoSettings, uploads: Path, models: Models | None = None) -> None:

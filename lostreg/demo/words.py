@@ -53,7 +53,6 @@ def box_table(found: Discovery) -> str:
 def box_json(name: str, found: Discovery) -> str:
     """The line that a predictions file would hold, one field a line."""
     fields = json.loads(from_discovery(name, found).to_line())
-    fields.pop("masks", None)  # long, and no one reads them
     return "{\n" + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in fields.items()) + "\n}"
 
 

@@ -1,1 +1,1 @@
-"""Predictions in the formats of other tools: COCO, VOC, YOLO, CSV, Label Studio, and supervision's `Detections`."""
+"""Predictions in the formats of other tools: COCO, VOC, YOLO, CSV, Label Studio."""

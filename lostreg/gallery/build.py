@@ -15,7 +15,7 @@ from lostreg.errors import OptionError
 from lostreg.gallery.entries import Entry, make_entry
 from lostreg.gallery.page import render_page
 from lostreg.progress import OnProgress, Progress
-from lostreg.runs.reader import RunFolder, Shown, Survey
+from lostreg.runs.reader import RunFolder, Shown
 
 Choice: TypeAlias = Literal["first", "lowest", "highest", "even"]
 CHOICES: Final[tuple[Choice, ...]] = get_args(Choice)
@@ -39,14 +39,12 @@ class Written:
         left_out: images with boxes that were not chosen.
         gone: images on it whose files cannot be read any more.
         changed: images on it whose files have another size than in the run.
-        survey: counts of the whole run.
     """
 
     shown: int
     left_out: int
     gone: int
     changed: int
-    survey: Survey
 
 
 def write_gallery(
@@ -89,7 +87,7 @@ def write_gallery(
             beside.unlink(missing_ok=True)
     except OSError as error:
         raise OptionError(f"cannot write {target}: {error.strerror}") from error
-    return Written(len(chosen), left_out, facts["gone"], facts["changed"], survey)
+    return Written(len(chosen), left_out, facts["gone"], facts["changed"])
 
 
 def choose_images(scores: list[tuple[int, float | None]], limit: int, choose: Choice) -> set[int]:

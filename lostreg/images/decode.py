@@ -1,4 +1,4 @@
-"""Pictures in, tensors out: decode, orient, bound the size, cut into patches, normalise."""
+"""Image files in, arrays out: decode, orient, bound the size."""
 
 import struct
 import threading

@@ -1,4 +1,4 @@
-"""Masks in pixels: sharpened on the image, their boxes, COCO's run-length encoding, and PNG files."""
+"""Masks in pixels: sharpened on the image, their boxes, and PNG files."""
 
 import colorsys
 import io
@@ -30,9 +30,9 @@ _GOLDEN: Final = 0.618034
 def refine(pixels: NDArray[np.uint8], masks: Mask, patch: tuple[float, float]) -> Mask:
     """Sharpen patch masks on the pixels: watersheds between what is surely inside and what is surely outside.
 
-    All objects grow together, at a size of at most 320 pixels, from their own patches less a margin, against
-    the background well beyond all of them; they meet where colours change. Of each the largest connected part
-    is kept. An object whose result is empty, or has an IoU below 0.3 with its patches, keeps its
+    All objects grow together, at a size of at most 320 pixels, or two a patch where that is more, from their own
+    patches less a margin, against the background well beyond all of them; they meet where colours change. Of each the
+    largest connected part is kept. An object whose result is empty, or has an IoU below 0.3 with its patches, keeps its
     patches. Neither random numbers nor threads have a part in it.
 
     Args:

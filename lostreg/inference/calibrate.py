@@ -1,4 +1,4 @@
-"""One Gram bias for a whole collection, chosen from unlabelled images, and the file that keeps it.
+"""One Gram bias for a whole collection, chosen from unlabelled images.
 
 `auto` judges every image by itself. Where one number is wanted, to publish it or to compare with papers that use one,
 `calibrate` finds the fixed bias that gives the box of `auto` in as many images as any: the boxes of `auto` stand in for

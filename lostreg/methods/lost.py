@@ -38,8 +38,8 @@ class Objects:
         scores: how clearly each box is an object, see `lostreg.methods.objectness`; shape (n,), float32, in [0, 1].
         masks: the patches of each object, shape (n, h, w), bool; no patch belongs to two.
         heat: what the method judged the patches by, shape (h, w): in LOST their degrees, int64.
-        seeds: row and column of each object's seed, shape (n, 2), int64; (0, 2) where a method has none.
-        biases: the Gram bias that each object was found with, shape (n,), float32; (0,) where a method has none.
+        seeds: row and column of each object's seed, shape (n, 2), int64.
+        biases: the Gram bias that each object was found with, shape (n,), float32.
     """
 
     xyxy: NDArray[np.int64]

@@ -145,7 +145,8 @@ def discover_collection(
                 with (out / FAILED_FILE).open("ab") as file:
                     file.write(_failed_row(name, prediction.error))
             summary.add(prediction, min_score)
-            on_progress(Progress(summary.images, len(collection), known=summary.known))
+            error = outcome if isinstance(outcome, ImageError) else None
+            on_progress(Progress(summary.images, len(collection), known=summary.known, error=error))
         if run.put_in_order():
             _write_failed(out, stream_predictions(out / PREDICTIONS_FILE))
         run.finish(summary.figures(min_score), discoverer.backbone.device)

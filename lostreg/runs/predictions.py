@@ -20,7 +20,7 @@ class Prediction:
     """One line of a predictions file; what is read from a file has been checked, see `parse_prediction`.
 
     Attributes:
-        image_id: file stem for VOC, integer id for COCO.
+        image_id: file stem for VOC, integer id for COCO, a path for photos.
         boxes: ``[x1, y1, x2, y2]`` each, in pixels, best first; none for an image that could not be read.
         width: of the image, in pixels; 0 where unknown.
         height: of the image, in pixels; 0 where unknown.

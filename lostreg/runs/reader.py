@@ -47,7 +47,7 @@ class Survey:
         unclear: images whose first score is below `CLEAR_SCORE`.
         unreadable: images that could not be read during the run.
         unmapped: images with boxes but without a line in the maps file.
-        judged: images with ground truth, or unreadable.
+        judged: images with a box and with ground truth.
         hits: of these.
         scores: number in the run, and score, of each image that has a box.
         failed: names and reasons of images without a box, `FAILED_LISTED` at most.

@@ -166,7 +166,8 @@ def sweep(
         for image_id, outcome in run.outcomes(stream.outcomes, lambda image_id: examples[image_id].path):
             lines[image_id] = _line(examples[image_id], outcome, pairs)
             run.append(lines[image_id])
-            on_progress(Progress(len(lines), len(examples), known=known))
+            error = outcome if isinstance(outcome, ImageError) else None
+            on_progress(Progress(len(lines), len(examples), known=known, error=error))
         run.put_in_order()
         in_order = [lines[image_id] for image_id in examples]
         rows = [_row(in_order, pair, values) for pair in pairs]

@@ -1,4 +1,4 @@
-"""Charts, with matplotlib."""
+"""The chart of a sweep, with matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
