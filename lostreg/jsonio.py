@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeGuard, TypeVar, get_args, get_type_hints
@@ -19,16 +20,26 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str, *, errors: str = "strict") -> None:
-    """Write a text file so that a reader, or a kill, meets the old content or the new and nothing between.
+    """Write a text file by way of `whole_file`.
 
     Args:
         path: the file, in a folder that is there.
         text: written as UTF-8, line ends as they are.
         errors: what becomes of characters that UTF-8 has no bytes for, as `str.encode` has it.
     """
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8", errors=errors, newline="")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A file to write, beside one that it replaces at the end: a reader, or a kill, meets the old content or the new.
+
+    After an error nothing is replaced, and nothing left; a kill leaves a file ``NAME.part-PID``.
+    """
     beside = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
-        beside.write_text(text, encoding="utf-8", errors=errors, newline="")
+        yield beside
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ import numpy as np
 from lostreg.errors import OptionError
 from lostreg.gallery.entries import Entry, make_entry
 from lostreg.gallery.page import render_page
+from lostreg.jsonio import whole_file
 from lostreg.progress import OnProgress, Progress
 from lostreg.runs.reader import RunFolder, Shown
 
@@ -75,16 +76,14 @@ def write_gallery(
     left_out = len(survey.scores) - len(chosen)
     facts: dict[str, Any] = {"gone": 0, "changed": 0, "sort": _SORTS[choose]}
     entries = _entries(run, chosen, images, facts, on_progress)
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # A file name that is not UTF-8 has lone surrogates: escapes stand for them on the page.
-            with beside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-                file.writelines(render_page(run, survey, left_out, _WORDS[choose], entries, facts))
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
+        # A file name that is not UTF-8 has lone surrogates: escapes stand for them on the page.
+        with (
+            whole_file(target) as beside,
+            beside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
+        ):
+            file.writelines(render_page(run, survey, left_out, _WORDS[choose], entries, facts))
     except OSError as error:
         raise OptionError(f"cannot write {target}: {error.strerror}") from error
     return Written(len(chosen), left_out, facts["gone"], facts["changed"])

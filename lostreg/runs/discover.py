@@ -18,9 +18,9 @@ from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
 from lostreg.errors import ImageError
 from lostreg.images.masks import save_mask_png
 from lostreg.inference.discoverer import Discoverer
-from lostreg.inference.discovery import Discovery
+from lostreg.jsonio import whole_file
 from lostreg.progress import OnProgress, Progress
-from lostreg.runs.folder import Run, rewriting
+from lostreg.runs.folder import Run
 from lostreg.runs.maps import maps_of
 from lostreg.runs.predictions import Prediction, from_discovery, from_error, parse_prediction, stream_predictions
 
@@ -131,21 +131,19 @@ def discover_collection(
         _write_failed(out, _counted(run.resume(), summary, min_score, strict=strict))
         summary.known = summary.images
         for name, outcome in run.outcomes(discoverer.outcomes, collection.path):
-            path = collection.path(name)
-            if isinstance(outcome, Discovery):
+            path, error = collection.path(name), None
+            if isinstance(outcome, ImageError):
+                if strict:
+                    raise outcome
+                prediction, maps, error = from_error(name, outcome, path), None, outcome
+                with (out / FAILED_FILE).open("ab") as file:
+                    file.write(_failed_row(name, prediction.error or ""))
+            else:
                 prediction, maps = from_discovery(name, outcome, masks=masks), maps_of(name, path, outcome)
                 if mask_pictures:
                     save_mask_png(mask_path(out, name), outcome.labels())
-            elif strict:
-                raise outcome
-            else:
-                prediction, maps = from_error(name, outcome, path), None
             run.append(prediction, maps)
-            if prediction.error is not None:
-                with (out / FAILED_FILE).open("ab") as file:
-                    file.write(_failed_row(name, prediction.error))
             summary.add(prediction, min_score)
-            error = outcome if isinstance(outcome, ImageError) else None
             on_progress(Progress(summary.images, len(collection), known=summary.known, error=error))
         if run.put_in_order():
             _write_failed(out, stream_predictions(out / PREDICTIONS_FILE))
@@ -166,11 +164,11 @@ def _counted(
 
 def _write_failed(out: Path, predictions: Iterable[Prediction]) -> None:
     """The table of the images that could not be read, written whole, of a run's predictions."""
-    with rewriting(out / FAILED_FILE, needed=True) as keep:
-        keep(_failed_row("image_id", "reason"))
+    with whole_file(out / FAILED_FILE) as beside, beside.open("wb") as file:
+        file.write(_failed_row("image_id", "reason"))
         for prediction in predictions:
             if prediction.error is not None:
-                keep(_failed_row(prediction.image_id, prediction.error))
+                file.write(_failed_row(prediction.image_id, prediction.error))
 
 
 def _failed_row(*cells: ImageId) -> bytes:

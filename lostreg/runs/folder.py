@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Final, Generic, Protocol, TextIO, TypeVar
+from typing import IO, Any, Final, Generic, Protocol, TextIO, TypeVar
 
 import filelock
 import torch
@@ -19,7 +19,7 @@ import torch
 from lostreg.datasets.base import ImageId
 from lostreg.defaults import RESULTS_FILE
 from lostreg.errors import LostregWarning, PredictionsError
-from lostreg.jsonio import keep_lines, write_json
+from lostreg.jsonio import keep_lines, whole_file, write_json
 from lostreg.runs.results import AFRESH, check_same_run, run_facts
 
 _FACTS: Final = ("run", "versions", "device")
@@ -123,7 +123,7 @@ class Run(Generic[AnyLine]):
         with ExitStack() as stack:
             stack.enter_context(locked(self.out))
             for path in (self._memory, self._results, *self._beside):
-                for left_by_a_kill in self.out.glob(f"{path.name}.part-*"):
+                for left_by_a_kill in self.out.glob(f"{path.name}.part-*"):  # of `whole_file`
                     left_by_a_kill.unlink(missing_ok=True)
             if self._overwrite:
                 for path in (self._memory, self._results, *self._beside):
@@ -141,15 +141,19 @@ class Run(Generic[AnyLine]):
 
         Raises:
             PredictionsError: if a line is malformed, or of an image that is not in the list where that may not change;
-                or if no image of the earlier run is in it.
+                or if none of the earlier run's images is in it, or only some and it is of another folder.
         """
         images, done, known = set(self.images), set[ImageId](), set[ImageId]()
-        with rewriting(self._memory, needed=self._retry_failed and self._memory.exists()) as keep:
+        with ExitStack() as stack:
+            kept: IO[bytes] | None = None  # the memory without the lines of images that are tried again
+            if self._retry_failed and self._memory.exists():
+                kept = stack.enter_context(stack.enter_context(whole_file(self._memory)).open("wb"))
             for raw, line in self._read_memory():
                 known.add(line.image_id)
                 if self._retry_failed and line.error is not None:
                     continue
-                keep(raw)
+                if kept:
+                    kept.write(raw)
                 self._written.append(line.image_id)
                 if line.image_id in images and line.image_id not in done:
                     done.add(line.image_id)
@@ -272,32 +276,12 @@ class Run(Generic[AnyLine]):
         write_json(self._results, {"complete": True, **figures, **self._settings, **facts})
 
 
-@contextmanager
-def rewriting(path: Path, *, needed: bool) -> Iterator[Callable[[bytes], object]]:
-    """A file takes, in the end, the content that is given to the function; until then it can be read as it is.
-
-    Args:
-        path: the file.
-        needed: whether anything is written at all.
-    """
-    if not needed:
-        yield lambda _: None
-        return
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            yield file.write
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _put_in_order(path: Path, images: Iterable[ImageId], *, last: bool) -> None:
     """One line an image, the first or last that it has, in the order of the images; they are found by their places."""
     if not path.exists():
         return
     places: dict[ImageId, int] = {}
-    with rewriting(path, needed=True) as keep, path.open("rb") as file:
+    with whole_file(path) as beside, beside.open("wb") as ordered, path.open("rb") as file:
         place = 0
         for raw in file:
             image_id = _image_id_of(raw)
@@ -307,7 +291,7 @@ def _put_in_order(path: Path, images: Iterable[ImageId], *, last: bool) -> None:
         for image_id in images:
             if image_id in places:
                 file.seek(places[image_id])
-                keep(file.readline())
+                ordered.write(file.readline())
 
 
 def _cut_ahead(path: Path, written: set[ImageId]) -> set[ImageId]:
@@ -316,11 +300,10 @@ def _cut_ahead(path: Path, written: set[ImageId]) -> set[ImageId]:
     Returns:
         The images of the other lines.
     """
-    keep_lines(path)
     if not path.exists():
         return set()
     with path.open("rb") as file:
-        ids = [_image_id_of(raw) for raw in file]
+        ids = [_image_id_of(raw) if raw.endswith(b"\n") else None for raw in file]
     kept = max((number for number, image_id in enumerate(ids, start=1) if image_id in written), default=0)
     keep_lines(path, kept)
     return {image_id for image_id in ids[:kept] if image_id is not None}
