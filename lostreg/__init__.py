@@ -4,7 +4,7 @@ d = lostreg.Discoverer("dinov2_vits14_reg")
 d.discover("dog.jpg").xyxy
 """
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lostreg.errors import LostregError
@@ -77,6 +77,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib import metadata  # email, csv and zipfile come with it
+
         return metadata.version("lostreg")
     if name == "artifacts":
         return import_module("lostreg.artifacts")

@@ -113,7 +113,7 @@ def test_a_package_that_is_a_folder_alone_runs_nothing(sources: dict[str, str], 
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("lostreg.cli.main", ("torch", "cv2", "matplotlib", "sklearn", "jinja2", "gradio")),
+        ("lostreg.cli.main", ("torch", "cv2", "matplotlib", "sklearn", "jinja2", "gradio", "importlib.metadata")),
         ("lostreg.cli.build", ("torch",)),
         ("lostreg.cli.options", ("torch",)),
         ("lostreg.models.table", ("torch", "numpy")),

@@ -1,7 +1,6 @@
 """``lostreg export``: predictions in the formats of other tools; runs no model."""
 
 import argparse
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -147,6 +146,8 @@ def _check_sources(out: Path, source: Path, predictions: "list[Prediction]", fin
 
 
 def _write(args: argparse.Namespace, kind: Format, chosen: "ExportSet", finder: "ImageFinder") -> None:
+    from importlib import metadata
+
     from lostreg.exports.writing import MARK, whole_folder
     from lostreg.jsonio import write_json
 

@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,23 @@ _COMMANDS = (
 )
 
 
+class _Version(argparse.Action):
+    """argparse's own would look the version up on every start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib import metadata
+
+        print(f"lostreg {metadata.version('lostreg')}")
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = Parser(
         prog="lostreg",
         description="Find the main object of images without labels: LOST on frozen Vision Transformers.",
     )
-    parser.add_argument("--version", action="version", version=f"lostreg {metadata.version('lostreg')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)
