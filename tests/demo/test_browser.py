@@ -156,6 +156,7 @@ def test_two_visitors_get_their_own_answers(address: str, photos: list[Path], tm
 
 def test_another_backbone_is_chosen_and_answers(address: str, photos: list[Path], tmp_path: Path) -> None:
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
 
     with Tab(tmp_path, address) as tab:
         tab.drop(photos[0])
@@ -164,8 +165,11 @@ def test_another_backbone_is_chosen_and_answers(address: str, photos: list[Path]
         tab.driver.execute_script("document.querySelector('#backbone').scrollIntoView()")
         tab.driver.find_element(By.CSS_SELECTOR, "#backbone input").click()
         tab.until("return document.querySelectorAll('[role=option]').length > 1")
-        options = tab.driver.find_elements(By.CSS_SELECTOR, "[role=option]")
-        next(option for option in options if SECOND in option.text).click()
+        # They have no text as long as the list fades in.
+        named = WebDriverWait(tab.driver, PATIENCE, 0.1).until(
+            lambda driver: [one for one in driver.find_elements(By.CSS_SELECTOR, "[role=option]") if SECOND in one.text]
+        )
+        named[0].click()
         tab.until("return document.querySelector('#degrees img').src !== arguments[0]", before)
         assert "did not work" not in tab.text("#told")
         assert console_errors(tab.driver) == []
