@@ -24,6 +24,13 @@ class ImageError(LostregError):
     """An image file cannot be read, or is larger than allowed."""
 
 
+class ImageUnavailableError(ImageError):
+    """An image could not be had this time: its file was not there or could not be opened, or memory ran out.
+
+    Nothing is said of its pixels: another try may read it.
+    """
+
+
 class DatasetError(LostregError):
     """A benchmark's folder or annotations are missing, incomplete or malformed."""
 
