@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image
 
 from lostreg.errors import PredictionsError
 from lostreg.exports.items import ExportImage
-from lostreg.images.decode import SIDEWAYS, decoding, open_file, read_image
+from lostreg.images.decode import Header, read_header, read_image
 from lostreg.jsonio import cut
 from lostreg.runs.locate import Source, is_file
 
@@ -19,13 +19,11 @@ Placing = Literal["copy", "link", "none"]
 _ANY_SIZE: Final = 1 << 62  # what was searched has passed the limit before
 _SUFFIXES: Final = {
     "JPEG": (".jpg", ".jpeg"),
-    "MPO": (".jpg", ".jpeg"),
     "PNG": (".png",),
     "WEBP": (".webp",),
     "BMP": (".bmp",),
     "TIFF": (".tif", ".tiff"),
 }
-_JPEG: Final = ("JPEG", "MPO")
 _JPEG_END: Final = b"\xff\xd9"
 
 
@@ -74,14 +72,13 @@ def plan(image: ExportImage, reader: Reader) -> Plan:
     path = image.source.path
     if not is_file(path):
         raise PredictionsError(f"{cut(str(path), 200)} is not there: --images DIR says where the images lie now")
-    with decoding(str(path)), open_file(path, _ANY_SIZE) as file:
-        kind, frames, mode = file.format or "", getattr(file, "n_frames", 1), file.mode
-        orientation = file.getexif().get(ExifTags.Base.Orientation, 1)
-        exif = _is_turned(image, image.source, _stored_size(file), orientation)
-    is_plain = kind in reader.kinds and (kind == "MPO" or frames == 1) and (kind != "TIFF" or mode in ("RGB", "L"))
-    is_upright = orientation not in range(2, 9) or (kind in _JPEG and exif and reader.turns)
-    if not (is_plain and is_upright):
-        return Plan(path, ".jpg" if kind in _JPEG else ".png", exif, encode=True)
+    header = read_header(path)
+    kind, orientation = header.format, header.orientation
+    exif = _is_turned(image, image.source, header)
+    is_plain = kind in reader.kinds and header.frames == 1 and (kind != "TIFF" or header.mode in ("RGB", "L"))
+    is_upright = orientation.value == 1 or (kind == "JPEG" and exif and reader.turns)
+    if not (is_plain and is_upright and orientation.is_plain and _pillow_agrees(path, orientation.value)):
+        return Plan(path, ".jpg" if kind == "JPEG" else ".png", exif, encode=True)
     suffix = path.suffix if path.suffix.lower() in _SUFFIXES[kind] else _SUFFIXES[kind][0]
     return Plan(path, suffix, exif, encode=False, private=kind == "JPEG" and not _ends_well(path))
 
@@ -91,16 +88,18 @@ def plan_all(images: Sequence[ExportImage], reader: Reader, placing: Placing) ->
     return [None if placing == "none" else plan(image, reader) for image in images]
 
 
-def _stored_size(file: Image.Image) -> tuple[int, int]:
-    """Some versions of Pillow give the size of a TIFF file turned, that of others as stored."""
-    if isinstance(file, TiffImagePlugin.TiffImageFile):
-        return file.tag_v2[ExifTags.Base.ImageWidth], file.tag_v2[ExifTags.Base.ImageLength]
-    return file.size
+def _pillow_agrees(path: Path, orientation: int) -> bool:
+    """Whether readers built on Pillow see the file as it was read here: they may turn by XMP, or fail on a tag."""
+    try:
+        with Image.open(path) as image:
+            return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == orientation)
+    except Exception:
+        return False
 
 
-def _is_turned(image: ExportImage, source: Source, stored: tuple[int, int], orientation: int) -> bool:
+def _is_turned(image: ExportImage, source: Source, header: Header) -> bool:
     """Whether the boxes are in turned pixels: as recorded, else as the size says, else yes."""
-    turned = stored[::-1] if orientation in SIDEWAYS else stored
+    turned, stored = header.size(exif=True), header.size(exif=False)
     size = image.width, image.height
     sizes = {True: (turned,), False: (stored,), None: (turned, stored)}[source.exif]
     if size not in sizes:

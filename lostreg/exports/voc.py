@@ -11,7 +11,7 @@ from lostreg.exports.pictures import Placing, Plan, Reader, place, plan_all
 from lostreg.exports.writing import put
 from lostreg.progress import OnProgress, Progress
 
-READER: Final = Reader(kinds=("JPEG", "MPO", "PNG"), turns=False)
+READER: Final = Reader(kinds=("JPEG", "PNG"), turns=False)
 SPLIT: Final = "trainval"
 
 

@@ -12,7 +12,7 @@ from lostreg.exports.pictures import Placing, Plan, Reader, place, plan_all
 from lostreg.exports.writing import put
 from lostreg.progress import OnProgress, Progress
 
-READER: Final = Reader(kinds=("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF"), turns=True)
+READER: Final = Reader(kinds=("JPEG", "PNG", "WEBP", "BMP", "TIFF"), turns=True)
 VAL_SHARE: Final = 0.2
 _LEAST_SIDE: Final = 1e-6  # what six decimals still hold: readers drop a box without width or height
 

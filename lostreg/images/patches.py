@@ -1,16 +1,16 @@
 """An image cut into patches, ready for a device."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lostreg.images.decode import Picture
+from lostreg.images.decode import ImageFile, Picture
 
 
 def patch_grid(pixels: NDArray[np.uint8], patch_size: int) -> tuple[int, int]:
@@ -35,7 +35,7 @@ class PatchedPicture:
     size: tuple[int, int]
     width: int
     height: int
-    source: str | Path | None = None
+    source: "str | os.PathLike[str] | ImageFile | None" = None
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 
 from lostreg.defaults import BACKBONE
 from lostreg.errors import ImageError, LostregWarning, OptionError
-from lostreg.images.decode import ImageSource, Item
+from lostreg.images.decode import ImageSource, Item, check_several, held
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discovery import Discovery
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
@@ -128,6 +128,7 @@ class Discoverer:
         Raises:
             ImageError: if the image cannot be read, or memory does not suffice for it.
         """
+        image = held(image)
         (outcome,) = self.outcomes([image])
         if isinstance(outcome, ImageError):
             raise outcome
@@ -174,6 +175,7 @@ class Discoverer:
         Yields:
             One outcome an image, in input order, beginning with number ``skip``.
         """
+        check_several(images)
         stream = self.stream_of(self._objects_job(keep_pixels=True)) if keep_pixels else self.stream
         return stream.outcomes(images, skip)
 

@@ -3,16 +3,14 @@
 import contextlib
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from lostreg.errors import ImageError, LostregError, OptionError
 from lostreg.images.boxes import spread
-from lostreg.images.decode import read_image
+from lostreg.images.decode import ImageSource, read_image
 from lostreg.images.draw import encoded, plot_objects
 from lostreg.images.masks import MOST_OBJECTS
 
@@ -61,7 +59,7 @@ class Discovery:
     patch_width: float
     patch_height: float
     refined: NDArray[np.bool_] | None = None
-    source: str | Path | NDArray[np.uint8] | Image.Image | None = field(default=None, repr=False)
+    source: ImageSource | None = field(default=None, repr=False)
     exif: bool = True
 
     def __post_init__(self) -> None:

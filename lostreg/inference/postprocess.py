@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lostreg.images.boxes import in_pixels
+from lostreg.images.decode import ImageFile
 from lostreg.images.masks import mask_boxes, refine
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discovery import Discovery
@@ -50,6 +51,9 @@ def to_discovery(
         keep_pixels: whether the discovery's source is the decoded image, instead of its file.
     """
     scale_x, scale_y = picture.scale
+    source, exif = picture.source, options.exif
+    if isinstance(source, ImageFile):
+        exif, source = source.exif, source.path
     refined = refine(picture.pixels, objects.masks, (patch_size, patch_size)) if options.refine else None
     if options.box_from == "mask" and refined is not None:
         boxes = mask_boxes(refined, picture.width, picture.height)
@@ -67,6 +71,6 @@ def to_discovery(
         patch_width=patch_size * scale_x,
         patch_height=patch_size * scale_y,
         refined=refined,
-        source=picture.pixels if keep_pixels else picture.source,
-        exif=options.exif,
+        source=picture.pixels if keep_pixels else source,
+        exif=exif,
     )

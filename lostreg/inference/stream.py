@@ -9,15 +9,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
 import torch
 
-from lostreg.errors import ImageError, LostregWarning, OptionError
-from lostreg.images.decode import ImageSource, Item, read_image
+from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError
+from lostreg.images.decode import ImageFile, ImageSource, Item, name_of, read_image
+from lostreg.images.memory import describe_bytes
 from lostreg.images.patches import PatchedPicture, cut_patches
-from lostreg.inference.memory import available_bytes, describe_bytes, required_bytes
+from lostreg.inference.memory import available_bytes, required_bytes
 from lostreg.models.backbone import Backbone
 
 _PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a CPU gains nothing from more
@@ -85,7 +85,7 @@ class ImageStream(Generic[Outcome]):
         runs out are packs halved, which is told once, by a `LostregWarning`.
 
         Args:
-            images: files, PIL images or RGB arrays (h, w, 3) of uint8; may be endless. Up to two batches of them are
+            images: as for `read_image`; may be endless. Up to two batches of them are
                 taken in advance.
             skip: how many outcomes at the start are known already and are not computed again.
 
@@ -121,7 +121,7 @@ class ImageStream(Generic[Outcome]):
                 source = next(images, _END)
                 if isinstance(source, _End):
                     break
-                window.append((_name(source), pool.submit(self._read, source, waiting)))
+                window.append((name_of(source), pool.submit(self._read, source, waiting)))
             if not window:
                 return
             name, future = window.popleft()
@@ -134,11 +134,14 @@ class ImageStream(Generic[Outcome]):
                 yield _Decoded(name, picture)
 
     def _read(self, image: ImageSource, waiting: "_ByteCount") -> PatchedPicture:
-        read = read_image(
-            image, max_side=self.max_side, exif=self.exif, max_pixels=self.max_pixels, check_size=self._check_size
-        )
-        picture = cut_patches(read, self.backbone.spec.patch_size)
-        if isinstance(image, str | Path):
+        try:
+            read = read_image(
+                image, max_side=self.max_side, exif=self.exif, max_pixels=self.max_pixels, check_size=self._check_size
+            )
+            picture = cut_patches(read, self.backbone.spec.patch_size)
+        except MemoryError as error:
+            raise ImageUnavailableError(f"{name_of(image)}: not enough memory to decode it") from error
+        if isinstance(image, str | os.PathLike | ImageFile):
             picture = replace(picture, source=image)
         waiting.add(picture.patches.nbytes)
         return picture
@@ -152,7 +155,7 @@ class ImageStream(Generic[Outcome]):
             return
         free = available_bytes(device)
         if free is not None and needed > free:
-            raise ImageError(
+            raise ImageUnavailableError(
                 f"{width}x{height} pixels are {grid[0] * grid[1]:,} patches, which need up to {describe_bytes(needed)} "
                 f"with {self.backbone.spec.name}, but {describe_bytes(free)} are free on {device}: "
                 "use --max-side, a smaller backbone or --precision bf16"
@@ -219,7 +222,7 @@ class ImageStream(Generic[Outcome]):
 
     def _too_large(self, name: str, picture: PatchedPicture) -> ImageError:
         rows, columns = picture.grid
-        return ImageError(
+        return ImageUnavailableError(
             f"{name}: out of memory on one image of {rows}x{columns} patches on {self.backbone.device} "
             f"(needs up to {describe_bytes(required_bytes(self.backbone, picture.grid))}): "
             "use a smaller --max-side or backbone, or --precision bf16"
@@ -241,14 +244,14 @@ class ImageStream(Generic[Outcome]):
         del started
         self._free()
         if len(pictures) == 1:
-            return [self._too_large(str(pictures[0].source or "image"), pictures[0])]
+            return [self._too_large(name_of(pictures[0].source), pictures[0])]
         self._halve(pictures)
         half = -(-len(pictures) // 2)
         found: list[Outcome | ImageError] = []
         for part in (pictures[:half], pictures[half:]):
             begun = self._try(list(range(len(part))), part)
             if begun is None:
-                found += [self._too_large(str(one.source or "image"), one) for one in part]
+                found += [self._too_large(name_of(one.source), one) for one in part]
             else:
                 found += self._wait(begun.started, part)
         return found
@@ -307,10 +310,6 @@ class _Started:
 
     outcomes: dict[int, ImageError]
     parts: list[_Part]
-
-
-def _name(source: ImageSource) -> str:
-    return str(source) if isinstance(source, str | Path) else "image"
 
 
 def _decoders() -> int:

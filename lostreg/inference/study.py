@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from lostreg.errors import ImageError
-from lostreg.images.decode import ImageSource
+from lostreg.images.decode import ImageSource, held
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
 from lostreg.inference.postprocess import discoveries
@@ -28,6 +28,7 @@ class Study:
     """
 
     def __init__(self, discoverer: Discoverer, image: ImageSource) -> None:
+        image = held(image)
         (outcome,) = discoverer.stream_of(discoverer.features).outcomes([image])
         if isinstance(outcome, ImageError):
             raise outcome

@@ -16,7 +16,7 @@ from fabricate import png_header
 from PIL import Image
 from torch import Tensor
 
-from lostreg.errors import ImageError, LostregWarning
+from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning
 from lostreg.images.decode import Picture, read_image
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
@@ -208,7 +208,7 @@ def test_outcomes_go_on_after_a_broken_image(discoverer: Discoverer, tmp_path: P
 
 def test_only_broken_images(discoverer: Discoverer, tmp_path: Path) -> None:
     outcomes = list(discoverer.outcomes([tmp_path / f"{number}.jpg" for number in range(9)]))
-    assert [type(outcome) for outcome in outcomes] == [ImageError] * 9
+    assert [type(outcome) for outcome in outcomes] == [ImageUnavailableError] * 9
 
 
 def test_an_endless_source_is_read_two_batches_ahead_at_most(discoverer: Discoverer) -> None:
