@@ -1,5 +1,6 @@
 """Files that tests read, written where they want them."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -33,14 +34,18 @@ def set_box(root: Path, stem: str, box: tuple[float, ...]) -> None:
     (root / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{BOX.format(*box)}</annotation>")
 
 
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    """A sound chunk of a PNG file."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def png_header(path: Path, width: int, height: int) -> Path:
     """A PNG that promises many pixels and holds none."""
 
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+    )
     return path
 
 
@@ -60,3 +65,36 @@ def discovery(width: int = 1400, height: int = 700, patch: float = 140.0) -> Dis
         patch_width=patch,
         patch_height=patch,
     )
+
+
+def exif_block(*tags: tuple[int, int, int, bytes], order: str = "<", count: int | None = None) -> bytes:
+    """An EXIF block of tags (number, type, count, 4 bytes of value), in ``<`` or ``>`` byte order."""
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8)
+    body = b"".join(struct.pack(order + "HHI", *tag[:3]) + tag[3] for tag in tags)
+    return head + struct.pack(order + "H", len(tags) if count is None else count) + body + bytes(4)
+
+
+def turned_block(orientation: int = 6, order: str = "<") -> bytes:
+    """An EXIF block that says nothing but how to turn."""
+    return exif_block((0x112, 3, 1, struct.pack(order + "HH", orientation, 0)), order=order)
+
+
+def with_exif(image: bytes, *blocks: bytes) -> bytes:
+    """An encoded JPEG, PNG or WebP with EXIF blocks put in as they are, sound or not."""
+    if image[:2] == b"\xff\xd8":
+        segments = [struct.pack(">HH", 0xFFE1, len(block) + 8) + b"Exif\0\0" + block for block in blocks]
+        return image[:2] + b"".join(segments) + image[2:]
+    if image[:4] == b"RIFF":
+        chunks = [b"EXIF" + struct.pack("<I", len(block)) + block + bytes(len(block) % 2) for block in blocks]
+        body = image[8:] + b"".join(chunks)
+        return b"RIFF" + struct.pack("<I", len(body)) + body
+    place = image.index(b"IDAT") - 4
+    chunks = [png_chunk(b"eXIf", block) for block in blocks]
+    return image[:place] + b"".join(chunks) + image[place:]
+
+
+def encoded(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+    """A picture as a file's content."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, kind, **options)
+    return content.getvalue()

@@ -159,7 +159,7 @@ def open_benchmark(args: argparse.Namespace, *, with_images: bool = True) -> "Be
         OptionError: if nothing says where the images are.
         DatasetError: if the benchmark cannot be read, or an image is missing.
     """
-    from lostreg.datasets import load_benchmark, require_images
+    from lostreg.datasets import choose_frames, load_benchmark, require_images
 
     if with_images and args.benchmark == "coco" and args.images is None:
         raise OptionError(
@@ -173,9 +173,10 @@ def open_benchmark(args: argparse.Namespace, *, with_images: bool = True) -> "Be
         annotations=args.annotations,
         no_hard=args.no_hard,
     )
-    for note in benchmark.notes:
-        tell(note)
     benchmark = benchmark.limited(args.limit)
     if with_images:
         require_images(benchmark)
+        benchmark = choose_frames(benchmark, args.turned)
+    for note in benchmark.notes:
+        tell(note)
     return benchmark

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg.cli.build import REGISTERS_FILE, chosen_backbones, make_discoverer, open_benchmark, with_registers
-from lostreg.cli.options import Subparsers, add_benchmark_options, add_max_side, add_method_options, add_object_options
+from lostreg.cli.options import (
+    Subparsers,
+    add_benchmark_options,
+    add_frame,
+    add_max_side,
+    add_method_options,
+    add_object_options,
+)
 from lostreg.cli.progress import ProgressBar
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 
@@ -36,6 +43,7 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     parser.add_argument("--plots", action="store_true", help="a picture per image, in OUT/plots")
     add_benchmark_options(parser)
+    add_frame(parser)
     add_max_side(parser, None)
     add_object_options(parser)
     add_method_options(parser, several_backbones=True)
@@ -62,9 +70,8 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, out: Path) -> "Evaluation":
     from lostreg.runs.evaluate import evaluate
 
-    # Boxes of benchmarks refer to pixels as they are stored.
-    discoverer = make_discoverer(args, backbone, exif=False)
-    paths = [example.path for example in benchmark.examples]
+    discoverer = make_discoverer(args, backbone, exif=False)  # but for images of which more is known
+    paths = [example.source for example in benchmark.examples]
     discoverer = with_registers(args, discoverer, paths, kept=out / REGISTERS_FILE)
     with ProgressBar(backbone) as bar:
         evaluation = evaluate(

@@ -302,6 +302,17 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--limit", type=positive_int, metavar="N", help="only the first N images")
 
 
+def add_frame(parser: argparse.ArgumentParser) -> None:
+    """The option that says which way up a benchmark's boxes see their images."""
+    parser.add_argument(
+        "--exif",
+        action=argparse.BooleanOptionalAction,
+        dest="turned",
+        help="whether boxes refer to images turned as their EXIF orientation says, or to stored pixels (default: "
+        "whichever has the size in the annotations, else stored)",
+    )
+
+
 def tell(message: str) -> None:
     """A line for the person at the terminal, out of the way of standard output."""
     sys.stderr.write(f"lostreg: {' '.join(message.split())}\n")

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg.cli.build import REGISTERS_FILE, make_discoverer, open_benchmark, with_registers
-from lostreg.cli.options import Subparsers, add_backbone_options, add_benchmark_options, add_max_side, as_finite
+from lostreg.cli.options import (
+    Subparsers,
+    add_backbone_options,
+    add_benchmark_options,
+    add_frame,
+    add_max_side,
+    as_finite,
+)
 from lostreg.cli.progress import ProgressBar
 from lostreg.models.table import FEATURES
 
@@ -51,6 +58,7 @@ def add_parser(commands: Subparsers) -> None:
         help=f"so many biases from LOW to HIGH, or a list with commas (default: {_BIASES})",
     )
     add_benchmark_options(parser)
+    add_frame(parser)
     add_max_side(parser, None)
     add_backbone_options(parser, feature=False, registers=True)
     parser.set_defaults(run=run)
@@ -80,10 +88,10 @@ def run(args: argparse.Namespace) -> int:
     from lostreg.runs.sweep_figure import plot_sweep
 
     benchmark = open_benchmark(args)
-    discoverer = make_discoverer(args, args.backbone, exif=False)
+    discoverer = make_discoverer(args, args.backbone, exif=False)  # but for images of which more is known
     for layer in args.layers:
         resolve_layer(discoverer.backbone, layer)  # before anything is looked for in images
-    paths = [example.path for example in benchmark.examples]
+    paths = [example.source for example in benchmark.examples]
     discoverer = with_registers(args, discoverer, paths, kept=args.out / REGISTERS_FILE)
     with ProgressBar(args.backbone) as bar:
         rows = sweep(

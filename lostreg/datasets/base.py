@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lostreg.errors import DatasetError
+from lostreg.images.decode import ImageFile
 
 ImageId = str | int
 
@@ -24,12 +25,21 @@ class Example:
             with exclusive right and bottom edges, already in the convention of the metric.
         crowds: boxes around groups of objects that nobody told apart, shape (m, 4), likewise: corloc does not
             know of them, average precision ignores what is found in them.
+        size: (width, height) of the image in the annotations' words, pixels; None where they have none.
+        exif: whether boxes refer to the image turned as its EXIF orientation says; see `choose_frames`.
     """
 
     image_id: ImageId
     path: Path
     boxes: NDArray[np.float64]
     crowds: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 4)))
+    size: tuple[int, int] | None = None
+    exif: bool = False
+
+    @property
+    def source(self) -> ImageFile:
+        """The image in the frame of the boxes."""
+        return ImageFile(self.path, self.exif)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,13 @@ class CocoBoxes(NamedTuple):
 
     objects: Boxes
     crowds: Boxes
+
+
+class CocoImage(NamedTuple):
+    """An entry of the list of images: where its file is, and its (width, height) where the entry has them."""
+
+    file_name: str
+    size: tuple[int, int] | None
 
 
 _FARTHEST = 1e9  # no image is this wide, and infinities and NaN fail the comparison too
@@ -45,45 +52,46 @@ def load_coco(images: Path, annotations: Path, *, name: str = "coco", keep: Sequ
         DatasetError: if the file is missing, not JSON, not of this structure, has no boxes, or lacks
             ids in ``keep``.
     """
-    names, boxes = read_coco(annotations, keep=keep)
+    entries, boxes = read_coco(annotations, keep=keep)
     examples = [
-        Example(image_id, images / file_name, *boxes[image_id])
-        for image_id, file_name in names.items()
+        Example(image_id, images / entry.file_name, *boxes[image_id], size=entry.size)
+        for image_id, entry in entries.items()
         if len(boxes[image_id].objects)
     ]
-    return make_coco(name, names, examples)
+    return make_coco(name, entries, examples)
 
 
-def read_coco(path: Path, *, keep: Sequence[int] | None = None) -> tuple[dict[int, str], dict[int, CocoBoxes]]:
-    """Read file names and rounded boxes, both by image id.
+def read_coco(path: Path, *, keep: Sequence[int] | None = None) -> tuple[dict[int, CocoImage], dict[int, CocoBoxes]]:
+    """Read the images and their rounded boxes, both by image id.
 
     Args:
         path: a COCO instances file.
         keep: image ids to read, in the order wanted, or None for all in file order.
 
     Returns:
-        ``file_name`` by id in the order described, and for the same ids the boxes, in pixels, ``x1, y1, x2, y2``.
+        The images in the order described, and for the same ids the boxes, in pixels, ``x1, y1, x2, y2``.
 
     Raises:
         DatasetError: as `load_coco`.
     """
     content = _read_json(path)
-    names = _image_names(content["images"], path)
+    images = _images(content["images"], path)
     if keep is not None:
-        missing = [str(image_id) for image_id in keep if image_id not in names]
+        missing = [str(image_id) for image_id in keep if image_id not in images]
         if missing:
             raise DatasetError(
                 f"{path} lacks {len(missing)} of the {len(keep)} images wanted, ids {name_some(missing)}"
             )
-        names = {image_id: names[image_id] for image_id in keep}
-    entries = _object_entries(content["annotations"], names, path)
+        images = {image_id: images[image_id] for image_id in keep}
+    entries = _object_entries(content["annotations"], images, path)
     if all(entry["iscrowd"] for entry in entries):
         raise DatasetError(
-            f"{path} has no boxes for its {len(names)} images "
-            f"({len(content['annotations'])} annotations, none of them usable: crowd or of other images)"
+            f"{path} has no boxes for its {len(images)} images "
+            f"({len(content['annotations'])} annotations, none of them usable: crowd or of other images); "
+            "`lostreg discover` finds objects where there are no annotations"
         )
-    index = _index(names, entries)
-    return names, {image_id: _boxes_of(index.imgToAnns[image_id]) for image_id in names}
+    index = _index(images, entries)
+    return images, {image_id: _boxes_of(index.imgToAnns[image_id]) for image_id in images}
 
 
 def main_categories(path: Path) -> dict[str, str]:
@@ -96,20 +104,20 @@ def main_categories(path: Path) -> dict[str, str]:
         DatasetError: as `load_coco`, and if a category is missing or has no name.
     """
     content = _read_json(path)
-    names = _image_names(content["images"], path)
+    images = _images(content["images"], path)
     try:
         categories = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
         by_place = [categories[entry["category_id"]] for entry in content["annotations"]]
     except (KeyError, TypeError) as error:
         raise DatasetError(f"{path}: every annotation must be of a category with an id and a name ({error})") from error
     largest: dict[int, tuple[float, str]] = {}
-    for entry in _object_entries(content["annotations"], names, path):
+    for entry in _object_entries(content["annotations"], images, path):
         if entry["iscrowd"]:
             continue
         size = entry["bbox"][2] * entry["bbox"][3]
         if size > largest.get(entry["image_id"], (-1.0, ""))[0]:
             largest[entry["image_id"]] = (size, by_place[entry["id"]])
-    return {names[image_id]: category for image_id, (_, category) in largest.items()}
+    return {images[image_id].file_name: category for image_id, (_, category) in largest.items()}
 
 
 def make_coco(name: str, ids: Iterable[int], examples: Sequence[Example]) -> Benchmark:
@@ -141,8 +149,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _image_names(entries: Iterable[Any], path: Path) -> dict[int, str]:
-    names: dict[int, str] = {}
+def _images(entries: Iterable[Any], path: Path) -> dict[int, CocoImage]:
+    images: dict[int, CocoImage] = {}
     for position, entry in enumerate(entries):
         where = f"{path}: images[{position}]"
         if not isinstance(entry, dict):
@@ -152,13 +160,18 @@ def _image_names(entries: Iterable[Any], path: Path) -> dict[int, str]:
             raise DatasetError(f"{where}: 'id' must be an integer, got {image_id!r}")
         if not isinstance(file_name, str) or not file_name:
             raise DatasetError(f"{where}: 'file_name' must be a non-empty string, got {file_name!r}")
-        if image_id in names:
+        if image_id in images:
             raise DatasetError(f"{where}: the id {image_id} was used before")
-        names[image_id] = file_name
-    return names
+        width, height = (_side(entry.get(key)) for key in ("width", "height"))
+        images[image_id] = CocoImage(file_name, (width, height) if width and height else None)
+    return images
 
 
-def _object_entries(entries: Iterable[Any], wanted: Mapping[int, str], path: Path) -> list[dict[str, Any]]:
+def _side(value: Any) -> int | None:
+    return value if type(value) is int and 0 < value < _FARTHEST else None
+
+
+def _object_entries(entries: Iterable[Any], wanted: Collection[int], path: Path) -> list[dict[str, Any]]:
     """The annotations that belong to a wanted image, checked and cut to the box."""
     kept = []
     for position, entry in enumerate(entries):
@@ -190,12 +203,12 @@ def _check_bbox(bbox: Any, where: str) -> list[float]:
     return [float(value) for value in bbox]
 
 
-def _index(names: Mapping[int, str], entries: list[dict[str, Any]]) -> Any:
+def _index(images: Collection[int], entries: list[dict[str, Any]]) -> Any:
     """A pycocotools index of already checked entries."""
     from pycocotools.coco import COCO
 
     index = COCO()
-    index.dataset = {"images": [{"id": image_id} for image_id in names], "annotations": entries}
+    index.dataset = {"images": [{"id": image_id} for image_id in images], "annotations": entries}
     with contextlib.redirect_stdout(io.StringIO()):  # it reports progress with print
         index.createIndex()
     return index

@@ -4,12 +4,14 @@ import glob
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lostreg.datasets.base import name_some
 from lostreg.errors import LostregWarning, OptionError
-from lostreg.images.decode import SUFFIXES
+from lostreg.images.decode import HEIF_HINT, HEIF_SUFFIXES, SUFFIXES
 from lostreg.jsonio import as_line
 
 
@@ -62,8 +64,8 @@ def find_collection(source: str, apart: Path | None = None) -> Collection:
         return _collect(path.parent, _listed(path), f"{path} lists no images: expected a path a line", apart)
     if glob.has_magic(source):
         root = _fixed_part(path)
-        names = (name for name in glob.glob(source, recursive=True) if name.lower().endswith(SUFFIXES))  # noqa: PTH207
-        found = sorted(os.path.relpath(name, root) for name in names if not Path(name).is_dir())
+        matches = (name for name in glob.glob(source, recursive=True) if not Path(name).is_dir())  # noqa: PTH207
+        found = sorted(os.path.relpath(name, root) for name in _images_of(matches, source))
         nothing = f"no image matches '{source}': a [ that is part of a name is written [[]"
         return _collect(root, found, nothing, apart)
     raise OptionError(f"{source!r}: no such folder or list; expected a folder, a glob or a file with a path a line")
@@ -110,11 +112,26 @@ def _collect(root: Path, names: Iterable[str], nothing: str, apart: Path | None)
 
 
 def _images_below(folder: Path) -> Iterator[str]:
-    return (file for file in _files_below(folder) if file.lower().endswith(SUFFIXES))
+    return _images_of(_files_below(folder), folder)
+
+
+def _images_of(files: Iterable[str], place: str | Path) -> Iterator[str]:
+    """The files that end like images; in the end a warning that counts the others by their endings."""
+    others: Counter[str] = Counter()
+    for file in files:
+        if file.lower().endswith(SUFFIXES):
+            yield file
+        else:
+            others[os.path.splitext(file)[1].lower()] += 1  # noqa: PTH122 - lighter than paths
+    if others:
+        endings = [f"{count:,} {ending or 'without ending'}" for ending, count in others.most_common()]
+        hint = f" ({HEIF_HINT})" if others.keys() & set(HEIF_SUFFIXES) else ""
+        message = f"left out of {place}, by their endings: {name_some(endings)}{hint}"
+        warnings.warn(message, LostregWarning, stacklevel=2)
 
 
 def _no_images(folder: Path) -> str:
-    return f"no images in {folder}: expected files ending in {', '.join(SUFFIXES)}"
+    return f"no images in {folder}: expected files ending in {name_some(list(SUFFIXES), 7)}"
 
 
 def _files_below(folder: str | Path) -> Iterator[str]:

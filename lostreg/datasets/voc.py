@@ -5,6 +5,7 @@ annotations are read here: the image files may be absent until something wants t
 """
 
 import math
+import re
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Sequence
@@ -15,11 +16,10 @@ from numpy.typing import NDArray
 
 from lostreg.datasets.base import Benchmark, Example, name_some
 from lostreg.errors import DatasetError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-"""Accepted endings in ``JPEGImages``; the first wins where a stem has several files."""
+from lostreg.images.decode import SUFFIXES
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_SECOND_COLUMN = re.compile(r"\s+(-1|0|1)$")
 
 
 def load_voc(
@@ -59,14 +59,18 @@ def load_voc(
     images = list_images(root)
     examples = []
     for stem in stems:
-        boxes = read_voc_boxes(root / "Annotations" / f"{stem}.xml", no_hard=no_hard)
+        boxes, size = read_voc(root / "Annotations" / f"{stem}.xml", no_hard=no_hard)
         if len(boxes):
             image = root / "JPEGImages" / images.get(stem, f"{stem}.jpg")
-            examples.append(Example(stem, image, boxes))
+            examples.append(Example(stem, image, boxes, size=size))
+    why = "have no object" + (", or only difficult or truncated ones" if no_hard else "")
     if not examples:
-        raise DatasetError(f"{name}: every object of split {split!r} in {root} is difficult or truncated")
+        raise DatasetError(
+            f"{name}: all {len(stems)} images of split {split!r} in {root} {why}: nothing can be scored; "
+            "`lostreg discover` finds objects where there are no annotations"
+        )
     left_out = frozenset(stems) - {example.image_id for example in examples}
-    notes = (f"{len(left_out)} of {len(stems)} images left out: all their objects are difficult or truncated",)
+    notes = (f"{len(left_out)} of {len(stems)} images left out: they {why}",)
     return Benchmark(name, split, tuple(examples), notes if left_out else (), left_out)
 
 
@@ -115,12 +119,12 @@ def split_file(root: Path, split: str) -> Path:
 
 
 def read_split(root: Path, split: str) -> list[str]:
-    """Read the image stems of a split: the first column of its file.
+    """Read the image stems of a split, which may hold spaces.
 
     Args:
         root: a folder in VOC layout.
-        split: stem of a file in ``ImageSets/Main``; files of one class have a second column, which
-            is ignored.
+        split: stem of a file in ``ImageSets/Main``; files of one class have a second column of -1, 0 and 1, which is
+            left out where no annotation file has the name of the whole line.
 
     Returns:
         Stems in file order, at least one.
@@ -139,7 +143,9 @@ def read_split(root: Path, split: str) -> list[str]:
         raise DatasetError(f"no split {split!r}: {path} does not exist; {has}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"cannot read the split file {path}: {error}") from error
-    stems = [line.split()[0] for line in text.splitlines() if line.strip()]
+    annotated = list_annotations(root)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    stems = [line if line in annotated else _SECOND_COLUMN.sub("", line) for line in lines]
     if not stems:
         raise DatasetError(f"the split file {path} lists no image")
     twice = _repeated(stems)
@@ -148,34 +154,36 @@ def read_split(root: Path, split: str) -> list[str]:
     return stems
 
 
-def read_voc_boxes(path: Path, *, no_hard: bool = False) -> NDArray[np.float64]:
-    """Read the object boxes of one annotation file.
+def read_voc(path: Path, *, no_hard: bool = False) -> tuple[NDArray[np.float64], tuple[int, int] | None]:
+    """Read one annotation file.
 
     Args:
         path: a VOC XML file.
         no_hard: drop objects marked difficult or truncated.
 
     Returns:
-        Boxes of shape (n, 4), float64, pixels, ``xmin - 1, ymin - 1, xmax, ymax``. n is 0 only where
-        ``no_hard`` dropped everything.
+        Boxes of shape (n, 4), float64, pixels, ``xmin - 1, ymin - 1, xmax, ymax``; and the image's (width, height) in
+        pixels, None where the file has no size.
 
     Raises:
-        DatasetError: naming the file, if it is not XML, has no object, or has a malformed box.
+        DatasetError: naming the file, if it is no XML of this kind or has a malformed box.
     """
-    objects = _read_objects(path)
+    root = _read_xml(path)
     # Every box is checked, also of objects that no_hard drops.
-    boxes = [(_read_box(item, path), _is_hard(item)) for item in objects]
+    boxes = [(_read_box(item, path), _is_hard(item)) for item in root.findall("object")]
     kept = [box for box, hard in boxes if not (no_hard and hard)]
-    return np.asarray(kept, dtype=np.float64).reshape(-1, 4)
+    return np.asarray(kept, dtype=np.float64).reshape(-1, 4), _read_size(root)
 
 
-def main_class(path: Path) -> str:
-    """The class of the largest object of an annotation file.
+def main_class(path: Path) -> str | None:
+    """The class of the largest object of an annotation file; None where it has no object.
 
     Raises:
-        DatasetError: as `read_voc_boxes`, and if an object has no name.
+        DatasetError: as `read_voc`, and if an object has no name.
     """
-    objects = _read_objects(path)
+    objects = _read_xml(path).findall("object")
+    if not objects:
+        return None
     corners = np.asarray([_read_box(item, path) for item in objects])
     sizes = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
     name = objects[int(sizes.argmax())].findtext("name", "").strip()
@@ -184,33 +192,37 @@ def main_class(path: Path) -> str:
     return name
 
 
-def _read_objects(path: Path) -> list[ET.Element]:
+def _read_xml(path: Path) -> ET.Element:
+    """The root of an annotation file, its namespaces left out."""
     try:
-        tree = ET.fromstring(path.read_bytes())  # noqa: S314 - local files; expat stops entity bombs
+        root = ET.fromstring(path.read_bytes())  # noqa: S314 - local files; expat stops entity bombs
     except OSError as error:
         raise DatasetError(f"cannot read {path}: {error}") from error
-    except (ET.ParseError, LookupError, ValueError) as error:
+    except (ET.ParseError, LookupError, ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is not well-formed XML: {error}") from error
-    objects = tree.findall("object")
-    if not objects:
-        raise DatasetError(f"{path} has no <object>: an image without a box cannot be scored")
-    return objects
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+    if root.tag != "annotation" and root.find("object") is None:
+        raise DatasetError(f"{path}: expected a VOC <annotation>, found <{root.tag}>")
+    return root
+
+
+def _read_size(root: ET.Element) -> tuple[int, int] | None:
+    """(width, height) of an annotation; None where it has none that can be meant."""
+    texts = [root.findtext(f"size/{key}", "").strip() for key in ("width", "height")]
+    sides = [int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0 for text in texts]
+    return (sides[0], sides[1]) if all(sides) else None
 
 
 def list_images(root: Path) -> dict[str, str]:
     """Map stems to file names in ``JPEGImages`` with one directory listing; empty if it is absent."""
-    folder = root / "JPEGImages"
-    found: dict[str, str] = {}
-    ranks: dict[str, int] = {}
-    for name in _listing(folder):
+    ranked = []
+    for name in _listing(root / "JPEGImages"):
         stem, dot, ending = name.rpartition(".")
         suffix = (dot + ending).lower()
-        if suffix not in IMAGE_SUFFIXES:
-            continue
-        rank = IMAGE_SUFFIXES.index(suffix)
-        if rank < ranks.get(stem, len(IMAGE_SUFFIXES)):
-            found[stem], ranks[stem] = name, rank
-    return found
+        if suffix in SUFFIXES:
+            ranked.append((SUFFIXES.index(suffix), name, stem))
+    return {stem: name for _, name, stem in sorted(ranked, reverse=True)}  # the first of the endings wins
 
 
 def list_annotations(root: Path) -> set[str]:

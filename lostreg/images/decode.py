@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-_HEIF_SUFFIXES: Final = (".heic", ".heif", ".hif")
+HEIF_SUFFIXES: Final = (".heic", ".heif", ".hif")
+HEIF_HINT: Final = 'HEIC is read with pillow-heif: pip install "lostreg[heif]"'
 _HAS_HEIF: Final = find_spec("pillow_heif") is not None
 SUFFIXES: Final = (
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jpe", ".jfif", ".mpo", ".apng", ".gif", ".avif")
     + (".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
-    + _HEIF_SUFFIXES * _HAS_HEIF
+    + HEIF_SUFFIXES * _HAS_HEIF
 )
 """Endings of files that are taken for images where nobody names them, in lower case; HEIC's with pillow-heif alone."""
 
@@ -305,7 +306,7 @@ def _open_others(content: io.BytesIO) -> Image.Image:
 def _open_heif(content: io.BytesIO, name: str) -> Image.Image:
     """HEIC or HEIF, which its decoder turns by itself."""
     if not _HAS_HEIF:
-        raise ImageError(f'{name}: HEIC files are read with pillow-heif: pip install "lostreg[heif]"')
+        raise ImageError(f"{name}: {HEIF_HINT}")
     from pillow_heif import HeifImageFile
 
     image: Image.Image = HeifImageFile(content)  # type: ignore[no-untyped-call]

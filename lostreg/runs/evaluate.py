@@ -72,7 +72,7 @@ def evaluate(
     """Predict and score a benchmark, going on where an earlier run into the same folder stopped.
 
     Args:
-        benchmark: its images must exist.
+        benchmark: its images must exist; `choose_frames` says which of them are turned.
         discoverer: backbone and options.
         out: folder for ``predictions.jsonl``, ``maps.jsonl`` and ``results.json``; made if need be.
         overwrite: whether to start anew instead of going on.
@@ -102,7 +102,7 @@ def evaluate(
     ) as run:
         for prediction in run.resume():
             tally.add(prediction, known=True)
-        for image_id, outcome in run.outcomes(compute, lambda image_id: examples[image_id].path):
+        for image_id, outcome in run.outcomes(compute, lambda image_id: examples[image_id].source):
             example = examples[image_id]
             if isinstance(outcome, ImageError):
                 prediction, maps = from_error(image_id, outcome, example.path), None

@@ -19,6 +19,7 @@ import torch
 from lostreg.datasets.base import ImageId
 from lostreg.defaults import RESULTS_FILE
 from lostreg.errors import LostregWarning, PredictionsError
+from lostreg.images.decode import ImageSource
 from lostreg.jsonio import keep_lines, whole_file, write_json
 from lostreg.runs.results import AFRESH, check_same_run, run_facts
 
@@ -214,19 +215,21 @@ class Run(Generic[AnyLine]):
         return lines
 
     def outcomes(
-        self, compute: Callable[[Iterable[Path], int], Iterator[Outcome]], path_of: Callable[[Any], Path]
+        self,
+        compute: Callable[[Iterable[ImageSource], int], Iterator[Outcome]],
+        source_of: Callable[[Any], ImageSource],
     ) -> Iterator[tuple[Any, Outcome]]:
         """Compute what is missing.
 
         Args:
             compute: as `Discoverer.outcomes`.
-            path_of: the file of an image, by its id.
+            source_of: the file of an image, by its id.
 
         Yields:
             The ids of `todo` with their outcomes.
         """
         if self.todo:
-            computed = compute((path_of(image_id) for image_id in self._batch), len(self._batch) - len(self.todo))
+            computed = compute((source_of(image_id) for image_id in self._batch), len(self._batch) - len(self.todo))
             yield from zip(self.todo, computed, strict=True)
 
     def append(self, line: AnyLine, *beside: Line | None) -> None:

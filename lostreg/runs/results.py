@@ -36,12 +36,14 @@ def benchmark_settings(benchmark: Benchmark, options: dict[str, Any], extra: dic
         options: of the method.
         extra: further settings of the benchmark to record and compare, such as a limit.
     """
+    turned = sum(example.exif for example in benchmark.examples)  # as their EXIF orientation says
     return {
         "benchmark": {
             "name": benchmark.name,
             "split": benchmark.split,
             "images": len(benchmark),
             "fingerprint": benchmark.fingerprint(),
+            **({"turned": turned} if turned else {}),
             **(extra or {}),
         },
         "options": options,

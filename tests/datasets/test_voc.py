@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lostreg.datasets import require_images
-from lostreg.datasets.voc import find_voc, load_voc, main_class, read_voc_boxes
+from lostreg.datasets.voc import find_voc, load_voc, main_class, read_voc
 from lostreg.errors import DatasetError
 
 
@@ -115,7 +115,7 @@ def test_a_missing_image_folder_does_not_hinder_scoring(tmp_path: Path) -> None:
         ("<annotation>", "not well-formed"),
         ("", "not well-formed"),
         ('<?xml version="1.0" encoding="no-such"?><annotation/>', "not well-formed"),
-        ("<annotation></annotation>", "no <object>"),
+        ("<html><body/></html>", "expected a VOC <annotation>, found <html>"),
         ("<annotation><object/></annotation>", "no <bndbox>"),
         ("<annotation><object><bndbox><xmin>1</xmin></bndbox></object></annotation>", "must be numbers"),
         (f"<annotation>{an_object('1 1 five 5')}</annotation>", "must be numbers.*five"),
@@ -129,7 +129,7 @@ def test_broken_annotations_are_named(tmp_path: Path, content: str, message: str
     path = tmp_path / "000042.xml"
     path.write_text(content)
     with pytest.raises(DatasetError, match=message) as caught:
-        read_voc_boxes(path)
+        read_voc(path)
     assert str(path) in str(caught.value)
 
 
@@ -230,7 +230,6 @@ def test_the_main_class_is_that_of_the_largest_object(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("<annotation></annotation>", "has no <object>"),
         ("<annotation>", "not well-formed XML"),
         (f"<annotation>{an_object('1 1 5 5').replace('<name>dog</name>', '')}</annotation>", "without a <name>"),
         (f"<annotation>{an_object('1 1 5 5').replace('dog', ' ')}</annotation>", "without a <name>"),

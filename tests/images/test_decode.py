@@ -1,5 +1,10 @@
+import errno
+import io
 import os
-from collections.abc import Iterator
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +19,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image, JpegImagePlugin
 
-from lostreg.errors import ImageError, OptionError
-from lostreg.images.decode import MAX_PIXELS, Picture, read_image
+from lostreg.errors import ImageError, ImageUnavailableError, OptionError
+from lostreg.images.decode import (
+    _FORMATS,
+    HEIF_SUFFIXES,
+    MAX_PIXELS,
+    SUFFIXES,
+    ImageFile,
+    Picture,
+    read_header,
+    read_image,
+)
 from lostreg.images.patches import cut_patches, normalise_patches, patch_grid
 from lostreg.inference.stream import draw_sample
 
@@ -554,3 +568,190 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(ImageError, match="expected an image file, found a special file"):
         read_image(tmp_path / "pipe.jpg")
+
+
+# What stands for an image
+
+
+class Entry:
+    """A path of somebody's own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+
+def sources(path: Path) -> dict[str, object]:
+    pixels = np.array(Image.open(path))
+    (entry,) = os.scandir(path.parent)
+    return {
+        "str": str(path),
+        "path": path,
+        "path-like": Entry(path),
+        "DirEntry": entry,
+        "bytes": path.read_bytes(),
+        "bytearray": bytearray(path.read_bytes()),
+        "memoryview": memoryview(path.read_bytes()),
+        "BytesIO": io.BytesIO(path.read_bytes()),
+        "open file": path.open("rb"),
+        "PIL": Image.open(path),
+        "array": pixels,
+        "tensor CHW": torch.from_numpy(pixels).permute(2, 0, 1),
+        "tensor HWC": torch.from_numpy(pixels),
+        "as stored": ImageFile(path, exif=False),
+    }
+
+
+def test_an_image_comes_in_many_forms(tmp_path: Path, rgb: np.ndarray) -> None:
+    path = save(tmp_path / "a.png", rgb)
+    for kind, source in sources(path).items():
+        np.testing.assert_array_equal(read_image(source).pixels, rgb, err_msg=kind)
+        np.testing.assert_array_equal(np.array(Image.open(path)), rgb)  # nothing was written to
+
+
+def test_a_tensor_of_three_rows_is_channels_first() -> None:
+    tensor = torch.randint(0, 255, (3, 5, 3), dtype=torch.uint8)
+    np.testing.assert_array_equal(read_image(tensor).pixels, tensor.permute(1, 2, 0).numpy())
+
+
+@pytest.mark.parametrize("source", [None, 3, 2.5, ["a.jpg"], {"path": "a.jpg"}, object(), io.StringIO("text")])
+def test_what_is_no_image_is_told_what_is_expected(source: object) -> None:
+    with pytest.raises(ImageError, match=r"expected an image: a path, a file object .*, got (?!.*0x)"):
+        read_image(source)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.zeros(3, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8)],
+    ids=lambda tensor: str(tuple(tensor.shape)),
+)
+def test_other_tensors_are_refused(tensor: torch.Tensor) -> None:
+    with pytest.raises(ImageError, match=r"expected an RGB tensor \(3, h, w\) or \(h, w, 3\) of uint8, got \("):
+        read_image(tensor)
+
+
+@pytest.mark.parametrize(("highest", "expected"), [(255, 200), (65535, 51400 // 257)])
+def test_grey_integers_are_of_eight_or_sixteen_bits(highest: int, expected: int) -> None:
+    grey = np.array([[0, 200 if highest == 255 else 51400], [highest, 0]], np.int32)
+    assert read_image(Image.fromarray(grey)).pixels[:, :, 0].tolist() == [[0, expected], [255, 0]]
+
+
+def test_a_dark_sixteen_bit_pgm_stays_dark(tmp_path: Path) -> None:
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 1 65535\n" + struct.pack(">HH", 200, 255))
+    assert read_image(tmp_path / "a.pgm").pixels[0, :, 0].tolist() == [0, 0]
+
+
+def test_every_ending_that_pillow_knows_of_these_formats_is_an_image() -> None:
+    Image.init()
+    formats = {*_FORMATS, "MPO"}
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in formats}
+    assert endings <= set(SUFFIXES)
+    assert set(SUFFIXES) - endings <= set(HEIF_SUFFIXES)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".avif", ".jp2", ".ppm", ".jfif", ".apng"])
+def test_further_formats(tmp_path: Path, rgb: np.ndarray, suffix: str) -> None:
+    pixels = read_image(save(tmp_path / f"a{suffix}", rgb, **({"quality": 95} if suffix == ".avif" else {}))).pixels
+    assert pixels.shape == rgb.shape
+    assert np.abs(pixels.astype(int) - rgb).mean() < 8
+
+
+def test_the_first_of_several_frames_is_read(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    for suffix in (".gif", ".png", ".tif", ".webp"):
+        frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:])
+        assert read_header(tmp_path / f"a{suffix}").frames == 2
+        assert np.abs(read_image(tmp_path / f"a{suffix}").pixels.astype(int) - (255, 0, 0)).max() < 4
+
+
+# Memory and the system
+
+
+def test_what_needs_more_memory_than_is_free_is_refused_with_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    Image.new("RGBA", (9000, 8000), "red").save(path, compress_level=1)
+    assert read_image(path, max_side=10).pixels.shape == (9, 10, 3)
+    monkeypatch.setattr("lostreg.images.decode.host_bytes", lambda: 300_000_000)
+    with pytest.raises(
+        ImageUnavailableError, match=r"a\.png: 9000x8000 pixels of mode RGBA in PNG take up to 0.5 GB.*0.3 GB are free"
+    ):
+        read_image(path, max_side=10)
+    Image.new("RGB", (9000, 8000), "red").save(tmp_path / "a.jpg")  # decoded at an eighth
+    assert read_image(tmp_path / "a.jpg", max_side=1000).pixels.shape == (889, 1000, 3)
+    monkeypatch.setattr("lostreg.images.decode.host_bytes", lambda: None)  # the system does not say
+    assert read_image(path, max_side=10).pixels.shape == (9, 10, 3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "L", "I;16"])
+def test_decoding_takes_no_more_than_was_counted(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / "a.png"
+    Image.new(mode, (7000, 6000)).save(path, compress_level=1)
+    code = (
+        "import sys, resource; from lostreg.images import decode; from pathlib import Path\n"
+        "def peak(): return int([l for l in open('/proc/self/status') if 'VmHWM' in l][0].split()[1]) * 1024\n"
+        "counted = []; real = decode._check_memory\n"
+        "decode._check_memory = lambda needed, *rest: counted.append(needed) or real(needed, *rest)\n"
+        "before = peak(); decode.read_image(Path(sys.argv[1]), max_side=64); print(peak() - before, max(counted))"
+    )
+    told = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True).stdout
+    taken, counted = map(int, told.split())
+    assert 0.3 * counted < taken < counted + 80_000_000  # bands, and what is loaded on the way
+
+
+def raising(error: BaseException) -> Callable[..., object]:
+    def fail(*_: object, **__: object) -> object:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (MemoryError(), ImageUnavailableError, "not enough memory"),
+        (OSError(errno.EIO, "Input/output error"), ImageUnavailableError, r"cannot be read \(Input/output error\)"),
+        (PermissionError(errno.EACCES, "Permission denied"), ImageUnavailableError, "cannot be read"),
+        (OSError(errno.ENFILE, "Too many open files"), ImageUnavailableError, "Too many open files"),
+        (FileNotFoundError(errno.ENOENT, "No such file"), ImageUnavailableError, "no such file"),
+        (OSError("image file is truncated"), ImageError, r"not a readable image \(image file is truncated\)"),
+        (AttributeError("'float' object has no attribute"), ImageError, "not a readable image"),
+        (RecursionError("too deep"), ImageError, "not a readable image"),
+        (KeyError("tag"), ImageError, "not a readable image"),
+        (ZeroDivisionError(), ImageError, r"not a readable image \(ZeroDivisionError\)"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("place", ["PIL.Image.open", "PIL.ImageFile.ImageFile.load"])
+def test_whatever_a_decoder_raises_is_that_images_failure(
+    photo: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: Exception, kind: type[ImageError], message: str
+) -> None:
+    monkeypatch.setattr(place, raising(error))
+    with pytest.raises(ImageError, match=message) as caught:
+        read_image(photo)
+    assert type(caught.value) is kind
+    assert str(caught.value).startswith(f"{photo}: ")
+
+
+def test_an_interrupt_is_no_images_failure(photo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.Image.open", raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        read_image(photo)
+
+
+@pytest.mark.parametrize("size", [10, 3000])
+def test_a_header_is_that_of_the_decoded_image(tmp_path: Path, size: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (size // 2, size, 3), dtype=np.uint8)  # longer than what is read
+    for suffix in (".jpg", ".png", ".webp", ".tif", ".bmp"):
+        exif = Image.Exif()
+        exif[0x112] = 6
+        path = save(tmp_path / f"a{suffix}", noise, exif=exif)
+        header = read_header(path)
+        assert header.size(exif=False) == (size, size // 2)
+        assert header.size(exif=True) == ((size // 2, size) if suffix != ".bmp" else (size, size // 2))
+        picture = read_image(path)
+        assert header.size(exif=True) == (picture.width, picture.height)
