@@ -23,13 +23,15 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score; images without a prediction are misses, and are counted."""
-    from lostreg.runs.evaluate import score_detections, score_predictions
+    from lostreg.runs.evaluate import note_other_sizes, score_detections, score_predictions
     from lostreg.runs.predictions import read_predictions
 
     predictions = read_predictions(args.predictions)
     benchmark = open_benchmark(args, with_images=False)
     score, missing = score_predictions(predictions, benchmark)
     detection = score_detections(predictions, benchmark)
+    if note := note_other_sizes(predictions, benchmark):
+        tell(note)
     if missing:
         tell(f"{missing} of {len(benchmark)} images have no prediction and count as misses")
     unreadable = sum(prediction.error is not None for prediction in predictions)

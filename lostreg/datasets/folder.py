@@ -124,7 +124,8 @@ def _images_of(files: Iterable[str], place: str | Path) -> Iterator[str]:
         else:
             others[os.path.splitext(file)[1].lower()] += 1  # noqa: PTH122 - lighter than paths
     if others:
-        endings = [f"{count:,} {ending or 'without ending'}" for ending, count in others.most_common()]
+        counts = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+        endings = [f"{count:,} {ending or 'without ending'}" for ending, count in counts]
         hint = f" ({HEIF_HINT})" if others.keys() & set(HEIF_SUFFIXES) else ""
         message = f"left out of {place}, by their endings: {name_some(endings)}{hint}"
         warnings.warn(message, LostregWarning, stacklevel=2)

@@ -206,6 +206,28 @@ def score_detections(predictions: Sequence[Prediction], benchmark: Benchmark) ->
     return _detection(_by_example(predictions, benchmark), benchmark.examples)
 
 
+def note_other_sizes(predictions: Sequence[Prediction], benchmark: Benchmark) -> str | None:
+    """A line on predictions for images of another size than their annotations say; None where there are none.
+
+    Args:
+        predictions: as for `score_predictions`.
+        benchmark: the ground truth.
+    """
+    others = [
+        (example, prediction)
+        for prediction, example in zip(_by_example(predictions, benchmark), benchmark.examples, strict=True)
+        if prediction and prediction.width and example.size not in (None, (prediction.width, prediction.height))
+    ]
+    if not others:
+        return None
+    example, prediction = others[0]
+    width, height = example.size or (0, 0)
+    return (
+        f"{len(others)} predictions are for images of another size than the annotations say, such as "
+        f"{example.image_id!r}: {prediction.width}x{prediction.height}, not {width}x{height}; is one of them turned?"
+    )
+
+
 def _by_example(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Prediction | None]:
     """The prediction for each image of a benchmark."""
     by_id: dict[str | int, Prediction] = {}

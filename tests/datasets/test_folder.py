@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lostreg.datasets.folder import Collection, find_collection, find_images
-from lostreg.errors import OptionError
+from lostreg.errors import LostregWarning, OptionError
 from lostreg.images.decode import SUFFIXES
 
 
@@ -189,3 +189,24 @@ def test_arguments_that_stand_for_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"no file matches '.*\*\.gif'"):
         find(tmp_path / "*.gif")
     assert find() == []
+
+
+def test_what_is_left_out_is_counted_by_its_ending(photos: Path) -> None:
+    for name in ("a.MP4", "trip one/b.mp4", "notes", ".hidden", "c.heic", "d.heic", "e.heic"):
+        (photos / name).touch()
+    is_read = ".heic" in SUFFIXES
+    heic = () if is_read else ("3 .heic",)
+    hint = "" if is_read else r' \(HEIC is read with pillow-heif: pip install "lostreg\[heif\]"\)'
+    counts = ", ".join((*heic, "2 without ending", "2 .mp4", "1 .txt"))
+    for find in (lambda: find_collection(str(photos)), lambda: find_images([str(photos)])):
+        with pytest.warns(LostregWarning, match=f"left out of .*photos, by their endings: {counts}{hint}$"):
+            find()
+    with pytest.warns(LostregWarning, match="by their endings: .*1 .txt"):
+        find_collection(f"{photos}/**/*")
+
+
+@pytest.mark.parametrize("ending", [".jfif", ".jpe", ".gif", ".avif", ".JP2", ".PPM"])
+def test_any_image_that_can_be_read_is_taken(photos: Path, ending: str) -> None:
+    (photos / f"z{ending}").touch()
+    assert f"z{ending}" in find_collection(str(photos)).names
+    assert photos / f"z{ending}" in find_images([str(photos)])

@@ -7,6 +7,7 @@ import pytest
 from lostreg.datasets import require_images
 from lostreg.datasets.voc import find_voc, load_voc, main_class, read_voc
 from lostreg.errors import DatasetError
+from lostreg.images.decode import SUFFIXES
 
 
 def an_object(box: str, extra: str = "") -> str:
@@ -87,6 +88,53 @@ def test_class_files_and_blank_lines_and_byte_order_marks(tmp_path: Path) -> Non
     root = write_voc(tmp_path, {"a": an_object("1 1 5 5"), "b": an_object("1 1 5 5")})
     (root / "ImageSets/Main/dog_val.txt").write_bytes(b"\xef\xbb\xbfb  1\r\n\r\na -1\r\n")
     assert [example.image_id for example in load_voc(root, "dog_val").examples] == ["b", "a"]
+
+
+def test_stems_with_spaces_in_any_kind_of_split(tmp_path: Path) -> None:
+    stems = ["my photo", "photo", "photo 1", "a  b -1"]
+    root = write_voc(tmp_path, {stem: an_object("1 1 5 5") for stem in stems})
+    assert [example.image_id for example in load_voc(root).examples] == stems
+    (root / "ImageSets/Main/dog_val.txt").write_text("my photo  1\nphoto -1\nphoto 1  1\na  b -1 0\n")
+    assert [example.image_id for example in load_voc(root, "dog_val").examples] == stems
+    (root / "Annotations" / "my photo.xml").unlink()
+    with pytest.raises(DatasetError, match=r"1 of 4 annotation files are missing.*: my photo\.xml"):
+        load_voc(root)
+
+
+@pytest.mark.parametrize("empty", ["", "<size><width>9</width></size>"])
+def test_images_without_objects_are_left_out_with_a_note(tmp_path: Path, empty: str) -> None:
+    root = write_voc(tmp_path, {"a": an_object("1 1 5 5"), "b": empty, "c": empty})
+    benchmark = load_voc(root, expected=3)
+    assert [example.image_id for example in benchmark.examples] == ["a"]
+    assert benchmark.left_out == {"b", "c"}
+    assert benchmark.notes == ("2 of 3 images left out: they have no object",)
+    (root / "ImageSets/Main/trainval.txt").write_text("b\nc\n")
+    with pytest.raises(DatasetError, match="all 2 images of split 'trainval' .* have no object.*`lostreg discover`"):
+        load_voc(root)
+
+
+def test_namespaces_are_no_hindrance(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {"a": ""})
+    size = "<size><width>60</width><height>40</height></size>"
+    body = f'<v:annotation xmlns:v="http://example.org/voc">{size}{an_object("1 1 5 5")}</v:annotation>'
+    for text in (body.replace("v:", "").replace("xmlns:v", "xmlns"), body.replace("<", "<v:").replace("<v:/", "</v:")):
+        (root / "Annotations/a.xml").write_text(text.replace("v:v:", "v:"))
+        boxes, found = read_voc(root / "Annotations/a.xml")
+        assert (boxes.tolist(), found) == ([[0, 0, 5, 5]], (60, 40))
+
+
+@pytest.mark.parametrize("text", ["", "0", "-4", "4.5", "wide", "٣", "9" * 30])
+def test_a_size_that_cannot_be_meant_is_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.xml"
+    path.write_text(f"<annotation><size><width>{text}</width><height>40</height></size></annotation>", encoding="utf-8")
+    assert read_voc(path)[1] is None
+
+
+def test_every_ending_of_images_is_found(tmp_path: Path) -> None:
+    root = write_voc(tmp_path, {f"a{ending[1:]}": an_object("1 1 5 5") for ending in SUFFIXES}, suffix="")
+    for ending in SUFFIXES:
+        (root / "JPEGImages" / f"a{ending[1:]}").rename(root / "JPEGImages" / f"a{ending[1:]}{ending.upper()}")
+    require_images(load_voc(root))
 
 
 def test_images_may_be_absent_and_take_the_suffix_that_exists(tmp_path: Path) -> None:

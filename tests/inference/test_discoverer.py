@@ -1,5 +1,7 @@
 import dataclasses
+import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from lostreg.errors import BackboneError, ImageError, OptionError
 from lostreg.images.decode import read_image
 from lostreg.inference.discoverer import Discoverer, resolve_device
 from lostreg.inference.options import Options
+from lostreg.inference.study import Study
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.table import BACKBONES
 
@@ -64,6 +67,35 @@ def test_the_batch_size_does_not_change_boxes(backbone: Backbone) -> None:
     for first, second in zip(by_one, by_eight, strict=True):
         np.testing.assert_array_equal(first.xyxy, second.xyxy)
         np.testing.assert_array_equal(first.seeds, second.seeds)
+
+
+def test_images_come_in_many_forms(discoverer: Discoverer, photo: Path) -> None:
+    pixels = read_image(photo).pixels
+    expected = discoverer.discover(photo)
+    forms = [str(photo), photo.read_bytes(), io.BytesIO(photo.read_bytes()), pixels, torch.from_numpy(pixels)]
+    forms.append(torch.from_numpy(pixels).permute(2, 0, 1))
+    forms += [entry for entry in os.scandir(photo.parent) if entry.name == photo.name]
+    for found in (*map(discoverer.discover, forms), Study(discoverer, io.BytesIO(photo.read_bytes())).discover()):
+        np.testing.assert_array_equal(found.xyxy, expected.xyxy)
+        np.testing.assert_array_equal(found.plot(), expected.plot())  # the source can be read again
+    many = [io.BytesIO(photo.read_bytes()), photo.read_bytes(), photo]
+    assert len(list(discoverer.discover_many(many))) == 3
+
+
+@pytest.mark.parametrize(
+    "one", ["photo.jpg", Path("photo.jpg"), b"JPEG", np.zeros((9, 9, 3), np.uint8), torch.zeros(3, 9, 9), None, 3]
+)
+def test_one_image_in_place_of_several_is_refused(discoverer: Discoverer, one: object) -> None:
+    with pytest.raises(OptionError, match="expected several images, such as a list of paths, got one"):
+        next(iter(discoverer.discover_many(one)))  # type: ignore[call-overload]
+    with pytest.raises(OptionError, match="expected several images"):
+        discoverer.outcomes(one)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("image", [None, 3, ["a.jpg"], object()])
+def test_what_is_no_image_is_told_what_is_expected(discoverer: Discoverer, image: object) -> None:
+    with pytest.raises(ImageError, match="expected an image: a path"):
+        discoverer.discover(image)  # type: ignore[arg-type]
 
 
 def test_discover_many_stops_at_a_broken_image_after_those_before(discoverer: Discoverer, tmp_path: Path) -> None:
