@@ -38,11 +38,11 @@ def coco(folder: Path, *images: tuple[int, tuple[int, int] | None], square: bool
         ([(6, TURNED)], [True], ["1 of 1 images are turned as their EXIF orientation says (the size"]),
         ([(5, TURNED), (8, STORED)], [True, False], ["1 of 2 images are turned", "1 of 2 images with an EXIF"]),
         # What sizes do not tell is as most of the others are, else as stored.
-        ([(3, STORED)], [False], ["1 of 1 images with", "of these, 1 are taken as stored though sizes do not tell: --exif"]),
+        ([(3, STORED)], [False], ["1 of 1 images with", "of these, 1 are taken as stored though sizes do not"]),
         ([(3, STORED), (6, TURNED)], [True, True], ["2 of 2 images are turned", "of these, 1 are taken as turned"]),
         ([(6, None), (7, TURNED)], [True, True], ["2 of 2 images are turned", "of these, 1 are taken as turned"]),
         ([(6, None)], [False], ["1 of 1 images with", "of these, 1 are taken as stored"]),
-        ([(1, TURNED)], [False], ["1 images have another size than their annotations say, such as 0.jpg: 60x40, not 40x60"]),
+        ([(1, TURNED)], [False], ["1 images have another size than their annotations say, such as 0.jpg: 60x40, not"]),
         ([(6, (600, 400))], [False], ["1 of 1 images with", "of these, 1", "1 images have another size"]),
     ],
 )  # fmt: skip

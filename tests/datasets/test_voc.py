@@ -109,7 +109,7 @@ def test_images_without_objects_are_left_out_with_a_note(tmp_path: Path, empty: 
     assert benchmark.left_out == {"b", "c"}
     assert benchmark.notes == ("2 of 3 images left out: they have no object",)
     (root / "ImageSets/Main/trainval.txt").write_text("b\nc\n")
-    with pytest.raises(DatasetError, match="all 2 images of split 'trainval' .* have no object.*`lostreg discover`"):
+    with pytest.raises(DatasetError, match=r"all 2 images of split 'trainval' .* have no object.*`lostreg discover`"):
         load_voc(root)
 
 

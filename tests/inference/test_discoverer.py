@@ -83,7 +83,7 @@ def test_images_come_in_many_forms(discoverer: Discoverer, photo: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "one", ["photo.jpg", Path("photo.jpg"), b"JPEG", np.zeros((9, 9, 3), np.uint8), torch.zeros(3, 9, 9), None, 3]
+    "one", ["photo.jpg", Path("photo.jpg"), b"JPEG", np.zeros((9, 9, 3)), torch.zeros(3, 9, 9), None, 3]
 )
 def test_one_image_in_place_of_several_is_refused(discoverer: Discoverer, one: object) -> None:
     with pytest.raises(OptionError, match="expected several images, such as a list of paths, got one"):
