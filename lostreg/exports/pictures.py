@@ -92,7 +92,10 @@ def _pillow_agrees(path: Path, orientation: int) -> bool:
     """Whether readers built on Pillow see the file as it was read here: they may turn by XMP, or fail on a tag."""
     try:
         with Image.open(path) as image:
-            return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == orientation)
+            exif = image.getexif()
+        if orientation != 1:
+            exif.tobytes()  # turning an image writes its tags anew
+        return bool(exif.get(ExifTags.Base.Orientation, 1) == orientation)
     except Exception:
         return False
 

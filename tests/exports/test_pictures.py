@@ -7,12 +7,15 @@ import cv2
 import numpy as np
 import pytest
 from exporting import HEIGHT, TURNED, WIDTH, collect, line, save, upright, write_lines, write_run
-from PIL import Image
+from fabricate import exif_block, turned_block, with_exif
+from PIL import Image, ImageOps
 
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.exports import voc, yolo
 from lostreg.exports.items import ExportImage
-from lostreg.exports.pictures import Plan, place, plan
+from lostreg.exports.pictures import Plan, Reader, place, plan
+from lostreg.images.decode import read_image
+from lostreg.runs.locate import Source
 from lostreg.runs.maps import ImageMaps
 
 KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -83,6 +86,37 @@ def test_for_voc_files_are_jpeg_or_png_and_upright_as_stored(tmp_path: Path, nam
         assert image.format in ("JPEG", "MPO", "PNG")
         assert image.size == upright(path).shape[1::-1]
         assert image.getexif().get(0x0112, 1) == 1
+
+
+ODD = {
+    "text as resolution": [exif_block((0x112, 3, 1, b"\6\0\0\0"), (0x11A, 2, 4, b"abc\0"))],
+    "byte as unit": [exif_block((0x112, 3, 1, b"\6\0\0\0"), (0x128, 1, 1, b"\2\0\0\0"))],
+    "orientation as byte": [exif_block((0x112, 1, 1, b"\6\0\0\0"))],
+    "two orientations": [turned_block(6), turned_block(1)],
+    "orientation of no meaning": [turned_block(9)],
+    "a broken make before it": [exif_block((0x10F, 2, 99, b"\0\xff\0\0"), (0x112, 3, 1, b"\6\0\0\0"))],
+}
+
+
+@pytest.mark.parametrize("reader", [yolo.READER, voc.READER], ids=["yolo", "voc"])
+@pytest.mark.parametrize("kind", [*ODD, "XMP alone"])
+def test_where_readers_would_differ_the_image_is_as_it_was_measured(tmp_path: Path, kind: str, reader: Reader) -> None:
+    path = tmp_path / "odd.jpg"
+    if kind == "XMP alone":
+        save(path, xmp=b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>')
+    else:
+        path.write_bytes(with_exif(save(path).read_bytes(), *ODD[kind]))
+    measured = read_image(path)
+    source = Source(path, exif=True, name=path.name)
+    target = made(
+        plan(ExportImage("odd.jpg", "odd.jpg", measured.width, measured.height, (), source), reader), tmp_path
+    )
+    with Image.open(target) as image:
+        assert ImageOps.exif_transpose(image).size == (measured.width, measured.height)
+    pixels = cv2.imread(str(target))
+    assert pixels is not None
+    assert pixels.shape == measured.pixels.shape
+    assert np.abs(pixels[:, :, ::-1].astype(int) - measured.pixels).mean() < 2
 
 
 def test_boxes_in_stored_pixels_get_an_image_that_nobody_turns(tmp_path: Path) -> None:
