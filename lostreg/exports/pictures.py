@@ -1,6 +1,7 @@
 """Image files in an exported folder: copied or linked where its readers take them as they are, else encoded anew."""
 
 import shutil
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,14 +91,15 @@ def plan_all(images: Sequence[ExportImage], reader: Reader, placing: Placing) ->
 
 def _pillow_agrees(path: Path, orientation: int) -> bool:
     """Whether readers built on Pillow see the file as it was read here: they may turn by XMP, or fail on a tag."""
-    try:
-        with Image.open(path) as image:
-            exif = image.getexif()
-        if orientation != 1:
-            exif.tobytes()  # turning an image writes its tags anew
-        return bool(exif.get(ExifTags.Base.Orientation, 1) == orientation)
-    except Exception:
-        return False
+    with warnings.catch_warnings(action="error"):
+        try:
+            with Image.open(path) as image:
+                exif = image.getexif()
+            if orientation != 1:
+                exif.tobytes()  # turning an image writes its tags anew
+            return bool(exif.get(ExifTags.Base.Orientation, 1) == orientation)
+        except Exception:
+            return False
 
 
 def _is_turned(image: ExportImage, source: Source, header: Header) -> bool:

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from fabricate import write_voc
+from conftest import disc_picture
+from fabricate import encoded, turned_block, with_exif, write_voc
 from PIL import Image
 
 import lostreg
@@ -642,3 +643,33 @@ def test_a_closed_standard_output_is_no_traceback() -> None:
     script = Path(sys.executable).with_name("lostreg")
     done = subprocess.run(["sh", "-c", f"'{script}' backbones >&-"], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+def test_photos_are_scored_in_the_frame_of_their_annotations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, orientation in (("phone", 6), ("upside down", 3), ("plain", 1)):
+        content = with_exif(encoded(disc_picture(154, 98), "JPEG", quality=95), turned_block(orientation))
+        (photos / f"{name}.jpg").write_bytes(content)
+    truth, out = tmp_path / "boxes.json", str(tmp_path / "scored")
+    assert main(["discover", str(photos), "--out", str(tmp_path / "run"), *FAST]) == 0
+    assert main(["export", str(tmp_path / "run"), "--format", "coco", "--out", str(truth)]) == 0
+    scored = ["eval", "coco", "--images", str(photos), "--annotations", str(truth), *FAST, "--out"]
+    capsys.readouterr()
+    assert main([*scored, out]) == 0
+    told = capsys.readouterr()
+    assert told.out.endswith("corloc 100.00 (3/3)\n")
+    assert "2 of 3 images are turned as their EXIF orientation says (the size in their annotations says so)" in told.err
+    assert "of these, 1 are taken as turned though sizes do not tell: --no-exif takes all the other way" in told.err
+    assert main([*scored, out, "--no-exif"]) == 2  # a run goes on in its own frame
+    assert "holds a run with other settings: turned was 2 and is now null" in capsys.readouterr().err
+    assert main([*scored, f"{out}-2", "--no-exif"]) == 0
+    assert "such as phone.jpg: 154x98, not 98x154; boxes may lie elsewhere" in capsys.readouterr().err
+    assert main([*scored, f"{out}-3", "--exif"]) == 0
+    assert capsys.readouterr().out.endswith("corloc 100.00 (3/3)\n")
+    assert main(["score", f"{out}-2/predictions.jsonl", "coco", "--annotations", str(truth)]) == 0
+    assert "1 predictions are for images of another size than the annotations say" in capsys.readouterr().err
+    assert main(["sweep", *scored[1:], f"{out}-4", "--biases", "0,-0.1"]) == 0
+    assert "2 of 3 images are turned" in capsys.readouterr().err
