@@ -123,10 +123,12 @@ class Discoverer:
         """Find the main objects of one image.
 
         Args:
-            image: a file, a PIL image, or an RGB array (h, w, 3) of uint8.
+            image: a file's path, its content as bytes or an open file object, a PIL image, an RGB array (h, w, 3) or a
+                tensor (3, h, w) or (h, w, 3) of uint8.
 
         Raises:
-            ImageError: if the image cannot be read, or memory does not suffice for it.
+            ImageUnavailableError: if the file cannot be had now, or memory does not suffice for it.
+            ImageError: if it is no image that can be read.
         """
         image = held(image)
         (outcome,) = self.outcomes([image])
@@ -146,6 +148,7 @@ class Discoverer:
             One `Discovery` an image.
 
         Raises:
+            OptionError: if ``images`` is one image.
             ImageError: at the first image that cannot be read, after everything before it was yielded. See
                 `outcomes` for going on instead.
 
