@@ -14,7 +14,7 @@ def check_writable(target: Path, purpose: str) -> None:
         target: the file.
         purpose: what it is for, for the message.
     """
-    from lostreg.images.decode import SUFFIXES
+    from lostreg.images.files import SUFFIXES
 
     if target.suffix.lower() in SUFFIXES or target.is_dir():
         raise OptionError(f"--out {target}: expected a file for {purpose}, not an image or a folder")

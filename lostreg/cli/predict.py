@@ -116,7 +116,7 @@ def _row(name: str, *values: str) -> str:
 
 
 def _open_json(target: str, stack: ExitStack) -> TextIO:
-    from lostreg.images.decode import SUFFIXES
+    from lostreg.images.files import SUFFIXES
 
     if target == "-":
         return sys.stdout

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lostreg.errors import DatasetError
-from lostreg.images.decode import ImageFile
+from lostreg.images.files import ImageFile
 
 ImageId = str | int
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lostreg.datasets.base import name_some
 from lostreg.errors import LostregWarning, OptionError
-from lostreg.images.decode import HEIF_HINT, HEIF_SUFFIXES, SUFFIXES
+from lostreg.images.files import HEIF_HINT, HEIF_SUFFIXES, SUFFIXES
 from lostreg.jsonio import as_line
 
 

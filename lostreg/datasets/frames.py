@@ -2,10 +2,13 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lostreg.datasets.base import Benchmark, Example
 from lostreg.errors import ImageError
-from lostreg.images.decode import Header, read_header
+
+if TYPE_CHECKING:
+    from lostreg.images.decode import Header
 
 # Published for the pixels as they are stored: their files need not be looked into.
 _STORED = ("voc07", "voc12", "coco20k")
@@ -69,15 +72,17 @@ def choose_frames(benchmark: Benchmark, exif: bool | None = None) -> Benchmark:
     return replace(benchmark, examples=tuple(examples), notes=(*benchmark.notes, *notes))
 
 
-def _header(example: Example) -> Header | None:
+def _header(example: Example) -> "Header | None":
     """None of an image that cannot be read: that is told where it is decoded."""
+    from lostreg.images.decode import read_header  # loads OpenCV, which `lostreg --help` does not need
+
     try:
         return read_header(example.path)
     except ImageError:
         return None
 
 
-def _is_turned(example: Example, header: Header) -> bool | None:
+def _is_turned(example: Example, header: "Header") -> bool | None:
     stored, turned = header.size(exif=False), header.size(exif=True)
     if stored == turned or example.size not in (stored, turned):
         return None

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lostreg.datasets.base import Benchmark, Example, name_some
 from lostreg.errors import DatasetError
-from lostreg.images.decode import SUFFIXES
+from lostreg.images.files import SUFFIXES
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _SECOND_COLUMN = re.compile(r"\s+(-1|0|1)$")

@@ -9,7 +9,8 @@ from typing import Final
 from lostreg.datasets.base import ImageId, name_some
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.names import below_one_folder
-from lostreg.images.decode import SUFFIXES, read_image
+from lostreg.images.decode import read_image
+from lostreg.images.files import SUFFIXES
 from lostreg.images.rle import Rle, decode_rle
 from lostreg.jsonio import cut
 from lostreg.runs.locate import ImageFinder, Source

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, Union
 
@@ -18,6 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lostreg.defaults import MAX_PIXELS
 from lostreg.errors import ImageError, ImageUnavailableError, OptionError
+from lostreg.images.files import HAS_HEIF, HEIF_HINT, ImageFile
 from lostreg.images.memory import describe_bytes, host_bytes
 from lostreg.images.metadata import SIDEWAYS, Orientation, exif_orientation, hide_metadata, turn
 
@@ -25,16 +25,6 @@ if TYPE_CHECKING:
     import torch
 
 Item = TypeVar("Item")
-
-HEIF_SUFFIXES: Final = (".heic", ".heif", ".hif")
-HEIF_HINT: Final = 'HEIC is read with pillow-heif: pip install "lostreg[heif]"'
-_HAS_HEIF: Final = find_spec("pillow_heif") is not None
-SUFFIXES: Final = (
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jpe", ".jfif", ".mpo", ".apng", ".gif", ".avif")
-    + (".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
-    + HEIF_SUFFIXES * _HAS_HEIF
-)
-"""Endings of files that are taken for images where nobody names them, in lower case; HEIC's with pillow-heif alone."""
 
 # Named, so that no file is handed to one of the readers of Pillow that run other programs. JPEG covers MPO, of phones.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
@@ -48,22 +38,6 @@ _LARGE_BYTES: Final = 1 << 28  # images that need more are decoded one at a time
 _BAND_PIXELS: Final = 1 << 20  # that are converted together
 _HEAD_BYTES: Final = 1 << 18
 _NO_MEMORY: Final = -4  # of OpenCV
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """An image file of which it is known whether it is meant to be turned.
-
-    Attributes:
-        path: of the file.
-        exif: whether it is turned as its EXIF orientation says, whatever holds for the others.
-    """
-
-    path: Path
-    exif: bool
-
-    def __str__(self) -> str:
-        return str(self.path)
 
 
 ImageSource = Union[
@@ -305,7 +279,7 @@ def _open_others(content: io.BytesIO) -> Image.Image:
 
 def _open_heif(content: io.BytesIO, name: str) -> Image.Image:
     """HEIC or HEIF, which its decoder turns by itself."""
-    if not _HAS_HEIF:
+    if not HAS_HEIF:
         raise ImageError(f"{name}: {HEIF_HINT}")
     from pillow_heif import HeifImageFile
 

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lostreg.images.decode import ImageFile, Picture
+from lostreg.images.decode import Picture
+from lostreg.images.files import ImageFile
 
 
 def patch_grid(pixels: NDArray[np.uint8], patch_size: int) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lostreg.images.boxes import in_pixels
-from lostreg.images.decode import ImageFile
+from lostreg.images.files import ImageFile
 from lostreg.images.masks import mask_boxes, refine
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discovery import Discovery

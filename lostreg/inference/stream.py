@@ -14,7 +14,8 @@ from typing import Any, Final, Generic, Protocol, TypeVar, cast
 import torch
 
 from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError
-from lostreg.images.decode import ImageFile, ImageSource, Item, name_of, read_image
+from lostreg.images.decode import ImageSource, Item, name_of, read_image
+from lostreg.images.files import ImageFile
 from lostreg.images.memory import describe_bytes
 from lostreg.images.patches import PatchedPicture, cut_patches
 from lostreg.inference.memory import available_bytes, required_bytes

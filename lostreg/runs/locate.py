@@ -8,7 +8,7 @@ from typing import Final
 from lostreg.datasets.base import ImageId
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
 from lostreg.errors import OptionError, PredictionsError
-from lostreg.images.decode import SUFFIXES
+from lostreg.images.files import SUFFIXES
 from lostreg.runs.maps import read_maps
 from lostreg.runs.results import results_of
 

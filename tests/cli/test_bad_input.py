@@ -101,7 +101,8 @@ def _template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_benchmarks(place: Path) -> None:
     """Benchmarks with something missing, and predictions with something wrong."""
     (write_voc(place / "gap", 4) / "JPEGImages/im02.jpg").unlink()
-    (write_voc(place / "bare", 4) / "Annotations/im01.xml").write_text("<annotation></annotation>")
+    for annotation in (write_voc(place / "bare", 4) / "Annotations").iterdir():
+        annotation.write_text("<annotation></annotation>")
     (write_voc(place / "broken", 4) / "JPEGImages/im01.jpg").write_text("not a picture")
     (place / "coco.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "good.jpg"}], "annotations": []}))
     good = '{"image_id": "im00", "boxes": [[0, 0, 9, 9]]}\n'
@@ -163,7 +164,10 @@ def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
 BAD = {
     "empty argument": (f"predict '' {FAST}", "expected a file, folder or glob, found an empty argument"),
     "abbreviated option": (f"eval voc --root {{}}/voc --out {{}}/out --lim 1 {FAST}", "unrecognized arguments: --lim"),
-    "plots in a searched folder": (f"predict {{}}/voc --plot {{}}/voc/new {FAST}", "is among the images"),
+    "plots in a searched folder": (
+        f"predict {{}}/voc/JPEGImages --plot {{}}/voc/JPEGImages/new {FAST}",
+        "is among the images",
+    ),
     "plot as PDF": (f"predict {{}}/good.jpg --plot {{}}/found.pdf {FAST}", "expected a folder or a file ending in"),
     "a split elsewhere": (
         f"eval voc --root {{}}/voc --split ../x --out {{}}/out {FAST}",
@@ -518,7 +522,7 @@ BAD = {
     ),
     "too few images": (f"eval voc07 --root {{}}/voc --out {{}}/out {FAST}", "expected 5011 images .*found 4"),
     "missing images": (f"eval voc --root {{}}/gap --out {{}}/out {FAST}", r"1 of 4 images are missing: .*im02\.jpg"),
-    "no objects": (f"eval voc --root {{}}/bare --out {{}}/out {FAST}", r"im01\.xml has no <object>"),
+    "no objects": (f"eval voc --root {{}}/bare --out {{}}/out {FAST}", "all 4 images of .* have no object.*discover"),
     "no split": (f"eval voc --root {{}}/voc --split val --out {{}}/out {FAST}", "no split 'val'.*there are trainval"),
     "no boxes": (
         f"eval coco --images {{}} --annotations {{}}/coco.json --out {{}}/out {FAST}",

@@ -8,7 +8,7 @@ import pytest
 
 from lostreg.datasets.folder import Collection, find_collection, find_images
 from lostreg.errors import LostregWarning, OptionError
-from lostreg.images.decode import SUFFIXES
+from lostreg.images.files import SUFFIXES
 
 
 @pytest.fixture

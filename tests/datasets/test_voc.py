@@ -7,7 +7,7 @@ import pytest
 from lostreg.datasets import require_images
 from lostreg.datasets.voc import find_voc, load_voc, main_class, read_voc
 from lostreg.errors import DatasetError
-from lostreg.images.decode import SUFFIXES
+from lostreg.images.files import SUFFIXES
 
 
 def an_object(box: str, extra: str = "") -> str:

@@ -20,16 +20,8 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image, JpegImagePlugin
 
 from lostreg.errors import ImageError, ImageUnavailableError, OptionError
-from lostreg.images.decode import (
-    _FORMATS,
-    HEIF_SUFFIXES,
-    MAX_PIXELS,
-    SUFFIXES,
-    ImageFile,
-    Picture,
-    read_header,
-    read_image,
-)
+from lostreg.images.decode import _FORMATS, MAX_PIXELS, Picture, read_header, read_image
+from lostreg.images.files import HEIF_SUFFIXES, SUFFIXES, ImageFile
 from lostreg.images.patches import cut_patches, normalise_patches, patch_grid
 from lostreg.inference.stream import draw_sample
 
