@@ -29,6 +29,7 @@ Item = TypeVar("Item")
 # Named, so that no file is handed to one of the readers of Pillow that run other programs. JPEG covers MPO, of phones.
 _FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
 _HEIF_BRANDS: Final = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_INVERSE: Final = {6: 8, 8: 6}  # orientations that undo others; the rest undo themselves
 _SIXTEEN_BIT: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _ALWAYS_SIXTEEN_BIT: Final = ("PNG", "PPM")  # formats whose pixels are scaled where Pillow opens them as "I"
 _PIXEL_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # in Pillow; others 4
@@ -124,7 +125,11 @@ def read_image(
     name = name_of(source)
     with decoding(name):
         if isinstance(source, Image.Image):
-            pixels = turn(_to_rgb(source, name), _orientation_of(source) if exif else 1)
+            stored = _orientation_of(source)
+            pixels, left = _to_rgb(source, name), _orientation_of(source)
+            # Pillow turns a TIFF image as it loads it, which is undone where pixels are wanted as stored.
+            undo = _INVERSE.get(stored, stored) if left != stored else 1
+            pixels = turn(pixels, left if exif else undo)
         elif isinstance(source, np.ndarray) or _is_tensor(source):
             pixels = _check_array(source)
         else:
@@ -357,7 +362,11 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
         raise ImageError(f"{name}: expected 8 or 16 bits a channel, found floating point")
     if not (image.width and image.height):
         raise ImageError(f"{name}: expected at least one pixel, found {image.width}x{image.height}")
-    image.load()
+    try:
+        image.load()
+    except Exception:
+        if getattr(image, "tile", None):  # else the pixels are there, and something beside them is broken
+            raise
     levels = _levels(image, name) if image.mode in _SIXTEEN_BIT else 0
     pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
     rows = max(1, _BAND_PIXELS // image.width)
@@ -392,7 +401,7 @@ def _orientation_of(image: Image.Image) -> int:
     if isinstance(block, bytes):
         found = exif_orientation(block)
         return found.value if found else 1
-    if any("xmp" in str(key) for key in image.info):  # Pillow would take the orientation from there
+    if image.format != "TIFF" and any("xmp" in str(key) for key in image.info):  # Pillow would believe it
         return 1
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)

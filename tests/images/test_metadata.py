@@ -1,5 +1,6 @@
 """Metadata never decide whether pixels are read; the orientation is the one that OpenCV sees."""
 
+import contextlib
 import io
 import struct
 import zlib
@@ -206,6 +207,20 @@ def test_tags_beside_the_pixels_of_a_tiff_are_not_looked_at(order: str, tags: di
     turned = {**tags, "t274": (3, 1, struct.pack(order + "HH", 6, 0))}
     np.testing.assert_array_equal(read_image(tiff_with(order, **turned)).pixels, turn(PIXELS, 6))
     np.testing.assert_array_equal(read_image(tiff_with(order, **turned), exif=False).pixels, PIXELS)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_that_pillow_has_opened_is_turned_once_or_not_at_all(orientation: int) -> None:
+    content = tiff_with(t274=(3, 1, struct.pack("<HH", orientation, 0)), t700=(2, 4, b"abc\0"))
+    for load in (False, True):
+        for exif in (False, True):
+            image = Image.open(io.BytesIO(content))
+            if load:
+                with contextlib.suppress(AttributeError):  # the text in place of XMP
+                    image.load()
+            if not (load and not exif):  # what has been turned says no more how it was
+                expected = turn(PIXELS, orientation) if exif else PIXELS
+                np.testing.assert_array_equal(read_image(image, exif=exif).pixels, expected)
 
 
 def test_big_tiff_and_further_pages() -> None:
