@@ -2,18 +2,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= out
+INPUTS ?= 100000
 
 RUN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-offline
 DEVELOPED = $(VENV)/.installed-dev
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test fuzz lint format docs clean
 
 demo: $(INSTALLED)
 	$(RUN)/lostreg eval sample --root datasets/sample --backbone imgfocus_vits14 --out $(OUT) --plots --overwrite
 
 test: $(DEVELOPED)
 	$(RUN)/python -m pytest $(TESTS)
+
+fuzz: $(DEVELOPED)
+	LOSTREG_FUZZ=$(INPUTS) $(RUN)/python -m pytest tests/fuzz
 
 lint: $(DEVELOPED)
 	$(RUN)/ruff check .

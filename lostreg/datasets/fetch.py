@@ -5,6 +5,7 @@ official server, a mirror, or the user's hand. Nothing is written through a symb
 """
 
 import hashlib
+import lzma
 import shutil
 import sys
 import tarfile
@@ -211,7 +212,7 @@ def _unpack_tar(archive: Path, root: Path) -> None:
             _folder(root, root / folder.relative_to(staging))
         for source in sorted(files):
             source.replace(root / source.relative_to(staging))  # a link in the file's own place is replaced
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise DatasetError(f"cannot unpack {archive}: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -222,7 +223,8 @@ def _plain_file(member: tarfile.TarInfo, folder: str) -> tarfile.TarInfo | None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or ":" in member.name:
         raise DatasetError(f"refused to unpack an archive whose entry {member.name!r} leaves the folder")
-    if not (member.isdir() or (member.isfile() and not member.issparse())):
+    is_plain = member.isdir() or (member.isfile() and not member.issparse())
+    if not (path.parts and is_plain):  # no parts: the folder itself
         return None
     return tarfile.data_filter(member, folder)
 
@@ -254,6 +256,9 @@ def _fetch_coco20k(root: Path, mirror: str | None, workers: int, *, progress: bo
     return base
 
 
+_UNZIP_ERRORS = (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError, KeyError, EOFError, ValueError)
+
+
 def _annotations_fault(size: int) -> str:
     expected = coco20k.ANNOTATIONS_BYTES
     return f"is not the file published: expected {expected:,} bytes, found {size:,}" if size != expected else ""
@@ -272,7 +277,7 @@ def _fetch_annotations(origin: str, root: Path, annotations: Path, *, progress: 
                 raise DatasetError(f"{coco20k.ANNOTATIONS} in {file} {fault}")
             with content.open(coco20k.ANNOTATIONS) as source, part.open("wb") as target:
                 shutil.copyfileobj(source, target)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, KeyError, EOFError) as error:
+    except _UNZIP_ERRORS as error:
         part.unlink(missing_ok=True)
         raise DatasetError(f"cannot unpack {coco20k.ANNOTATIONS} of {file}: {error}") from error
     part.replace(annotations)

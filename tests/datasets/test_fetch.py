@@ -456,8 +456,10 @@ def test_links_in_an_archive_are_not_made(site: Site, tmp_path: Path, monkeypatc
             link = tarfile.TarInfo(f"VOCdevkit/link{number}")
             link.type, link.linkname = kind, "/etc"
             tar.addfile(link)
+        tar.addfile(tarfile.TarInfo("."))  # a file in the folder's own place
     publish(site, monkeypatch, "voc12 trainval", buffer.getvalue())
     fetch_voc(site, tmp_path)
+    assert names_in(tmp_path) == {"VOCdevkit"}
     assert names_in(tmp_path / "VOCdevkit") == {"VOC2012"}
 
 
