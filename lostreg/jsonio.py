@@ -9,6 +9,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeGuard, TypeVar, get_args, get_type_hints
 
+from lostreg.checks import FARTHEST
 from lostreg.errors import LostregError, OptionError
 
 Document = TypeVar("Document")
@@ -158,16 +159,12 @@ def is_finite_number(value: Any) -> bool:
 
 
 def is_box(value: Any) -> bool:
-    """Whether a value out of a JSON file is ``[x1, y1, x2, y2]``."""
-    return isinstance(value, list) and len(value) == 4 and all(is_finite_number(number) for number in value)
+    """Whether a value out of a JSON file is ``[x1, y1, x2, y2]``, within `FARTHEST`."""
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    return all(is_finite_number(number) and abs(number) <= FARTHEST for number in value)
 
 
 def is_id(value: Any) -> TypeGuard[str | int]:
     """Whether a value out of a JSON file names an image."""
     return isinstance(value, str | int) and not isinstance(value, bool)
-
-
-def cut(text: str, most: int = 60) -> str:
-    """A value for a message, without its middle where it is long."""
-    half = (most - 3) // 2
-    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from lostreg.checks import cut
 from lostreg.datasets.base import ImageId, name_some
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.names import below_one_folder
 from lostreg.images.decode import SUFFIXES, read_image
 from lostreg.images.rle import Rle, decode_rle
-from lostreg.jsonio import cut
 from lostreg.runs.locate import ImageFinder, Source
 from lostreg.runs.predictions import Prediction
 

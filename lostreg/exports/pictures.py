@@ -8,10 +8,10 @@ from typing import Final, Literal
 
 from PIL import ExifTags, Image, TiffImagePlugin
 
+from lostreg.checks import cut
 from lostreg.errors import PredictionsError
 from lostreg.exports.items import ExportImage
 from lostreg.images.decode import SIDEWAYS, decoding, open_file, read_image
-from lostreg.jsonio import cut
 from lostreg.runs.locate import Source, is_file
 
 Placing = Literal["copy", "link", "none"]

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from lostreg.checks import cut
 from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
 from lostreg.images.rle import Rle, encode_rle
 from lostreg.inference.discovery import Discovery
-from lostreg.jsonio import as_line, cut, is_box, is_finite_number, is_id
+from lostreg.jsonio import as_line, is_box, is_finite_number, is_id
 
 _LONGEST_SIDE: Final = 1 << 31
 

@@ -25,7 +25,7 @@ from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.jsonio import as_line
-from lostreg.methods.bias import TRIALS, trial_biases
+from lostreg.methods.bias import TRIALS, fixed_bias, trial_biases
 from lostreg.methods.lost import Candidates
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import Corloc, is_hit, score_auc
@@ -147,9 +147,9 @@ def sweep(
         PredictionsError: if the folder cannot be written, is in use, or holds a run with other settings.
     """
     pairs = list(dict.fromkeys((feature, resolve_layer(discoverer.backbone, layer)) for feature, layer in wanted))
-    values = tuple(dict.fromkeys(float(bias) for bias in biases))
-    if not pairs or not values or not np.isfinite(values).all():
-        raise OptionError(f"expected at least one feature and one finite bias, not {list(wanted)} and {list(biases)}")
+    values = tuple(dict.fromkeys(fixed_bias(bias) for bias in biases))
+    if not pairs or not values:
+        raise OptionError(f"expected at least one feature and one fixed bias, not {list(wanted)} and {list(biases)}")
     settings = benchmark_settings(benchmark, _options(discoverer, pairs, values), extra)
     features = FeaturesJob(discoverer.backbone, pairs, compiled=discoverer.options.compile)
     convert = partial(_convert, patch_size=discoverer.backbone.spec.patch_size)
