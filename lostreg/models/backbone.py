@@ -229,8 +229,9 @@ def load_backbone(
 
     Args:
         name: a row of `BACKBONES`, or ``timm:NAME``.
-        weights: a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file in timm's naming or that of the
-            original DINO, DINOv2 or DeiT-III release; None takes the hub's (or the offline extra's) weights.
+        weights: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.tar`` file in timm's naming or that of
+            the original DINO, DINOv2 or DeiT-III release, alone or within a training checkpoint (of several networks
+            the teacher or moving average); None takes the hub's (or the offline extra's) weights.
         device: where the model goes.
         dtype: precision of its parameters.
 
