@@ -78,6 +78,8 @@ def shown(value: object) -> str:
         text = repr(value)
     except ValueError:  # Python does not write integers of more than a few thousand digits
         text = "an integer of thousands of digits"
+    except RecursionError:
+        text = "a value of many levels"
     return cut(" ".join(text.split()))
 
 

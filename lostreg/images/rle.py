@@ -5,7 +5,7 @@ from typing import Any, Final, TypedDict, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lostreg.checks import FARTHEST, cut
+from lostreg.checks import FARTHEST, shown
 from lostreg.defaults import MAX_PIXELS
 from lostreg.errors import PredictionsError
 from lostreg.images.masks import Mask
@@ -102,8 +102,8 @@ def _size(rle: Any) -> tuple[int, int]:
     size = rle.get("size") if isinstance(rle, dict) else None
     if isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side <= FARTHEST for side in size):
         return size[0], size[1]
-    shown_part = cut(str(rle if size is None else size))
-    raise PredictionsError(f'malformed mask: expected {{"size": [height, width], "counts": "..."}}, found {shown_part}')
+    found = shown(rle if size is None else size)
+    raise PredictionsError(f'malformed mask: expected {{"size": [height, width], "counts": "..."}}, found {found}')
 
 
 def _runs(rle: Rle) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from lostreg.checks import shown
 from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
 from lostreg.inference.discovery import Discovery
@@ -99,7 +100,7 @@ def _parse(line: bytes, where: str) -> ImageMaps:
         (rows, columns), (wide, high) = fields["grid"], fields["patch"]
         for name, is_sound in _SOUND.items():
             if not is_sound(fields.get(name)):
-                raise ValueError(f"{name} is {str(fields.get(name))[:60]}")
+                raise ValueError(f"{name} is {shown(fields.get(name))}")
         degrees = _unpack(fields["degrees"], rows, columns)
         return ImageMaps(fields["image_id"], fields["path"], degrees, wide, high, fields["exif"], fields.get("truth"))
     except (ValueError, TypeError, KeyError, zlib.error, RecursionError) as error:
