@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeGuard, TypeVar, get_args, get_type_hints
+from typing import Any, Final, TypeGuard, TypeVar, get_args, get_type_hints
 
-from lostreg.errors import LostregError, OptionError
+from lostreg.checks import FARTHEST, shown
+from lostreg.errors import LostregError
 
 Document = TypeVar("Document")
+DEEPEST: Final = 32  # levels of a document
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -61,6 +63,29 @@ def save_document(path: str | Path, kind: str, fields: dict[str, Any], error: ty
         raise error(f"cannot write {path}: {reason.strerror}") from reason
 
 
+def read_json(text: str | bytes) -> Any:
+    """What a small JSON document says.
+
+    Raises:
+        ValueError: if it is no JSON, or has more than `DEEPEST` levels: whatever walks through it would fail then.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("more levels than can be read") from error
+    level = [content]
+    for _ in range(DEEPEST + 1):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise ValueError(f"more than {DEEPEST} levels")
+    return content
+
+
 def load_document(
     path: str | Path,
     kind: str,
@@ -81,13 +106,13 @@ def load_document(
         command: that writes them.
     """
     try:
-        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        fields = read_json(Path(path).read_text(encoding="utf-8"))
         if not isinstance(fields, dict) or fields.pop("format", None) != kind:
             raise ValueError(f'expected a JSON object with "format": "{kind}"')
         return parse(fields)
     except OSError as reason:
         raise error(f"cannot read the {name} {path}: {reason.strerror}") from reason
-    except (ValueError, TypeError, RecursionError, OptionError) as reason:
+    except (ValueError, TypeError) as reason:
         raise error(f"{path} is no file of `{command}`: {reason}") from reason
 
 
@@ -104,7 +129,7 @@ def as_dataclass(kind: Callable[..., Document], fields: dict[str, Any]) -> Docum
         try:
             typed[name] = _typed(fields[name], hints[name])
         except ValueError as error:
-            raise ValueError(f"{name} is {fields[name]!r}") from error
+            raise ValueError(f"{name} is {shown(fields[name])}") from error
     document = kind(**{**fields, **typed})
     missing = [name for name in hints if name not in fields]
     if missing:
@@ -158,16 +183,12 @@ def is_finite_number(value: Any) -> bool:
 
 
 def is_box(value: Any) -> bool:
-    """Whether a value out of a JSON file is ``[x1, y1, x2, y2]``."""
-    return isinstance(value, list) and len(value) == 4 and all(is_finite_number(number) for number in value)
+    """Whether a value out of a JSON file is ``[x1, y1, x2, y2]``, within `FARTHEST`."""
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    return all(is_finite_number(number) and abs(number) <= FARTHEST for number in value)
 
 
 def is_id(value: Any) -> TypeGuard[str | int]:
     """Whether a value out of a JSON file names an image."""
     return isinstance(value, str | int) and not isinstance(value, bool)
-
-
-def cut(text: str, most: int = 60) -> str:
-    """A value for a message, without its middle where it is long."""
-    half = (most - 3) // 2
-    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from lostreg.checks import shown
 from lostreg.errors import OptionError
-from lostreg.images.boxes import as_boxes, pairwise_iou
+from lostreg.images.boxes import as_boxes, numbers, pairwise_iou
 
 IOU_THRESHOLD: Final = 0.5
 _EVERY_AREA: Final = (0.0, 1e12)
@@ -56,11 +57,16 @@ def score_auc(scores: ArrayLike, hits: ArrayLike) -> float | None:
     Returns:
         In [0, 1]; 0.5 is no better than chance. None where there are no hits or no misses.
 
+    Raises:
+        OptionError: if a score is not a finite number, or there are not as many of them as hits.
+
     Example:
         >>> lostreg.metrics.score_auc([0.9, 0.4, 0.5], [True, True, False])
         0.5
     """
-    values, hit = np.asarray(scores, dtype=np.float64), np.asarray(hits, dtype=bool)
+    values, hit = numbers(scores, "scores"), np.asarray(hits, dtype=bool)
+    if values.shape != hit.shape or values.ndim != 1 or not np.isfinite(values).all():
+        raise OptionError(f"expected one finite score an image, not {shown(scores)} for hits of shape {hit.shape}")
     if not len(hit) or hit.all() or not hit.any():
         return None
     # Its p-value is not asked for: the exact one would take long.
@@ -159,7 +165,7 @@ def detection_scores(images: Sequence[Detections]) -> DetectionScores:
         images: at least one of them with an object.
 
     Raises:
-        ValueError: if there is no object at all, or the scores of an image are not as many as its boxes.
+        OptionError: if there is no object at all, or the scores of an image are not finite and as many as its boxes.
 
     Example:
         >>> image = lostreg.metrics.Detections([[0, 0, 10, 10]], [0.9], [[0, 0, 10, 10], [20, 0, 30, 10]], [])
@@ -167,7 +173,11 @@ def detection_scores(images: Sequence[Detections]) -> DetectionScores:
         50
     """
     if not any(len(as_boxes(image.objects)) for image in images):
-        raise ValueError("expected at least one object")
+        raise OptionError("expected at least one object")
+    for image in images:
+        scores = numbers(image.scores, "scores").ravel()
+        if len(scores) != len(as_boxes(image.boxes)) or not np.isfinite(scores).all():
+            raise OptionError(f"expected one finite score a box, not {shown(image.scores)} for {shown(image.boxes)}")
     first = [
         Detections(as_boxes(image.boxes)[:1], np.ravel(image.scores)[:1], image.objects, image.crowds)
         for image in images

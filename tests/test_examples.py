@@ -15,7 +15,7 @@ from fabricate import write_voc
 from PIL import Image
 
 import lostreg
-from lostreg import artifacts, metrics
+from lostreg import artifacts, checks, metrics
 from lostreg.images.boxes import pairwise_iou, spread
 from lostreg.models.backbone import build_backbone, find_spec
 
@@ -23,6 +23,8 @@ PUBLIC = [
     *[getattr(lostreg, name) for name in lostreg.__all__ if name not in ("LostregError", "artifacts")],
     *[getattr(artifacts, name) for name in artifacts.__all__],
     *[getattr(metrics, name) for name in ("corloc", "is_hit", "score_auc", "detection_scores")],
+    checks.whole_number,
+    checks.real_number,
     pairwise_iou,
     spread,
 ]

@@ -1,5 +1,6 @@
 """JSON files of one object."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from lostreg.errors import CalibrationError, OptionError, RegistersError
-from lostreg.jsonio import keep_lines, load_document, save_document, write_json
+from lostreg.jsonio import keep_lines, load_document, read_json, save_document, write_json
 
 KIND = "lostreg test 1"
 
@@ -43,6 +44,24 @@ def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(CalibrationError, match=r"file\.json is no file of `lostreg test`: "):
         load(path)
+
+
+@pytest.mark.parametrize("depth", [33, 900, 950, 990, 1_000, 100_000])
+@pytest.mark.parametrize("level", ["[", '{"a": '])
+def test_documents_of_many_levels_are_refused(tmp_path: Path, depth: int, level: str) -> None:
+    nested = level * depth + "1" + {"[": "]"}.get(level, "}") * depth
+    path = tmp_path / "file.json"
+    path.write_text(f'{{"format": "{KIND}", "a": {nested}}}')
+    with pytest.raises(CalibrationError, match=r"more (levels than can be read|than 32 levels)"):
+        load(path)
+
+
+def test_documents_of_some_levels_and_long_integers_are_read(tmp_path: Path) -> None:
+    assert read_json("[" * 32 + "]" * 32) == functools.reduce(lambda inner, _: [inner], range(31), [])
+    for number in ("9" * 5000, "-" + "9" * 5000):
+        (tmp_path / "file.json").write_text(f'{{"format": "{KIND}", "a": {number}}}')
+        with pytest.raises(CalibrationError, match=r"no file of `lostreg test`: .*digits"):
+            load(tmp_path / "file.json")
 
 
 @pytest.mark.parametrize("error", [ValueError, TypeError, OptionError])

@@ -130,7 +130,7 @@ def test_images_without_boxes_are_misses_and_none_without_objects_is_required() 
     assert detection_scores(images).recall50 == pytest.approx(50)
     with pytest.raises(ValueError, match="at least one object"):
         detection_scores([Detections([at(0)], [1.0], NONE, NONE)])
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="one finite score a box"):
         detection_scores([Detections([at(0)], [], [at(0)], NONE)])
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lostreg.checks import shown
 from lostreg.errors import ImageError, OptionError
 from lostreg.images.decode import ImageSource
 from lostreg.inference.discoverer import Discoverer
@@ -73,9 +74,11 @@ def attention_maps(
         CLS (5, 8, 11)
     """
     backbone = discoverer.backbone
-    if not layers:
-        raise OptionError("expected at least one layer")
+    if not isinstance(layers, Iterable):
+        raise OptionError(f"layers must be a sequence of integers, not {shown(layers)}")
     wanted = [resolve_layer(backbone, layer) for layer in layers]
+    if not wanted:
+        raise OptionError("expected at least one layer")
     _check_prefix(backbone)
 
     def look(forward: Forward, pixels: list[Tensor], grids: Sequence[Grid]) -> list[list[AttentionMaps]]:

@@ -20,6 +20,7 @@ from lostreg import defaults
 from lostreg.artifacts.norms import TokenNorms, emergence, token_norms
 from lostreg.artifacts.outliers import Cutoff, CutoffRule, NormTally, find_cutoff
 from lostreg.artifacts.sample import Sample, look_inside
+from lostreg.checks import whole_seed
 from lostreg.errors import ImageError, LostregError, OptionError
 from lostreg.images.decode import ImageSource
 from lostreg.inference.discoverer import Discoverer
@@ -201,6 +202,7 @@ def measure(
     if labels is not None and len(labels) != len(images):
         raise OptionError(f"expected one label an image, not {len(labels)} for {len(images)}")
     draw_sample(images, sample, seed)  # an option out of range costs no pass
+    seed = whole_seed(seed)
     backbone = discoverer.backbone
     seen = Pass.empty(backbone.depth, backbone.prefix_tokens, rule)
     forward = Forward(backbone, compiled=discoverer.options.compile)

@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import gaussian_filter1d
 from scipy.special import rel_entr
 
+from lostreg.checks import real_number, shown
 from lostreg.errors import OptionError
 
 Kind = Literal["auto", "number", "sigma", "percentile"]
@@ -171,10 +172,23 @@ class CutoffRule:
     Attributes:
         kind: ``auto``; a ``number``; so many ``sigma`` above the mean; or a ``percentile``.
         value: the number in units of the norms, the standard deviations, or per cent; 0 for ``auto``.
+
+    Raises:
+        OptionError: if the kind is another, or the value not above 0, or a percentile not below 100.
     """
 
     kind: Kind
     value: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind == "auto":
+            return
+        if self.kind not in _LIMITS:
+            raise OptionError(f"kind must be one of auto, {', '.join(_LIMITS)}, not {shown(self.kind)}")
+        value = real_number(self.value, self.kind)
+        if not 0 < value < _LIMITS[self.kind]:
+            raise OptionError(f"{self.kind} must be above 0 and below {_LIMITS[self.kind]:g}, not {shown(value)}")
+        object.__setattr__(self, "value", value)
 
     def __str__(self) -> str:
         number = str(float(self.value)).removesuffix(".0")

@@ -17,7 +17,8 @@ from torch import Tensor
 from lostreg import defaults
 from lostreg.artifacts.norms import TokenNorms, emergence, token_norms
 from lostreg.artifacts.outliers import CutoffRule, NormTally, find_cutoff
-from lostreg.errors import ImageError, OptionError, RegistersError
+from lostreg.checks import whole_number, whole_seed
+from lostreg.errors import ImageError, RegistersError
 from lostreg.images.decode import ImageSource
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import LookJob
@@ -71,9 +72,9 @@ def find_registers(
         ...     print(str(error)[:11])
         no outliers
     """
-    if count < 1 or (neurons is not None and neurons < 1):
-        raise OptionError(f"expected at least one added token and one neuron, not {count} and {neurons}")
-    sources = draw_sample(images, sample, seed)
+    count = whole_number(count, "count", most=discoverer.backbone.most_registers)
+    neurons = None if neurons is None else whole_number(neurons, "neurons")
+    sources, seed = draw_sample(images, sample, seed), whole_seed(seed)
     search = _Search(discoverer.with_registers(None), on_progress)
     norms = search.norms(sources)
     cutoff, layer = _outliers([found for _, found in norms], rule or CutoffRule("auto"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from lostreg import defaults
+from lostreg.checks import LARGEST, cut
 from lostreg.errors import OptionError
 from lostreg.models.table import FEATURES
 
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on standard error."""
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {cut(message, 1000)} (see {self.prog} --help)\n")
 
 
 def positive_int(text: str) -> int:
@@ -46,7 +47,7 @@ def bias_value(text: str) -> float | Literal["auto"] | Path:
     value = as_finite(text)
     if value is not None:
         return value
-    if not Path(text).is_file():
+    if not _is_file(text):
         raise argparse.ArgumentTypeError(
             f"expected 'auto', a finite number, or a file of `lostreg calibrate`, not '{text}'"
         )
@@ -55,13 +56,20 @@ def bias_value(text: str) -> float | Literal["auto"] | Path:
 
 def registers_value(text: str) -> int | Path:
     """A number of tokens, or a file that is there, for argparse."""
-    if text.isdecimal() and int(text) > 0:
+    if text.isdecimal() and 0 < float(text) < LARGEST:
         return int(text)
-    if not Path(text).is_file():
+    if not _is_file(text):
         raise argparse.ArgumentTypeError(
             f"expected a number of tokens of at least 1, or a file of `lostreg registers find`, not '{text}'"
         )
     return Path(text)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # a name too long
+        return False
 
 
 def cutoff_rule(text: str) -> "CutoffRule":

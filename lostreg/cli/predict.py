@@ -94,6 +94,7 @@ def _mask_paths(args: argparse.Namespace, paths: list[Path]) -> list[Path] | Non
 
 
 def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None, args: argparse.Namespace) -> None:
+    from lostreg.images.draw import score_text
     from lostreg.runs.predictions import from_discovery, from_error
 
     if isinstance(outcome, ImageError):
@@ -105,7 +106,7 @@ def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None
             name = path.as_posix().replace("\n", "\\n")
             for box, score in zip(prediction.boxes, prediction.scores, strict=True):
                 note = "" if score >= args.min_score else "  no clear object"
-                print(_row(name, *(f"{value:.0f}" for value in box), f"{score:.2f}") + note, flush=True)
+                print(_row(name, *(f"{value:.0f}" for value in box), score_text(score)) + note, flush=True)
     if output:
         output.write(prediction.to_line() + "\n")
         output.flush()

@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         tell(f"{written.gone} of {written.shown} image files cannot be read any more: placeholders stand for them")
     if written.changed:
         tell(f"{written.changed} of {written.shown} image files have another size than in the run")
+    if written.bare:
+        tell(f"{written.bare} of {written.shown} degree maps are left out: they do not fit their image, or a page")
     if written.left_out:
         tell(f"{written.left_out} of {written.shown + written.left_out} images are left out: see --limit and --choose")
     print(f"written to {target}: {written.shown} images, {target.stat().st_size / 1e6:.1f} MB")

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lostreg.images.boxes import spread
-from lostreg.images.draw import Pixels, colour_map, draw_box, draw_mask, draw_seeds, fit, stretched
+from lostreg.images.draw import Pixels, colour_map, draw_box, draw_mask, draw_seeds, fit, score_text, stretched
 from lostreg.inference.discovery import Discovery
 
 # RGB, one an object, told apart by people who see few colours too
@@ -48,7 +48,7 @@ def draw_objects(pixels: Pixels, found: Discovery) -> Pixels:
             mask = stretched(found.refined[index], size)
         draw_mask(panel, mask, colour_of(index))
     for index in reversed(range(len(found))):
-        label = f"{index + 1}: {found.scores[index]:.2f}"
+        label = f"{index + 1}: {score_text(found.scores[index])}"
         draw_box(panel, found.xyxy[index] * scale, colour_of(index), 3, label)
     draw_seeds(panel, found.seeds, _patch(found, panel))
     return panel

@@ -4,6 +4,7 @@ import json
 
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.demo.panels import colour_of
+from lostreg.images.draw import score_text
 from lostreg.inference.discovery import Discovery
 from lostreg.runs.predictions import from_discovery
 from lostreg.templates import TEMPLATES
@@ -16,16 +17,17 @@ def verdict(found: Discovery, asked: int) -> str:
         found: at least one object.
         asked: how many were looked for.
     """
-    clear = int((found.scores >= CLEAR_SCORE).sum())
-    best = float(found.scores.max(initial=0))
+    scores = from_discovery("", found).scores
+    clear = sum(score >= CLEAR_SCORE for score in scores)
     if not clear:
+        best = score_text(max(scores, default=0))
         text = (
-            f"The best box has a score of {best:.2f}, under {CLEAR_SCORE}: such boxes are often background. Another "
+            f"The best box has a score of {best}, under {CLEAR_SCORE}: such boxes are often background. Another "
             "bias or backbone may do better."
         )
         return _note("unclear", text, "No clear object.")
     plural = "s" * (clear > 1)
-    text = f"Score{plural}: " + ", ".join(f"{score:.2f}" for score in found.scores.tolist() if score >= CLEAR_SCORE)
+    text = f"Score{plural}: " + ", ".join(score_text(score) for score in scores if score >= CLEAR_SCORE)
     if len(found) > clear:
         text += f"; {len(found) - clear} more under {CLEAR_SCORE}, likely background"
     if len(found) < asked:
@@ -46,8 +48,8 @@ def hint(message: str) -> str:
 def box_table(found: Discovery) -> str:
     """One row a box, in pixels of the original photo, as HTML."""
     colours = (colour_of(index) for index in range(len(found)))
-    rows = zip(colours, found.xyxy.tolist(), found.scores.tolist(), strict=True)
-    return TEMPLATES.get_template("demo/boxes.html").render(rows=rows, clear=CLEAR_SCORE)
+    rows = zip(colours, found.xyxy.tolist(), from_discovery("", found).scores, strict=True)
+    return TEMPLATES.get_template("demo/boxes.html").render(rows=rows, clear=CLEAR_SCORE, score_text=score_text)
 
 
 def box_json(name: str, found: Discovery) -> str:

@@ -4,21 +4,18 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
 
+from lostreg.checks import cut
 from lostreg.datasets.base import ImageId, name_some
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.names import below_one_folder
 from lostreg.images.decode import read_image
 from lostreg.images.files import SUFFIXES
-from lostreg.images.rle import Rle, decode_rle
-from lostreg.jsonio import cut
+from lostreg.images.rle import Rle, rle_area
 from lostreg.runs.locate import ImageFinder, Source
 from lostreg.runs.predictions import Prediction
 
 Box = tuple[float, float, float, float]
-
-_MOST_PIXELS: Final = 1 << 30  # of a mask, which takes a byte for each
 
 
 @dataclass(frozen=True)
@@ -172,15 +169,10 @@ def _with_area(image: ExportImage, box: ExportBox) -> ExportBox:
     if box.mask is None:
         return box
     try:
-        pixels = decode_rle(box.mask, max_pixels=_MOST_PIXELS)
+        area = rle_area(box.mask, (image.height, image.width) if image.width and image.height else None)
     except PredictionsError as error:
         raise PredictionsError(f"{_name_of(image)}: {error}") from error
-    if image.width and image.height and pixels.shape != (image.height, image.width):
-        raise PredictionsError(
-            f"{_name_of(image)}: expected masks of {image.width}x{image.height} pixels, found one of "
-            f"{pixels.shape[1]}x{pixels.shape[0]}"
-        )
-    return dataclasses.replace(box, mask_area=int(pixels.sum()))
+    return dataclasses.replace(box, mask_area=area)
 
 
 def _name(image_id: ImageId, source: Source | None) -> str:

@@ -9,10 +9,10 @@ from typing import Final, Literal
 
 from PIL import ExifTags, Image
 
+from lostreg.checks import cut
 from lostreg.errors import PredictionsError
 from lostreg.exports.items import ExportImage
 from lostreg.images.decode import Header, read_header, read_image
-from lostreg.jsonio import cut
 from lostreg.runs.locate import Source, is_file
 
 Placing = Literal["copy", "link", "none"]

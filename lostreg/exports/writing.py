@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+from lostreg.checks import cut
 from lostreg.errors import OptionError, PredictionsError
-from lostreg.jsonio import as_line, cut, write_whole
+from lostreg.jsonio import as_line, write_whole
 from lostreg.runs.locate import is_file
 
 MARK: Final = "lostreg-export.json"

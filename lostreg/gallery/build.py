@@ -40,12 +40,14 @@ class Written:
         left_out: images with boxes that were not chosen.
         gone: images on it whose files cannot be read any more.
         changed: images on it whose files have another size than in the run.
+        bare: images on it whose degree maps are left out: those of other images, and of more than `MOST_PATCHES`.
     """
 
     shown: int
     left_out: int
     gone: int
     changed: int
+    bare: int
 
 
 def write_gallery(
@@ -74,7 +76,7 @@ def write_gallery(
     survey = run.survey()
     chosen = choose_images(survey.scores, limit, choose)
     left_out = len(survey.scores) - len(chosen)
-    facts: dict[str, Any] = {"gone": 0, "changed": 0, "sort": _SORTS[choose]}
+    facts: dict[str, Any] = {"gone": 0, "changed": 0, "bare": 0, "sort": _SORTS[choose]}
     entries = _entries(run, chosen, images, facts, on_progress)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,7 @@ def write_gallery(
             file.writelines(render_page(run, survey, left_out, _WORDS[choose], entries, facts))
     except OSError as error:
         raise OptionError(f"cannot write {target}: {error.strerror}") from error
-    return Written(len(chosen), left_out, facts["gone"], facts["changed"])
+    return Written(len(chosen), left_out, facts["gone"], facts["changed"], facts["bare"])
 
 
 def choose_images(scores: list[tuple[int, float | None]], limit: int, choose: Choice) -> set[int]:
@@ -122,6 +124,7 @@ def _entries(
         yield entry
         facts["gone"] += not entry.jpeg
         facts["changed"] += bool(entry.jpeg) and "note" in entry.card
+        facts["bare"] += "patch" in entry.card and "degrees" not in entry.maps
         on_progress(Progress(done, len(chosen)))
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.images.decode import read_image
-from lostreg.images.rle import decode_rle
+from lostreg.images.rle import rle_area, sample_rle
 from lostreg.runs.locate import find_below
 from lostreg.runs.maps import ImageMaps
 from lostreg.runs.predictions import Prediction
@@ -19,6 +19,9 @@ from lostreg.runs.reader import Shown
 
 SIDE: Final = 480
 QUALITY: Final = 75
+MOST_PATCHES: Final = (
+    1 << 16
+)  # of a degree map, which takes 175 kB there, or twice as much; a page goes without larger ones
 _MASK_SIDE: Final = 320
 
 
@@ -59,7 +62,8 @@ def make_entry(shown: Shown, images: Path | None, *, exif: bool, max_pixels: int
     width, height = size = known if all(known) else actual or _reach(prediction)
     if actual and actual != size:
         note = f"the file has changed since the run: it was {width}x{height} and is {actual[0]}x{actual[1]}"
-    return Entry(_card(shown, size, note), _maps(prediction, maps), jpeg)
+    known_size = size if all(known) or actual else None
+    return Entry(_card(shown, size, note), _maps(prediction, maps, known_size), jpeg)
 
 
 def _find(image_id: str | int, maps: ImageMaps | None, images: Path | None) -> tuple[Path | None, str]:
@@ -94,14 +98,14 @@ def _card(shown: Shown, size: tuple[int, int], note: str) -> dict[str, Any]:
     return fields
 
 
-def _maps(prediction: Prediction, maps: ImageMaps | None) -> dict[str, Any]:
+def _maps(prediction: Prediction, maps: ImageMaps | None, size: tuple[int, int] | None) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    if maps is not None:
+    if maps is not None and maps.degrees.size <= MOST_PATCHES and (size is None or maps.covers(*size)):
         kind = "<u2" if maps.degrees.max(initial=0) < 1 << 16 else "<u4"
         fields["grid"] = list(maps.degrees.shape)
         fields["degrees"] = base64.b64encode(maps.degrees.astype(kind).tobytes()).decode("ascii")
     if prediction.masks:
-        fields["masks"] = [small_mask(mask) for mask in prediction.masks]
+        fields["masks"] = [small_mask(mask, size=size and size[::-1]) for mask in prediction.masks]
     return fields
 
 
@@ -111,27 +115,28 @@ def _reach(prediction: Prediction) -> tuple[int, int]:
     return right, bottom
 
 
-def small_mask(rle: Any, side: int = _MASK_SIDE) -> dict[str, Any] | None:
+def small_mask(rle: Any, side: int = _MASK_SIDE, size: tuple[int, int] | None = None) -> dict[str, Any] | None:
     """A mask at a page's size.
 
     Args:
         rle: as COCO has it, of the whole image.
         side: the longer side of the result at most, in pixels.
+        size: (height, width) of the image; None where that is not known.
 
     Returns:
         ``size``, [height, width], and ``runs``, the lengths of runs down the columns, zeros first; None for what is
-        no mask.
+        no mask, or not one of this image.
     """
     try:
-        mask = decode_rle(rle)
+        rle_area(rle, size)
     except PredictionsError:
         return None
-    height, width = mask.shape
+    height, width = rle["size"]
     scale = min(1.0, side / max(height, width))
     high, wide = max(1, round(height * scale)), max(1, round(width * scale))
-    rows = ((np.arange(high) + 0.5) * height / high).astype(int)
-    columns = ((np.arange(wide) + 0.5) * width / wide).astype(int)
-    return {"size": [high, wide], "runs": _runs(mask[rows][:, columns].T.ravel())}
+    rows = ((np.arange(high) + 0.5) * height / high).astype(np.int64)
+    columns = ((np.arange(wide) + 0.5) * width / wide).astype(np.int64)
+    return {"size": [high, wide], "runs": _runs(sample_rle(rle, rows, columns).T.ravel())}
 
 
 def _runs(values: NDArray[np.bool_]) -> list[int]:

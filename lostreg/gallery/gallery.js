@@ -42,7 +42,9 @@
   const score = (item) => item.scores[0] ?? null;
   const hasTruth = (item) => typeof item.hit === "boolean";
   const verdict = (item) => (item.hit ? "hit" : "miss");
-  const written = (value) => (value === null ? "no score" : value.toFixed(2));
+  // As `score_text` has it in Python: two decimals of three, halves up.
+  const written = (value) =>
+    value === null ? "no score" : (Math.floor((Math.round(value * 1000) + 5) / 10) / 100).toFixed(2);
   const isUnclear = (item) => score(item) !== null && score(item) < Number(controls.least.value);
 
   function summary(item) {

@@ -5,6 +5,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lostreg.checks import FARTHEST, shown
 from lostreg.errors import OptionError
 from lostreg.images.patches import PatchedPicture
 
@@ -22,7 +23,7 @@ def pairwise_iou(boxes: ArrayLike, others: ArrayLike) -> NDArray[np.float64]:
         Shape (n, m), in [0, 1]; boxes without area overlap nothing.
 
     Raises:
-        OptionError: if a shape is not (n, 4).
+        OptionError: as `as_boxes`.
 
     Example:
         >>> lostreg.images.boxes.pairwise_iou([[0, 0, 10, 10]], [[0, 0, 10, 5], [20, 20, 30, 30]]).tolist()
@@ -43,13 +44,31 @@ def _areas(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
-    """Boxes as an array of shape (n, 4), float64; raises `OptionError` for another shape."""
-    array = np.asarray(boxes, dtype=np.float64)
+    """Boxes as an array of shape (n, 4), float64.
+
+    Raises:
+        OptionError: if they have another shape, or a coordinate is no number within ±2**31, where areas are exact
+            enough and finite.
+    """
+    array = numbers(boxes, "boxes")
     if array.size == 0:
         return array.reshape(0, 4)
     if array.ndim != 2 or array.shape[1] != 4:
         raise OptionError(f"boxes must have shape (n, 4), not {array.shape}")
+    if not (np.abs(array) <= FARTHEST).all():
+        raise OptionError(f"boxes must have finite coordinates within ±{FARTHEST}, not {shown(array)}")
     return array
+
+
+def numbers(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    """An array of real numbers, float64; raises `OptionError` for what holds others, such as text."""
+    try:
+        array = np.asarray(values)
+        if array.size and array.dtype.kind not in "iufO":
+            raise TypeError(f"they are of {array.dtype}")
+        return array.astype(np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise OptionError(f"{name} must be numbers, not {shown(values)}: {str(error).partition(chr(10))[0]}") from error
 
 
 def cells(pixels: int, size: float, count: int) -> NDArray[np.int64]:

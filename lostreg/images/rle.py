@@ -5,6 +5,7 @@ from typing import Any, Final, TypedDict, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from lostreg.checks import FARTHEST, shown
 from lostreg.defaults import MAX_PIXELS
 from lostreg.errors import PredictionsError
 from lostreg.images.masks import Mask
@@ -53,22 +54,65 @@ def decode_rle(rle: Rle, *, max_pixels: int = MAX_PIXELS) -> Mask:
     Raises:
         PredictionsError: if it is of another structure, too large, or the runs do not fill the size.
     """
-    height, width = _rle_size(rle, max_pixels)
+    height, width = _size(rle)
+    if height * width > max_pixels:
+        raise PredictionsError(f"malformed mask: {width}x{height} is more than the limit of {max_pixels:,} pixels")
+    runs = _runs(rle)
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def rle_area(rle: Rle, size: tuple[int, int] | None = None) -> int:
+    """How many pixels a mask has, by its runs alone: it may be of any size, and no memory is taken for that.
+
+    Args:
+        rle: as for `decode_rle`.
+        size: (height, width) that it should have; None for any.
+
+    Raises:
+        PredictionsError: if it is of another structure or size, or the runs do not fill its size.
+    """
+    if size not in (None, _size(rle)):
+        height, width = _size(rle)
+        raise PredictionsError(f"expected masks of {size[1]}x{size[0]} pixels, found one of {width}x{height}")
+    return int(_runs(rle)[1::2].sum())
+
+
+def sample_rle(rle: Rle, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Mask:
+    """Some rows and columns of a mask, of whatever size: no memory is taken for the others.
+
+    Args:
+        rle: as for `decode_rle`.
+        rows: of the mask.
+        columns: of the mask.
+
+    Returns:
+        Shape (rows, columns), bool.
+
+    Raises:
+        PredictionsError: if it is of another structure, or the runs do not fill its size.
+    """
+    ends = _runs(rle).cumsum()
+    places = columns[None, :] * _size(rle)[0] + rows[:, None]  # down the columns
+    found: Mask = np.searchsorted(ends, places, side="right") % 2 == 1
+    return found
+
+
+def _size(rle: Any) -> tuple[int, int]:
+    """Height and width."""
+    size = rle.get("size") if isinstance(rle, dict) else None
+    if isinstance(size, list) and len(size) == 2 and all(type(side) is int and 0 < side <= FARTHEST for side in size):
+        return size[0], size[1]
+    found = shown(rle if size is None else size)
+    raise PredictionsError(f'malformed mask: expected {{"size": [height, width], "counts": "..."}}, found {found}')
+
+
+def _runs(rle: Rle) -> NDArray[np.int64]:
+    """The lengths of the runs, zeros first, if they fill the mask."""
+    height, width = _size(rle)
     runs = _read_counts(rle.get("counts"))
     if not runs.size or runs.min() < 0 or runs.max() > height * width or runs.sum() != height * width:
         raise PredictionsError(f"malformed mask: expected runs of {width}x{height} pixels in all, found others")
-    values = np.arange(len(runs)) % 2 == 1
-    return np.repeat(values, runs).reshape(width, height).T
-
-
-def _rle_size(rle: Any, max_pixels: int) -> tuple[int, int]:
-    size = rle.get("size") if isinstance(rle, dict) else None
-    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-        found = str(rle if size is None else size)[:60]
-        raise PredictionsError(f'malformed mask: expected {{"size": [height, width], "counts": "..."}}, found {found}')
-    if size[0] * size[1] > max_pixels:
-        raise PredictionsError(f"malformed mask: {size[1]}x{size[0]} is more than the limit of {max_pixels:,} pixels")
-    return size[0], size[1]
+    return runs
 
 
 def _read_counts(counts: Any) -> NDArray[np.int64]:

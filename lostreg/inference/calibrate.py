@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg import defaults
+from lostreg.checks import whole_seed
 from lostreg.errors import CalibrationError, ImageError
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import ImageSource
@@ -61,7 +62,7 @@ def calibrate(
         >>> -1 <= calibration.bias <= 1, calibration.images
         (True, 3)
     """
-    sources = draw_sample(images, sample, seed)
+    sources, seed = draw_sample(images, sample, seed), whole_seed(seed)
     options = discoverer.options
     job = ObjectsJob(discoverer.features, _ladder, options.k_patches, normalize=True, convert=_convert)
     found: list[_Rungs] = []

@@ -4,12 +4,16 @@ import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from lostreg.checks import real_number, whole_number, whole_seed
 from lostreg.errors import CalibrationError, OptionError
 from lostreg.jsonio import as_dataclass, load_document, save_document
+from lostreg.methods.bias import fixed_bias
 
 FORMAT: Final = "lostreg bias 1"
+_FIGURES: Final = ("connectivity", "agreement", "mean", "deviation")
+_COUNTS: Final = ("images", "unreadable", "layer", "k_patches")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,17 @@ class Calibration:
     feature: str
     layer: int
     k_patches: int
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        plain: dict[str, Any] = {
+            "bias": fixed_bias(self.bias),
+            "interval": (real_number(low, "interval"), real_number(high, "interval")),
+        }
+        plain |= {name: real_number(getattr(self, name), name) for name in _FIGURES}
+        plain |= {name: whole_number(getattr(self, name), name, least=0) for name in _COUNTS}
+        plain["seed"] = whole_seed(self.seed)
+        vars(self).update(plain)
 
     def save(self, path: str | Path) -> None:
         """Write the file that ``--bias FILE`` takes: one JSON object.

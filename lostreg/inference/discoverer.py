@@ -16,7 +16,7 @@ from lostreg.images.decode import ImageSource, Item, check_several, held
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discovery import Discovery
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
-from lostreg.inference.options import Options
+from lostreg.inference.options import Options, ResolvedOptions
 from lostreg.inference.postprocess import discoveries
 from lostreg.inference.stream import ImageStream, Job, Outcome
 from lostreg.methods.lost import Candidates
@@ -97,9 +97,16 @@ class Discoverer:
 
     def with_registers(self, registers: RegisterNeurons | None) -> "Discoverer":
         """The same options with test-time registers on the backbone, or without: see `Backbone.with_registers`."""
-        other = copy.copy(self)
+        other = type(self).__new__(type(self))
         other._start(self.backbone.with_registers(registers), self.options)
         return other
+
+    def __getstate__(self) -> tuple[Backbone, ResolvedOptions]:
+        # What is made of these is made again: it holds caches, and compiled code, which cannot travel.
+        return self.backbone, self.options
+
+    def __setstate__(self, state: tuple[Backbone, ResolvedOptions]) -> None:
+        self._start(*state)
 
     def _start(self, backbone: Backbone, options: Options) -> None:
         """Decide what is left open, and make what works."""

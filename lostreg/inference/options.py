@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import torch
 
+from lostreg.checks import LARGEST, share, whole_number
 from lostreg.defaults import (
     BACKBONE,
     BATCH_SIZE,
@@ -100,28 +100,21 @@ class Options:
                 shown = ", ".join(str(choice) for choice in allowed if choice is not None)
                 raise OptionError(f"{name} must be one of {shown}, not {getattr(self, name)!r}")
         if not (self.bias is None or isinstance(self.bias, Calibration)):
-            check_bias(self.bias)
-        for name, may_be_none in (
-            ("k_patches", False),
-            ("batch_size", True),
-            ("max_side", True),
-            ("max_pixels", False),
-            ("max_objects", False),
-        ):
-            self._check_count(name, may_be_none=may_be_none)
-        if isinstance(self.min_score, bool) or not isinstance(self.min_score, Real) or not 0 <= self.min_score <= 1:
-            raise OptionError(f"min_score must be a number in [0, 1], not {self.min_score!r}")
-        object.__setattr__(self, "min_score", float(self.min_score))
+            self._set("bias", check_bias(self.bias))
+        for name in ("k_patches", "batch_size", "max_side", "max_pixels", "max_objects"):
+            if getattr(self, name) is not None or name not in ("batch_size", "max_side"):
+                self._set(name, whole_number(getattr(self, name), name))
+        self._set("layer", whole_number(self.layer, "layer", least=-LARGEST))
+        self._set("min_score", share(self.min_score, "min_score"))
+        for name in ("normalize", "compile", "exif", "refine"):
+            if getattr(self, name) is not None:
+                self._set(name, bool(getattr(self, name)))
         if self.box_from == "mask" and not self.refine:
             raise OptionError("boxes can be taken from masks that are refined: ask for refined masks, too")
 
-    def _check_count(self, name: str, *, may_be_none: bool) -> None:
-        value = getattr(self, name)
-        if value is None and may_be_none:
-            return
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise OptionError(f"{name} must be an integer of at least 1, not {value!r}")
-        object.__setattr__(self, name, int(value))  # NumPy's cannot be recorded
+    def _set(self, name: str, value: Any) -> None:
+        """Put a plain number in the place of one of another library, which could not be recorded."""
+        object.__setattr__(self, name, value)
 
     def resolved(self, backbone: Backbone) -> "ResolvedOptions":
         """The same with what is left open decided, for a backbone that is where it runs.

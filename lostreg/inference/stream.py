@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
 import torch
 
+from lostreg.checks import whole_number, whole_seed
 from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError
 from lostreg.images.decode import ImageSource, Item, name_of, read_image
 from lostreg.images.files import ImageFile
@@ -334,9 +335,8 @@ def draw_sample(images: Sequence[Item], count: int, seed: int) -> list[Item]:
     Raises:
         OptionError: if there are no images, ``count`` is below 1, or ``seed`` below 0.
     """
-    if not images or count < 1:
-        raise OptionError(f"expected at least one image and a sample of at least 1, not {len(images)} and {count}")
-    if seed < 0:
-        raise OptionError(f"seed must be an integer of at least 0, not {seed}")
+    count, seed = whole_number(count, "sample"), whole_seed(seed)
+    if not images:
+        raise OptionError("expected at least one image")
     drawn = random.Random(seed).sample(range(len(images)), min(count, len(images)))  # noqa: S311 - no secret
     return [images[index] for index in sorted(drawn)]

@@ -5,13 +5,13 @@ label, no other image and no number that belongs to a backbone takes part: docs/
 measurements.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
+from lostreg.checks import LARGEST_FLOAT32, real_number
 from lostreg.errors import OptionError
 from lostreg.methods.similarity import Similarities
 
@@ -21,11 +21,22 @@ TRIALS: Final = (0.0, -0.25, -0.5, -0.75, -1.0, -1.25)
 _EQUAL: Final = 1e-6  # cosines as close to 1 as this are those of equal features, rounded
 
 
-def check_bias(bias: object) -> None:
-    """Raise `OptionError` unless a bias is a finite number or ``auto``."""
-    numeric = isinstance(bias, int | float) and not isinstance(bias, bool) and math.isfinite(bias)
-    if not (numeric or (isinstance(bias, str) and bias == "auto")):
-        raise OptionError(f"bias must be a finite number or 'auto', not {bias!r}")
+def check_bias(bias: object) -> float | Literal["auto"]:
+    """A bias as a plain number, or ``auto``.
+
+    Raises:
+        OptionError: if it is neither, or beyond what float32 holds.
+    """
+    if isinstance(bias, str) and bias == "auto":
+        return "auto"
+    return fixed_bias(bias, expected="a finite number or 'auto'")
+
+
+def fixed_bias(bias: object, *, expected: str = "a finite number") -> float:
+    """A bias as a plain number; raises `OptionError` unless it is one, and float32 holds it."""
+    number = real_number(bias, "bias", expected=expected)
+    limit = f"within ±{LARGEST_FLOAT32:.4g}, what float32 holds"
+    return real_number(number, "bias", least=-LARGEST_FLOAT32, most=LARGEST_FLOAT32, expected=limit)
 
 
 def resolve_normalize(bias: object, normalize: bool | None, *, default: bool) -> bool:

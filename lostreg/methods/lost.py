@@ -21,6 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 
+from lostreg.checks import shown, whole_number
 from lostreg.errors import OptionError
 from lostreg.methods.bias import check_bias, resolve_normalize, trial_biases
 from lostreg.methods.objectness import near_one, object_scores
@@ -106,8 +107,8 @@ def lost_boxes(
         A `LostResult` on the CPU.
 
     Raises:
-        OptionError: if the shapes disagree, ``k_patches`` is below 1, ``auto`` meets ``normalize=False``, or a
-            feature is not finite.
+        OptionError: if the shapes disagree, a number is of another kind or out of its range, ``auto`` meets
+            ``normalize=False``, or a feature is not finite.
 
     Example:
         >>> features = torch.eye(3).repeat_interleave(torch.tensor([4, 14, 2]), dim=0)  # 20 patches of three kinds
@@ -117,8 +118,11 @@ def lost_boxes(
     """
     if not isinstance(features, Tensor):
         raise OptionError(f"features must be a PyTorch tensor, not {type(features).__name__}")
-    if not (isinstance(bias, Tensor) or callable(bias)):
-        check_bias(bias)
+    if features.ndim != 3:
+        raise OptionError(f"features must have shape (B, N, D), not {tuple(features.shape)}")
+    grid = _checked_grid(grid)
+    if not callable(bias) and not (isinstance(bias, Tensor) and bias.ndim):
+        bias = check_bias(bias)
     normalize = resolve_normalize(bias, normalize, default=False)
     return find_candidates(prepare(features, normalize=normalize), grid, bias, k_patches).best()
 
@@ -274,7 +278,8 @@ def lost_maps(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: in
     Raises:
         OptionError: if the shapes disagree or ``k_patches`` is below 1.
     """
-    _check_input(features, grid, bias, k_patches)
+    k_patches = whole_number(k_patches, "k_patches")
+    _check_input(features, grid, bias)
     at_once = Similarities.images_at_once(features.shape[1], features.device)
     parts = []
     for start in range(0, max(1, len(features)), at_once):  # one part for an empty batch too
@@ -369,7 +374,15 @@ def seed_component(mask: NDArray[np.bool_], row: int, column: int) -> NDArray[np
     return component
 
 
-def _check_input(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: int) -> None:
+def _checked_grid(grid: tuple[int, int]) -> tuple[int, int]:
+    try:
+        height, width = grid
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"grid must be (h, w), rows and columns of patches, not {shown(grid)}") from error
+    return whole_number(height, "rows of the grid", least=0), whole_number(width, "columns of the grid", least=0)
+
+
+def _check_input(features: Tensor, grid: tuple[int, int], bias: Bias) -> None:
     height, width = grid
     if features.ndim != 3 or features.shape[1] != height * width or not features.shape[1]:
         raise OptionError(
@@ -377,10 +390,8 @@ def _check_input(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches:
         )
     if isinstance(bias, Tensor) and (bias.ndim not in (1, 2) or len(bias) != len(features) or 0 in bias.shape[1:]):
         raise OptionError(f"bias must have shape ({len(features)},) or ({len(features)}, K), not {tuple(bias.shape)}")
-    if isinstance(bias, Tensor) and not bias.isfinite().all():
-        raise OptionError("every bias must be a finite number")
-    if k_patches < 1:
-        raise OptionError(f"k_patches must be at least 1, not {k_patches}")
+    if isinstance(bias, Tensor) and not bias.to(features).isfinite().all():
+        raise OptionError("every bias must be a finite number, in float32 too")
 
 
 def _maps_of_part(features: Tensor, bias: Bias, k_patches: int) -> LostMaps:

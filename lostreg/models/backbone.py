@@ -14,6 +14,7 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 
+from lostreg.checks import whole_number
 from lostreg.errors import BackboneError, OptionError
 from lostreg.models import checkpoints
 from lostreg.models.blocks import check_mlp
@@ -76,11 +77,13 @@ class Backbone:
         """The same model with test-time registers (Jiang et al. 2025), or without: the weights are shared, unchanged.
 
         Raises:
-            OptionError: if the neurons are of another backbone, or the model has no such layer or unit.
+            OptionError: if the neurons are of another backbone, the model has no such layer or unit, or more tokens
+                would be added than `most_registers`.
             BackboneError: if its MLPs are of a kind whose hidden units cannot be read.
         """
         if registers:
             registers.require(self.spec.name, self.weights)
+            whole_number(registers.count, f"count of test-time registers of {self.spec.name}", most=self.most_registers)
             for layer, unit in registers.neurons:
                 if layer >= self.depth or unit >= self.hidden_units(layer):
                     raise OptionError(f"{self.spec.name} has no hidden unit {unit} in layer {layer}")
@@ -95,6 +98,11 @@ class Backbone:
         mlp: Any = self.model.blocks[layer].mlp  # type: ignore[index, union-attr]
         check_mlp(mlp)
         return int(mlp.fc2.in_features)
+
+    @property
+    def most_registers(self) -> int:
+        """How many test-time registers can be added: as many as an image of the size it was made for has patches."""
+        return int(self.model.patch_embed.num_patches)  # type: ignore[union-attr, arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -221,8 +229,9 @@ def load_backbone(
 
     Args:
         name: a row of `BACKBONES`, or ``timm:NAME``.
-        weights: a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file in timm's naming or that of the
-            original DINO, DINOv2 or DeiT-III release; None takes the hub's (or the offline extra's) weights.
+        weights: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.tar`` file in timm's naming or that of
+            the original DINO, DINOv2 or DeiT-III release, alone or within a training checkpoint (of several networks
+            the teacher or moving average); None takes the hub's (or the offline extra's) weights.
         device: where the model goes.
         dtype: precision of its parameters.
 

@@ -10,7 +10,9 @@ import http.client
 import pickle
 import re
 import urllib.request
-from collections.abc import Iterator, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -21,19 +23,26 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lostreg.errors import BackboneError, WeightsError
+from lostreg.errors import BackboneError, LostregWarning, WeightsError
 from lostreg.models.imgfocus import IMGFOCUS_SOURCE, imgfocus_state_dict
 
-_SUFFIXES: Final = (".safetensors", ".pth", ".pt", ".bin")
-_WRAPPERS: Final = ("state_dict", "model", "teacher")
+_SUFFIXES: Final = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+_DEEPEST: Final = 8  # mappings within mappings; a pickle may hold one that holds itself
+# What torch.compile, FSDP and activation checkpointing put into names, anywhere in them.
+_WRAPPED: Final = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Of several backbones in a file the one that its makers use afterwards: DINO's, iBOT's and DINOv2's teacher, the moving
+# average of timm and DeiT, I-JEPA's target, MoCo v3's base encoder.
+_PREFERRED: Final = ("teacher", "ema", "target_encoder", "base_encoder")
+_ALIKE: Final = 0.9  # share of the tensors of the best match that makes another one
 _RENAMES: Final = (
-    (re.compile(r"^(module\.)?(backbone\.)?"), ""),  # data-parallel and full DINO checkpoints
+    (re.compile(r"^blocks\.\d+\.(\d+\.)"), r"blocks.\1"),  # DINOv2's blocks in chunks, counted through
     (re.compile(r"^(blocks\.\d+)\.gamma_([12])$"), r"\1.ls\2.gamma"),  # DeiT-III's layer scale
     (re.compile(r"^(blocks\.\d+\.mlp)\.w12\."), r"\1.fc1."),  # DINOv2's SwiGLU, packed
     (re.compile(r"^(blocks\.\d+\.mlp)\.w3\."), r"\1.fc2."),
     (re.compile(r"^register_tokens$"), "reg_token"),
 )
-_NOT_BACKBONE: Final = re.compile(r"^(head\.|head_dist\.|mask_token$)")
+_CLASSIFIER: Final = re.compile(r"^(head\.|head_dist\.|mask_token$|masked_embed$)")  # not worth a word
+_HEAD: Final = re.compile(r"^(\w+_head|decoder\w*|predictor|projector|prototypes)\.|^decoder_pos_embed$")
 _HUB_TIMEOUT_S: Final = 10.0
 _NUMPY_SCALAR: Final = np.float64(0).__reduce__()[0]
 _HARMLESS: Final[list[Any]] = [
@@ -51,7 +60,8 @@ def load_file_into(model: nn.Module, path: Path) -> str:
 
     Args:
         model: timm model without a classification head.
-        path: see `read_state_dict`; in timm's naming or that of the DINO, DINOv2 or DeiT-III releases.
+        path: see `read_state_dict`; in timm's naming or that of the DINO, DINOv2 or DeiT-III releases, alone or as
+            part of a training checkpoint. What is left out of that is told by a `LostregWarning`.
 
     Returns:
         The file's name and SHA-256, for the results file.
@@ -59,7 +69,7 @@ def load_file_into(model: nn.Module, path: Path) -> str:
     Raises:
         WeightsError: if the file cannot be read or does not fit.
     """
-    _load_strictly(model, to_timm_names(read_state_dict(path), model), path.name)
+    _load_strictly(model, to_timm_names(read_state_dict(path), model, path.name), path.name)
     with path.open("rb") as file:
         return f"file {path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
@@ -82,13 +92,13 @@ def load_offline_into(model: nn.Module) -> str:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, unwrapped from the training state around them.
+    """The tensors of a checkpoint file, those within mappings under names such as ``teacher.backbone.cls_token``.
 
     Args:
         path: a ``.safetensors`` file, or a PyTorch file (read with ``weights_only``: no code in it runs).
 
     Raises:
-        WeightsError: if the file is missing, of another kind, or holds anything but tensors and numbers.
+        WeightsError: if the file is missing, of another kind, or holds no tensors by name.
     """
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}" + (": it is a folder" if path.is_dir() else ""))
@@ -108,52 +118,119 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # the unpickler raises whatever the bytes of a file that is no pickle lead it to
         raise WeightsError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
-    return _unwrap(content, path)
+    tensors = dict(_tensors(content))
+    if not tensors:
+        raise WeightsError(f"{path}: expected tensors by name, found {_described(content)}")
+    return tensors
 
 
-def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
-    """Descend through the wrappers of training checkpoints to the mapping from names to tensors."""
-    while isinstance(content, Mapping):
-        wrapper = next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is None:
-            break
-        content = content[wrapper]
-    if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{path}: expected a mapping from names to tensors, found {type(content).__name__}")
-    strangers = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise WeightsError(f"{path}: expected tensors only, but '{strangers[0]}' is no tensor")
-    return {str(name): value for name, value in content.items()}
+def _described(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return type(content).__name__
+    return f"{_some(sorted(map(str, content)))} without any" if content else "an empty mapping"
 
 
-def to_timm_names(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename the tensors of an original DINO, DINOv2 or DeiT-III release to timm's scheme.
+def _tensors(content: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    for name, value in content.items() if isinstance(content, Mapping) and depth < _DEEPEST else ():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        else:
+            yield from _tensors(value, f"{prefix}{name}.", depth + 1)
 
-    Names that are timm's already stay as they are. A classification head and DINOv2's mask token are dropped:
-    the backbone has neither.
+
+def to_timm_names(state: Mapping[str, Tensor], model: nn.Module, source: str = "the file") -> dict[str, Tensor]:
+    """The backbone among the tensors of a checkpoint, in timm's scheme.
+
+    It is found by its names, whatever stands in front of them all. Names that are timm's already stay as they are.
+    Heads, decoders and mask tokens are dropped, since the backbone has none.
 
     Args:
-        state: tensors by name.
+        state: tensors by name, in timm's naming or that of the DINO, DINOv2 or DeiT-III releases.
         model: the model they are for; it says which names are timm's already, and whether CLS has a position
             embedding of its own.
+        source: what the file is called, for messages.
+
+    Raises:
+        WeightsError: if nothing in it looks like this backbone, or several things do, or a tensor is there twice.
     """
     own = model.state_dict().keys()
+    prefix = _find_prefix(state, own, source)
     renamed: dict[str, Tensor] = {}
-    for name, value in state.items():
-        for pattern, replacement in _RENAMES:
-            if name not in own:  # DINOv3 in timm has a gamma_1 of its own
-                name = pattern.sub(replacement, name)
+    left_out: Counter[str] = Counter()
+    for full_name, value in state.items():
+        name = _unwrapped(full_name)
+        if not name.startswith(prefix):
+            left_out[_branch(name, prefix)] += 1
+            continue
+        name = _timm_name(name.removeprefix(prefix), own)
         if name in renamed:
-            raise WeightsError(f"two tensors of the file are both '{name}': expected one")
-        if not _NOT_BACKBONE.match(name):
+            raise WeightsError(f"two tensors of {source} are both '{name}': expected one")
+        if name in own or not (_CLASSIFIER.match(name) or _HEAD.match(name)):
             renamed[name] = value
-    released = any(name.endswith("register_tokens") for name in state) and {"cls_token", "pos_embed"} <= renamed.keys()
+        elif _HEAD.match(name):
+            left_out[_branch(name, "")] += 1
+    if left_out:
+        place = f"under '{prefix}'" if prefix else "that are a backbone's"
+        others = f"{left_out.total()} others ({_some(sorted(left_out))})"
+        _tell(f"{source}: took the {len(renamed)} tensors {place} and left out {others}")
+    released = f"{prefix}register_tokens" in map(_unwrapped, state) and {"cls_token", "pos_embed"} <= renamed.keys()
     if released and getattr(model, "no_embed_class", False):
         # The release adds a position embedding to CLS; timm's register models keep it inside the CLS token.
         position = renamed["pos_embed"]
         renamed["cls_token"] = renamed["cls_token"] + position[:, :1]
         renamed["pos_embed"] = position[:, 1:]
     return renamed
+
+
+def _find_prefix(state: Iterable[str], own: Set[str], source: str) -> str:
+    """What stands in front of the names of a backbone: the start that leaves most of the model's own names."""
+    matches: Counter[str] = Counter()
+    for name in map(_unwrapped, state):
+        parts = name.split(".")
+        for start in range(len(parts)):
+            if _timm_name(".".join(parts[start:]), own) in own:
+                matches["".join(f"{part}." for part in parts[:start])] += 1
+    best = max(matches.values(), default=0)
+    if 2 * best < len(own):
+        names = sorted(state)
+        raise WeightsError(
+            f"{source} does not fit this backbone: it lacks most of {_some(sorted(own))}, which may all have the same "
+            f"in front; it holds {_some(names)}"
+        )
+    prefixes = sorted(prefix for prefix, count in matches.items() if count >= _ALIKE * best)
+    for word in _PREFERRED if len(prefixes) > 1 else ():
+        chosen = [prefix for prefix in prefixes if re.search(rf"(\b|_){word}(\b|_)", prefix)]
+        prefixes = chosen or prefixes
+    if len(prefixes) > 1:
+        raise WeightsError(
+            f"{source} holds {len(prefixes)} backbones, under {_some(prefixes)}: expected one, or one called "
+            f"{', '.join(_PREFERRED)}"
+        )
+    return prefixes[0]
+
+
+def _branch(name: str, prefix: str) -> str:
+    """A name as far as to where it leaves a prefix."""
+    parts, start = name.split("."), prefix.split(".")
+    apart = next((place for place, pair in enumerate(zip(parts, start, strict=False)) if pair[0] != pair[1]), 0)
+    return ".".join(parts[: apart + 1])
+
+
+def _unwrapped(name: str) -> str:
+    return _WRAPPED.sub("", name)
+
+
+def _timm_name(name: str, own: Set[str]) -> str:
+    """A tensor's name in timm's scheme; names that are so already stay, such as the gamma_1 of DINOv3 in timm."""
+    for pattern, replacement in _RENAMES:
+        if name in own:
+            break
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def _tell(message: str) -> None:
+    warnings.warn(message, LostregWarning, stacklevel=2)
 
 
 def _load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -15,6 +15,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lostreg.checks import LARGEST, whole_number
 from lostreg.errors import OptionError
 from lostreg.models.backbone import Backbone
 from lostreg.models.forward import Forward
@@ -133,7 +134,7 @@ def resolve_layer(backbone: Backbone, layer: int) -> int:
     Raises:
         OptionError: if the backbone has no such layer.
     """
-    depth = backbone.depth
+    depth, layer = backbone.depth, whole_number(layer, "layer", least=-LARGEST)
     if not -depth <= layer < depth:
         raise OptionError(f"layer must be in [-{depth}, {depth - 1}] for {backbone.spec.name}, not {layer}")
     return layer % depth

@@ -6,10 +6,12 @@ tokens that are added to the image. Here that is a property of a `Backbone`: its
 """
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from lostreg.checks import real_number, share, shown, whole_number, whole_seed
 from lostreg.errors import OptionError, RegistersError
 from lostreg.jsonio import as_dataclass, load_document, save_document
 
@@ -51,12 +53,14 @@ class RegisterNeurons:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.count < 1 or not self.neurons:
-            raise OptionError(
-                f"expected at least one added token and one neuron, not {self.count} and {len(self.neurons)}"
-            )
-        if len(set(self.neurons)) < len(self.neurons) or any(number < 0 for pair in self.neurons for number in pair):
-            raise OptionError(f"expected different pairs of layer and unit, from 0, not {list(self.neurons)}")
+        plain: dict[str, Any] = {"count": whole_number(self.count, "count"), "neurons": _pairs(self.neurons)}
+        plain |= {"images": whole_number(self.images, "images", least=0), "seed": whole_seed(self.seed)}
+        plain |= {name: share(getattr(self, name), name) for name in ("outliers", "outliers_left")}
+        if self.cutoff is not None:
+            plain["cutoff"] = real_number(self.cutoff, "cutoff")
+        if self.layer is not None:
+            plain["layer"] = whole_number(self.layer, "layer", least=0)
+        vars(self).update(plain)
 
     def by_layer(self) -> dict[int, list[int]]:
         """The units of each layer that has any."""
@@ -94,6 +98,17 @@ class RegisterNeurons:
         return load_document(
             path, FORMAT, _parse, RegistersError, name="registers file", command="lostreg registers find"
         )
+
+
+def _pairs(neurons: Iterable[Iterable[int]]) -> tuple[tuple[int, int], ...]:
+    """As plain numbers, if they are different pairs, one at least."""
+    try:
+        pairs = tuple((whole_number(layer, "", least=0), whole_number(unit, "", least=0)) for layer, unit in neurons)
+    except (TypeError, ValueError):
+        pairs = ()
+    if not pairs or len(set(pairs)) < len(pairs):
+        raise OptionError(f"neurons must be different pairs of layer and unit, from 0, not {shown(neurons)}")
+    return pairs
 
 
 def _parse(fields: dict[str, Any]) -> RegisterNeurons:

@@ -4,10 +4,9 @@ A backbone is one row: everything else in lostreg asks the row, or the model its
 its name.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Final, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, TypeVar
 
 Feature = Literal["q", "k", "v", "out"]
 FEATURES: Final[tuple[Feature, ...]] = ("q", "k", "v", "out")
@@ -19,6 +18,35 @@ Interpolation = Literal["offset", "antialias", "plain"]
 ``antialias``: to the exact target size, antialiased (DINOv2 with registers; timm does this for every model).
 ``plain``: to the exact target size, no antialiasing (Hugging Face's port of DINOv2).
 """
+
+
+Value = TypeVar("Value")
+
+
+class ReadOnly(Mapping[str, Value]):
+    """A mapping that cannot be changed and, unlike `types.MappingProxyType`, can be copied and pickled.
+
+    Args:
+        values: by name.
+    """
+
+    def __init__(self, values: Mapping[str, Value]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> Value:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._values.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._values)
 
 
 @dataclass(frozen=True)
@@ -55,7 +83,7 @@ class BackboneSpec:
     normalize: bool = True
     class_token: bool = True
     interpolation: Interpolation = "antialias"
-    published: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    published: Mapping[str, float] = ReadOnly({})
     published_source: str = ""
     offline: bool = False
 
@@ -66,7 +94,7 @@ class BackboneSpec:
 
 
 def _published(voc07: float, voc12: float, coco20k: float) -> Mapping[str, float]:
-    return MappingProxyType({"voc07": voc07, "voc12": voc12, "coco20k": coco20k})
+    return ReadOnly({"voc07": voc07, "voc12": voc12, "coco20k": coco20k})
 
 
 _LOST = "LOST (Siméoni et al., BMVC 2021)"
@@ -212,5 +240,5 @@ _ROWS: Final = (
     ),
 )
 
-BACKBONES: Final[Mapping[str, BackboneSpec]] = MappingProxyType({row.name: row for row in _ROWS})
+BACKBONES: Final[Mapping[str, BackboneSpec]] = ReadOnly({row.name: row for row in _ROWS})
 """Every named backbone, in the order in which `lostreg backbones` lists them."""

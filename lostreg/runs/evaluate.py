@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lostreg.checks import shown
 from lostreg.datasets import Benchmark, Example
 from lostreg.datasets.base import ImageId
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
@@ -233,14 +234,14 @@ def _by_example(predictions: Sequence[Prediction], benchmark: Benchmark) -> list
     by_id: dict[str | int, Prediction] = {}
     for prediction in predictions:
         if prediction.image_id in by_id:
-            raise PredictionsError(f"two predictions for image {prediction.image_id!r}: expected one an image")
+            raise PredictionsError(f"two predictions for image {shown(prediction.image_id)}: expected one an image")
         by_id[prediction.image_id] = prediction
     strangers = by_id.keys() - {example.image_id for example in benchmark.examples} - benchmark.left_out
     if strangers:
         wanted = benchmark.examples[0].image_id
         raise PredictionsError(
             f"{len(strangers)} of {len(by_id)} predictions are for images that {benchmark.title} "
-            f"does not have, such as {min(strangers, key=str)!r}: "
+            f"does not have, such as {shown(min(strangers, key=str))}: "
             f"expected ids like {wanted!r}"
         )
     return [by_id.get(example.image_id) for example in benchmark.examples]

@@ -12,12 +12,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from lostreg.checks import shown
 from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
 from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import as_line, is_box, is_finite_number, is_id
 
-_MOST_PATCHES: Final = 1 << 20  # along one side
+_MOST_PATCHES: Final = 1 << 22  # of an image: patches of eight pixels on 268 million
+_ROUNDED: Final = 1.0  # pixels that a side may be off, since a patch's is rounded
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class ImageMaps:
     patch_height: float
     exif: bool = True
     truth: Sequence[Sequence[float]] | None = None
+
+    def covers(self, width: int, height: int) -> bool:
+        """Whether these are patches of an image of that size: as many as cover it, and no more."""
+        sides = zip(self.degrees.shape, (self.patch_height, self.patch_width), (height, width), strict=True)
+        return all((count - 1) * patch - _ROUNDED < side < count * patch + _ROUNDED for count, patch, side in sides)
 
     def to_line(self) -> str:
         """The JSON object, without a line break; degrees are deflated little-endian uint32 in base64."""
@@ -93,7 +100,7 @@ def _parse(line: bytes, where: str) -> ImageMaps:
         (rows, columns), (wide, high) = fields["grid"], fields["patch"]
         for name, is_sound in _SOUND.items():
             if not is_sound(fields.get(name)):
-                raise ValueError(f"{name} is {str(fields.get(name))[:60]}")
+                raise ValueError(f"{name} is {shown(fields.get(name))}")
         degrees = _unpack(fields["degrees"], rows, columns)
         return ImageMaps(fields["image_id"], fields["path"], degrees, wide, high, fields["exif"], fields.get("truth"))
     except (ValueError, TypeError, KeyError, zlib.error, RecursionError) as error:
@@ -101,6 +108,8 @@ def _parse(line: bytes, where: str) -> ImageMaps:
 
 
 def _unpack(text: str, rows: int, columns: int) -> NDArray[np.int64]:
+    if rows * columns > _MOST_PATCHES:
+        raise ValueError(f"{rows} x {columns} are more patches than any image has")
     size = 4 * rows * columns
     content = zlib.decompressobj().decompress(base64.b64decode(text), size + 1)  # no more, whatever it promises
     if len(content) != size:
@@ -117,7 +126,7 @@ _SOUND: Final[dict[str, Callable[[Any], bool]]] = {
     "image_id": is_id,
     "path": _is_path,
     "exif": lambda value: isinstance(value, bool),
-    "grid": lambda value: all(type(count) is int and 1 <= count <= _MOST_PATCHES for count in value),
-    "patch": lambda value: all(is_finite_number(side) and side > 0 for side in value),
+    "grid": lambda value: all(type(count) is int and count >= 1 for count in value),
+    "patch": lambda value: all(is_finite_number(side) and side >= 1 for side in value),
     "truth": lambda value: value is None or (isinstance(value, list) and all(is_box(box) for box in value)),
 }

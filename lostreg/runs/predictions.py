@@ -4,15 +4,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from lostreg.checks import FARTHEST, shown
 from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
 from lostreg.images.rle import Rle, encode_rle
 from lostreg.inference.discovery import Discovery
-from lostreg.jsonio import as_line, cut, is_box, is_finite_number, is_id
-
-_LONGEST_SIDE: Final = 1 << 31
+from lostreg.jsonio import as_line, is_box, is_finite_number, is_id
 
 
 @dataclass(frozen=True)
@@ -148,13 +147,13 @@ def parse_prediction(line: bytes) -> Prediction:
         raise TypeError(f"{expected} (found {type(fields).__name__})")
     image_id, boxes, reason = fields.get("image_id"), fields.get("boxes"), fields.get("error")
     if not is_id(image_id):
-        raise TypeError(f"{expected} (image_id is {cut(repr(image_id))})")
+        raise TypeError(f"{expected} (image_id is {shown(image_id)})")
     if not isinstance(boxes, list) or not all(is_box(box) for box in boxes):
         raise TypeError(f"{expected} (boxes is not a list of [x1, y1, x2, y2])")
     if reason is False or reason == "":
         reason = None
     if not isinstance(reason, str | None):
-        raise TypeError(f"expected the error as text, not {cut(repr(reason))}")
+        raise TypeError(f"expected the error as text, not {shown(reason)}")
     return Prediction(
         image_id,
         boxes,
@@ -171,8 +170,8 @@ def _side(fields: dict[str, Any], name: str) -> int:
     side = fields.get(name)
     if side is None:
         return 0
-    if type(side) is not int or not 0 <= side < _LONGEST_SIDE:
-        raise ValueError(f"width and height must be whole numbers below 2**31, not {cut(repr(side))}")
+    if type(side) is not int or not 0 <= side < FARTHEST:
+        raise ValueError(f"width and height must be whole numbers below 2**31, not {shown(side)}")
     return side
 
 
@@ -182,9 +181,11 @@ def _of_boxes(fields: dict[str, Any], name: str, is_sound: Callable[[Any], bool]
     if values is None:
         return None
     if not isinstance(values, list) or len(values) not in (0, count) or not all(is_sound(value) for value in values):
-        raise ValueError(f"expected one {words} for each of {count} boxes, found {cut(repr(values))}")
+        raise ValueError(f"expected one {words} for each of {count} boxes, found {shown(values)}")
     return values
 
 
 def _is_place(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(number) is int for number in value)
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    return all(type(number) is int and 0 <= number < FARTHEST for number in value)

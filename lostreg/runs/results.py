@@ -13,6 +13,7 @@ import torch
 from lostreg.datasets import Benchmark
 from lostreg.defaults import RESULTS_FILE
 from lostreg.errors import PredictionsError
+from lostreg.jsonio import read_json
 
 AFRESH: Final = "use --overwrite or another --out"
 _PACKAGES: Final = (
@@ -74,8 +75,8 @@ def results_of(folder: Path, name: str = RESULTS_FILE) -> dict[str, Any] | None:
     """What a run says of itself; None where it says nothing that can be read."""
     path = folder / name
     try:
-        results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError):
+        results = read_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError):
         return None
     return results if isinstance(results, dict) else None
 

@@ -6,6 +6,7 @@ image; ``sweep.json`` is made of it at the end.
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lostreg.checks import shown
 from lostreg.datasets import Benchmark, Example
 from lostreg.datasets.base import ImageId
 from lostreg.errors import ImageError, OptionError
@@ -24,8 +26,8 @@ from lostreg.images.boxes import in_pixels
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
-from lostreg.jsonio import as_line
-from lostreg.methods.bias import TRIALS, trial_biases
+from lostreg.jsonio import as_line, is_finite_number, is_id
+from lostreg.methods.bias import TRIALS, fixed_bias, trial_biases
 from lostreg.methods.lost import Candidates
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import Corloc, is_hit, score_auc
@@ -147,8 +149,8 @@ def sweep(
         PredictionsError: if the folder cannot be written, is in use, or holds a run with other settings.
     """
     pairs = list(dict.fromkeys((feature, resolve_layer(discoverer.backbone, layer)) for feature, layer in wanted))
-    values = tuple(dict.fromkeys(float(bias) for bias in biases))
-    if not pairs or not values or not np.isfinite(values).all():
+    values = tuple(dict.fromkeys(fixed_bias(bias) for bias in biases))
+    if not pairs or not values:
         raise OptionError(f"expected at least one feature and one finite bias, not {list(wanted)} and {list(biases)}")
     settings = benchmark_settings(benchmark, _options(discoverer, pairs, values), extra)
     features = FeaturesJob(discoverer.backbone, pairs, compiled=discoverer.options.compile)
@@ -157,7 +159,7 @@ def sweep(
     stream = discoverer.stream_of(job)
     examples = {example.image_id: example for example in benchmark.examples}
     lines: dict[ImageId, _Line] = {}
-    parse = partial(_parse, names={_name(pair) for pair in pairs})
+    parse = partial(_parse, names={_name(pair) for pair in pairs}, count=len(values))
     with Run(
         Path(out), list(examples), settings, parse, memory=LINES_FILE, results=RESULTS_FILE, overwrite=overwrite
     ) as run:
@@ -229,17 +231,25 @@ def _name(pair: tuple[Feature, int]) -> str:
     return f"{pair[0]} {pair[1]}"
 
 
-def _parse(raw: bytes, names: set[str]) -> _Line:
+def _parse(raw: bytes, names: set[str], count: int) -> _Line:
+    """A line of a sweep over these features and so many fixed biases."""
     fields = json.loads(raw)
     if not isinstance(fields, dict):
         raise TypeError(f"expected an object, found {type(fields).__name__}")
     line = _Line(**fields)
-    if not isinstance(line.image_id, str | int) or not isinstance(line.features, dict):
+    if not is_id(line.image_id) or not isinstance(line.features, dict):
         raise TypeError("expected an image_id, and features by name")
     if line.error is None and set(line.features) != names:
         raise ValueError("the features are others")
+    if not isinstance(line.error, str | None):
+        raise TypeError(f"expected the error as text, not {shown(line.error)}")
     for entry in line.features.values():
-        _ = entry["hits"], *(entry["auto"][name] for name in ("hit", "score", "bias", "connected"))
+        auto = entry["auto"]
+        sound = [isinstance(entry["hits"], str) and bool(re.fullmatch(f"[01]{{{count}}}", entry["hits"]))]
+        sound += [isinstance(auto[name], bool) for name in ("hit", "connected")]
+        sound += [is_finite_number(auto[name]) for name in ("score", "bias")]
+        if not all(sound):
+            raise ValueError(f"expected whether each bias hits, and what auto chose, not {shown(entry)}")
     return line
 
 

@@ -329,10 +329,11 @@ def test_images_that_cannot_be_read_are_left_out(one: Plant, tmp_path: Path) -> 
     ("options", "message"),
     [
         ({"images": []}, "at least one image"),
-        ({"count": 0}, "expected at least one added token and one neuron, not 0 and None"),
-        ({"neurons": 0}, "not 1 and 0"),
-        ({"neurons": -3}, "not 1 and -3"),
-        ({"sample": 0}, "a sample of at least 1"),
+        ({"count": 0}, "count must be an integer from 1 to [0-9]+, not 0"),
+        ({"count": 10**7}, "count must be an integer from 1 to [0-9]+, not 10000000"),
+        ({"neurons": 0}, "neurons must be an integer of at least 1, not 0"),
+        ({"neurons": -3}, "not -3"),
+        ({"sample": 0}, "sample must be an integer of at least 1, not 0"),
         ({"seed": -1}, "seed must be"),
     ],
 )

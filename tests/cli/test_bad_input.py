@@ -23,6 +23,7 @@ from lostreg.cli.main import main
 from lostreg.inference.calibration import FORMAT, Calibration
 from lostreg.models import backbone
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
+from lostreg.models.registers import RegisterNeurons
 
 FAST = "--backbone imgfocus_vits14 --device cpu"
 _real_load = backbone.load_backbone
@@ -142,8 +143,17 @@ def write_biases(place: Path) -> None:
     for name, change in changes.items():
         dataclasses.replace(fitting, **change).save(place / f"{name}.json")
     fields = {"format": FORMAT, **dataclasses.asdict(fitting)}
-    for name, change in (("nan", {"bias": float("nan")}), ("later", {"format": "lostreg bias 2"}), ("more", {"x": 1})):
+    for name, change in (
+        ("nan", {"bias": float("nan")}),
+        ("large", {"bias": 1e308}),
+        ("later", {"format": "lostreg bias 2"}),
+        ("more", {"x": 1}),
+    ):
         (place / f"{name}.json").write_text(json.dumps({**fields, **change}))
+    for name, count in (("endless", 10**30), ("many", 10**7)):
+        RegisterNeurons(((0, 1),)).save(place / f"{name}.json")
+        neurons = json.loads((place / f"{name}.json").read_text())
+        (place / f"{name}.json").write_text(json.dumps({**neurons, "count": count}))
     del fields["bias"]
     (place / "less.json").write_text(json.dumps(fields))
 
@@ -241,6 +251,34 @@ BAD = {
     "bias of letters": (f"predict {{}}/good.jpg --bias abc {FAST}", "or a file of `lostreg calibrate`, not 'abc'"),
     "bias NaN": (f"predict {{}}/good.jpg --bias nan {FAST}", "expected 'auto', a finite number, or a file"),
     "bias infinite": (f"predict {{}}/good.jpg --bias=-inf {FAST}", "expected 'auto', a finite number, or a file"),
+    "bias beyond float32": (
+        f"predict {{}}/good.jpg --bias 1e39 {FAST}",
+        r"bias must be within .*float32 .* not 1e\+39",
+    ),
+    "bias file beyond float32": (
+        f"predict {{}}/good.jpg --bias {{}}/large.json {FAST}",
+        r"large\.json is no file of `lostreg calibrate`: bias must be within .* not 1e\+308",
+    ),
+    "swept bias beyond float32": (
+        f"sweep voc --root {{}}/voc --out {{}}/out --biases 0:1e39:3 {FAST}",
+        r"bias must be within .* not 5e\+38",
+    ),
+    "registers without end": (
+        f"predict {{}}/good.jpg --test-time-registers {{}}/endless.json {FAST}",
+        r"endless\.json is no file of .*: count must be an integer of at least 1 and below 2\*\*63, not 1000",
+    ),
+    "registers beyond the patches": (
+        f"predict {{}}/good.jpg --test-time-registers {{}}/many.json {FAST}",
+        "count of test-time registers of imgfocus_vits14 must be an integer from 1 to 1369, not 10000000",
+    ),
+    "registers to find beyond the patches": (
+        f"registers find {{}}/good.jpg --out {{}}/a.json --count 10000000 {FAST}",
+        "count must be an integer from 1 to 1369, not 10000000",
+    ),
+    "a number of thousands of digits": (
+        f"predict {{}}/good.jpg --test-time-registers {'9' * 5000} {FAST}",
+        r"expected a number of tokens of at least 1.*\.\.\.9+.*\(see",
+    ),
     "auto unnormalised": (
         f"predict {{}}/good.jpg --bias auto --no-normalize {FAST}",
         "'auto' is defined on normalised",
@@ -496,7 +534,7 @@ BAD = {
     "weights by suffix": (f"predict {{}}/good.jpg --weights {{}}/good.jpg {FAST}", r"expected a \.safetensors, \.pth"),
     "weights of another": (
         f"predict {{}}/good.jpg --weights {{}}/other.pth {FAST}",
-        r"does not fit.*lacks.*unexpected other",
+        r"does not fit.*lacks most of.*holds head.weight, other",
     ),
     "weights with code": (
         f"predict {{}}/good.jpg --weights {{}}/code.pth {FAST}",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco
 
+from lostreg.cli.main import main
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.gallery import build
 from lostreg.gallery.build import choose_images, write_gallery
@@ -187,7 +188,7 @@ def test_images_that_are_gone_or_changed_are_counted(tmp_path: Path) -> None:
     written = write_gallery(RunFolder(run), run / "report.html")
     assert (written.shown, written.gone, written.changed) == (4, 2, 1)
     page = Page(run / "report.html")
-    assert json.loads(page.by_id["facts"]) == {"gone": 2, "changed": 1, "sort": "run"}
+    assert json.loads(page.by_id["facts"]) == {"gone": 2, "changed": 1, "bare": 0, "sort": "run"}
     assert [page.picture(number) is None for number in (1, 2, 3, 4)] == [False, True, True, False]
     assert page.cards[1]["note"] == "im0001.jpg: no such file"
     assert page.cards[2]["note"].startswith("im0002.jpg: not a readable image")
@@ -366,6 +367,38 @@ def test_a_maps_line_that_stands_there_twice_costs_no_other_image_its_map(tmp_pa
     (run / "maps.jsonl").write_text("".join([first, first, *rest]), encoding="utf-8")
     page = page_of(run)
     assert [page.maps(number)["grid"] for number in (1, 2, 3)] == [list(GRID)] * 3
+
+
+@pytest.mark.parametrize(
+    ("degrees", "patch"),
+    [(np.zeros((300, 300), np.int64), 1), (np.zeros((8, 8), np.int64), 14)],
+    ids=["large", "other"],
+)
+def test_degree_maps_that_do_not_fit_are_left_out_and_counted(
+    tmp_path: Path, degrees: np.ndarray, patch: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", ["a", "b"], changes={0: {"width": 300, "height": 300}} if patch == 1 else None)
+    second = map_of("b", tmp_path / "photos/im0001.jpg", 1)
+    maps = map_of("a", tmp_path / "photos/im0000.jpg", degrees=degrees, patch_width=patch, patch_height=patch)
+    write_lines(run / "maps.jsonl", [maps, second])
+    assert main(["report", str(run)]) == 0
+    page = Page(run / "report.html")
+    assert "degrees" not in page.maps(1)
+    assert page.picture(1) is not None
+    assert "degrees" in page.maps(2)
+    assert "1 of 2 degree maps are left out: they do not fit" in capsys.readouterr().err
+
+
+def test_masks_of_another_size_than_the_image_are_left_out(tmp_path: Path) -> None:
+    fits, other = ({"size": [height, 150], "counts": coco_counts(height * 150)} for height in (110, 111))
+    run = write_run(tmp_path / "run", ["a", "b"], changes={0: {"masks": [fits]}, 1: {"masks": [other]}})
+    page = page_of(run)
+    assert page.maps(1)["masks"][0]["size"] == [110, 150]
+    assert page.maps(2)["masks"] == [None]
+
+
+def coco_counts(length: int) -> str:
+    return str(coco.frPyObjects({"size": [length, 1], "counts": [length]}, length, 1)["counts"].decode())
 
 
 def test_numbers_beyond_all_bounds_do_no_harm(tmp_path: Path) -> None:

@@ -537,9 +537,9 @@ def test_samples_differ_by_seed_and_favour_no_image() -> None:
 @pytest.mark.parametrize(
     ("images", "count", "seed", "message"),
     [
-        ([], 1, 0, "at least one image and a sample of at least 1, not 0 and 1"),
-        ([1, 2], 0, 0, "a sample of at least 1, not 2 and 0"),
-        ([1, 2], -1, 0, "a sample of at least 1, not 2 and -1"),
+        ([], 1, 0, "expected at least one image"),
+        ([1, 2], 0, 0, "sample must be an integer of at least 1, not 0"),
+        ([1, 2], -1, 0, "sample must be an integer of at least 1, not -1"),
         ([1, 2], 1, -1, "seed must be an integer of at least 0, not -1"),
     ],
 )

@@ -1,6 +1,7 @@
 """Masks in pixels: what refinement gains and never breaks, boxes, run-length encoding, PNG files."""
 
 import threading
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -13,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from lostreg.errors import LostregError, PredictionsError
 from lostreg.images.masks import WORKING_SIDE, mask_boxes, palette, refine, save_mask_png
-from lostreg.images.rle import decode_rle, encode_rle
+from lostreg.images.rle import decode_rle, encode_rle, rle_area, sample_rle
 from lostreg.inference.discovery import Discovery
 
 bool_masks = arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, max_side=70))
@@ -337,6 +338,33 @@ def test_a_mask_that_claims_to_be_huge_takes_no_memory() -> None:
     with pytest.raises(PredictionsError, match="limit of 2,399"):
         decode_rle(GOOD, max_pixels=2399)
     assert decode_rle(GOOD, max_pixels=2400).sum() == disc(40, 60, 30, 20, 10).sum()
+
+
+@settings(deadline=None)
+@given(bool_masks, st.data())
+def test_areas_and_samples_are_those_of_the_whole_mask(mask, data) -> None:
+    rle = encode_rle(mask)
+    assert rle_area(rle) == rle_area(rle, mask.shape) == mask.sum()
+    rows, columns = (
+        np.array(data.draw(st.lists(st.integers(0, side - 1), max_size=9)), np.int64) for side in mask.shape
+    )
+    assert np.array_equal(sample_rle(rle, rows, columns), mask[rows][:, columns])
+    with pytest.raises(PredictionsError, match="expected masks of 1x1000 pixels, found one of "):
+        rle_area(rle, (1000, 1))
+
+
+def test_what_needs_no_pixels_takes_no_memory_for_them() -> None:
+    side = 1 << 17  # all but the last column: runs of 2**34 - 2**17 zeros and 2**17 ones
+    rle = {"size": [side, side], "counts": "PPPloo?" + "PPP4"}
+    tracemalloc.start()
+    area = rle_area(rle)
+    ends = np.array([0, side - 1])
+    corners = sample_rle(rle, ends, ends)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert area == side
+    assert corners.tolist() == [[False, True], [False, True]]
+    assert peak < 1 << 20
 
 
 @given(st.text(alphabet=[chr(code) for code in range(46, 114)], max_size=40), st.integers(1, 50), st.integers(1, 50))

@@ -252,9 +252,12 @@ def test_images_of_which_none_can_be_read_are_no_calibration(discoverer: Discove
         calibrate(missing, discoverer)
 
 
-@pytest.mark.parametrize(("count", "sample"), [(0, 512), (3, 0), (3, -1)])
-def test_nothing_to_look_at_is_refused(discoverer: Discoverer, count: int, sample: int) -> None:
-    with pytest.raises(OptionError, match=f"at least one image and a sample of at least 1, not {count} and {sample}"):
+@pytest.mark.parametrize(
+    ("count", "sample", "message"),
+    [(0, 512, "at least one image"), (3, 0, "sample must be an integer of at least 1, not 0"), (3, -1, "not -1")],
+)
+def test_nothing_to_look_at_is_refused(discoverer: Discoverer, count: int, sample: int, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         calibrate(scenes(count), discoverer, sample=sample)
 
 

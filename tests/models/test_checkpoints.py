@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import http.server
 import pickle
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -18,13 +19,15 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from lostreg.errors import BackboneError, WeightsError
+from lostreg.errors import BackboneError, LostregWarning, WeightsError
 from lostreg.models import imgfocus
 from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
 from lostreg.models.checkpoints import load_file_into, read_state_dict, to_timm_names
 from lostreg.models.table import BACKBONES
 
 State = dict[str, Tensor]
+LOOP: dict[str, Any] = {}
+LOOP["model"] = LOOP  # holds itself
 NARROW = {"embed_dim": 192, "num_heads": 3}
 
 
@@ -220,6 +223,160 @@ def test_renaming_leaves_the_given_tensors_alone() -> None:
     assert_same(released, before)
 
 
+@pytest.mark.parametrize(
+    ("wrap", "note"),
+    [
+        pytest.param(  # facebookresearch/dinov2: eval/training_*/teacher_checkpoint.pth
+            lambda b, o: {"teacher": {**under("backbone", b), **under("dino_head", o), **under("ibot_head", o)}},
+            "under 'teacher.backbone.' and left out 2 others (teacher.dino_head, teacher.ibot_head)",
+            id="DINOv2's teacher",
+        ),
+        pytest.param(  # the same, model_final.rank_0.pth
+            lambda b, o: {
+                "model": {
+                    **under("student.backbone", nudged(b)),
+                    **under("teacher.backbone", b),
+                    **under("teacher.dino_head", o),
+                },
+                "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}},
+                "iteration": 3,
+            },
+            "under 'model.teacher.backbone.' and left out",
+            id="DINOv2's training",
+        ),
+        pytest.param(  # bytedance/ibot: checkpoint_teacher.pth
+            lambda b, o: {"state_dict": {**b, "masked_embed": torch.ones(1, 192), "head.mlp.0.weight": o["a"]}},
+            None,
+            id="iBOT",
+        ),
+        pytest.param(  # facebookresearch/mae: mae_pretrain_vit_base_full.pth
+            lambda b, o: {
+                "model": {
+                    **b,
+                    **under("decoder_blocks.0", {"norm1.weight": torch.ones(9)}),
+                    "decoder_pos_embed": o["a"],
+                    "decoder_embed.weight": o["a"],
+                    "mask_token": o["a"],
+                }
+            },
+            "left out 3 others (decoder_blocks, decoder_embed, decoder_pos_embed)",
+            id="MAE",
+        ),
+        pytest.param(  # facebookresearch/moco-v3: vit-s-300ep.pth.tar
+            lambda b, o: {
+                "epoch": 300,
+                "state_dict": {
+                    **under("module.base_encoder", {**b, "head.0.weight": o["a"]}),
+                    **under("module.momentum_encoder", nudged(b)),
+                    **under("module.predictor", o),
+                },
+            },
+            "under 'state_dict.module.base_encoder.' and left out",
+            id="MoCo v3",
+        ),
+        pytest.param(  # timm's train.py: model_best.pth.tar
+            lambda b, o: {"arch": "vit", "state_dict": under("_orig_mod", nudged(b)), "state_dict_ema": with_head(b)},
+            "under 'state_dict_ema.' and left out",
+            id="timm",
+        ),
+        pytest.param(
+            lambda b, o: {"model": nudged(b), "model_ema": under("module", b), "scaler": {"scale": 2.0}},
+            "under 'model_ema.module.'",
+            id="DeiT",
+        ),
+        pytest.param(  # facebookresearch/ijepa
+            lambda b, o: {
+                "encoder": under("module", nudged(b)),
+                "predictor": under("module.predictor_blocks.0", o),
+                "target_encoder": under("module", b),
+            },
+            "under 'target_encoder.module.'",
+            id="I-JEPA",
+        ),
+        pytest.param(
+            lambda b, o: {
+                "state_dict": {**under("net.encoder", b), **under("classifier", o)},
+                "pytorch-lightning": "2",
+            },
+            "under 'state_dict.net.encoder.' and left out",
+            id="Lightning",
+        ),
+        pytest.param(
+            lambda b, o: {
+                name.replace("blocks.0.", "blocks.0._fsdp_wrapped_module._orig_mod."): tensor
+                for name, tensor in under("module._orig_mod", b).items()
+            },
+            None,
+            id="compiled and sharded",
+        ),
+        pytest.param(
+            lambda b, o: {re.sub(r"^blocks\.(\d)", r"blocks.\1.\1", name): tensor for name, tensor in b.items()},
+            None,
+            id="blocks in chunks",
+        ),
+        pytest.param(lambda b, o: {**b, "epoch": 3, "args": None}, None, id="numbers beside tensors"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".pth.tar", ".ckpt"])
+def test_training_checkpoints_give_the_backbone_and_say_what_they_held_besides(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, wrap: Callable[[State, State], Any], note: str | None, suffix: str
+) -> None:
+    backbone = built("dino_vits16")
+    content = wrap(state_of(backbone.model), {"a": torch.ones(4, 4)})
+    assert_same(loaded_state(backbone, save(content, tmp_path / f"checkpoint{suffix}")), state_of(backbone.model))
+    told = [str(warning.message) for warning in recwarn if warning.category is LostregWarning]
+    assert len(told) == (note is not None)
+    assert note is None or note in told[0]
+
+
+def under(prefix: str, state: State) -> State:
+    return {f"{prefix}.{name}": tensor for name, tensor in state.items()}
+
+
+def nudged(state: State) -> State:
+    return {name: tensor + 1 for name, tensor in state.items()}
+
+
+def test_the_registers_of_a_dinov2_teacher_move_as_those_of_the_release(tmp_path: Path) -> None:
+    backbone = built("dinov2_vits14_reg")
+    released = released_dinov2(backbone.model)
+    plain = loaded_state(backbone, save(released, tmp_path / "plain.pth"))
+    teacher = {
+        "teacher": {**under("_orig_mod.backbone", released), **under("dino_head", {"mlp.0.bias": torch.ones(2)})}
+    }
+    with pytest.warns(LostregWarning, match="left out 1 others"):
+        assert_same(loaded_state(backbone, save(teacher, tmp_path / "teacher.pth")), plain)
+
+
+def test_of_two_backbones_none_is_guessed(tmp_path: Path) -> None:
+    state = state_of(built("dino_vits16").model)
+    path = save({**under("left", state), **under("right", state)}, tmp_path / "two.pth")
+    with pytest.raises(
+        WeightsError, match=r"holds 2 backbones, under left\., right\.: expected one, or one called teach"
+    ):
+        load_file_into(built("dino_vits16").model, path)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"layer1.0.conv1.weight": torch.ones(1), "fc.weight": torch.ones(1)},
+        {"a": torch.ones(1), "epoch": 3},
+        {
+            "vit.embeddings.cls_token": torch.ones(1),
+            "vit.layernorm.weight": torch.ones(1),
+            "norm.weight": torch.ones(1),
+        },
+    ],
+)
+def test_another_network_is_told_by_its_names(tmp_path: Path, state: Any) -> None:
+    path = save(state, tmp_path / "resnet.pth")
+    names = ", ".join(sorted(name for name in state if name != "epoch"))
+    message = rf"resnet\.pth does not fit this backbone: it lacks most of blocks\.0.*; it holds {re.escape(names)}$"
+    with pytest.raises(WeightsError, match=message):
+        load_file_into(built("dino_vits16").model, path)
+
+
 # Files that do not fit
 
 
@@ -321,10 +478,10 @@ def test_a_cut_safetensors_file_is_refused(tmp_path: Path) -> None:
         read_state_dict(path)
 
 
-@pytest.mark.parametrize("name", ["weights.npz", "weights.onnx", "weights", "weights.pth.tar"])
+@pytest.mark.parametrize("name", ["weights.npz", "weights.onnx", "weights", "weights.tar.gz"])
 def test_another_kind_of_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(WeightsError, match=r"expected a \.safetensors, \.pth, \.pt, \.bin file"):
+    with pytest.raises(WeightsError, match=r"expected a \.safetensors, \.pth, \.pt, \.bin, \.ckpt, \.tar file"):
         read_state_dict(tmp_path / name)
 
 
@@ -365,7 +522,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, writer: str) -> None:
 def test_what_is_harmless_here_is_not_so_for_the_rest_of_the_program(tmp_path: Path) -> None:
     path = save({"state_dict": {"a": torch.ones(1)}, "args": argparse.Namespace()}, tmp_path / "args.pth")
     before = set(torch.serialization.get_safe_globals())
-    assert read_state_dict(path).keys() == {"a"}
+    assert read_state_dict(path).keys() == {"state_dict.a"}
     assert set(torch.serialization.get_safe_globals()) == before
 
 
@@ -374,11 +531,11 @@ def test_what_is_harmless_here_is_not_so_for_the_rest_of_the_program(tmp_path: P
     [
         ([torch.ones(1)], "found list"),
         (torch.ones(1), "found Tensor"),
-        ({}, "found dict"),
+        ({}, "found an empty mapping$"),
         (None, "found NoneType"),
-        ({"state_dict": {}}, "found dict"),
-        ({"a": torch.ones(1), "epoch": 3}, "'epoch' is no tensor"),
-        ({"model": {"a": [torch.ones(1)]}}, "'a' is no tensor"),
+        ({"state_dict": {}, "epoch": 3}, "found epoch, state_dict without any$"),
+        ({"model": {"a": [torch.ones(1)]}}, "found model without any$"),
+        (LOOP, "found model without any$"),
     ],
 )
 def test_contents_other_than_named_tensors_are_refused(tmp_path: Path, content: Any, message: str) -> None:
@@ -574,8 +731,8 @@ def test_the_releases_own_naming_from_the_hub_is_left_to_timm(cache: Path) -> No
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     backbone = built("dino_vits16")
     state = state_of(backbone.model)
-    path = save({**state, "backbone.norm.weight": torch.ones_like(state["norm.weight"])}, tmp_path / "twice.pth")
-    with pytest.raises(WeightsError, match=r"two tensors of the file are both 'norm\.weight'"):
+    path = save({**state, "_orig_mod.norm.weight": torch.ones_like(state["norm.weight"])}, tmp_path / "twice.pth")
+    with pytest.raises(WeightsError, match=r"two tensors of twice.pth are both 'norm\.weight'"):
         load_file_into(backbone.model, path)
 
 

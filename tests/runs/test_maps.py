@@ -1,6 +1,9 @@
 """The maps file: what goes in comes out, and what else may stand in it is refused in one line."""
 
+import base64
 import json
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,9 @@ def test_a_last_line_that_was_not_finished_is_left_out(tmp_path: Path) -> None:
         {"grid": [2, 3]},
         {"grid": [2.0, 2]},
         {"grid": [1 << 30, 1 << 30]},
+        {"grid": [10**400, 2]},
+        {"grid": [1 << 12, (1 << 10) + 1]},
+        {"patch": [0.5, 1]},
         {"grid": 4},
         {"patch": [0, 1]},
         {"patch": [10**400, 1]},
@@ -91,6 +97,33 @@ def test_what_no_run_writes_is_refused_with_its_line(tmp_path: Path, change: dic
     path = written(tmp_path, line, json.dumps({**json.loads(line), **change}))
     with pytest.raises(PredictionsError, match=r"maps\.jsonl, line 2: expected maps as `lostreg discover` writes them"):
         list(read_maps(path))
+
+
+def test_a_map_is_no_larger_than_any_images_whatever_its_line_promises(tmp_path: Path) -> None:
+    line = json.loads(ImageMaps("a", "/a.jpg", np.zeros((2, 2), np.int64), 1, 1).to_line())
+    rows = 1 << 14
+    bomb = base64.b64encode(zlib.compress(bytes(4 * rows * rows // 16), 9) * 16).decode("ascii")
+    path = written(tmp_path, json.dumps({**line, "grid": [rows, rows], "degrees": bomb}))
+    tracemalloc.start()
+    with pytest.raises(PredictionsError, match=r"line 1: .*16384 x 16384 are more patches than any image has"):
+        list(read_maps(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 24
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "fits"),
+    [(154, 112, True), (141, 99, True), (150, 110, True), (139, 110, False), (156, 110, False), (110, 150, False)],
+)
+def test_a_map_fits_the_sizes_that_its_patches_cover(width: int, height: int, fits: bool) -> None:
+    assert ImageMaps("a", "/a.jpg", np.zeros((8, 11), np.int64), 14, 14).covers(width, height) is fits
+
+
+@pytest.mark.parametrize("side", [1, 5, 13, 14, 15, 29, 900, 2999])
+def test_every_run_writes_maps_that_fit(backbone: Backbone, side: int) -> None:
+    found = Discoverer(backbone, device="cpu", max_side=56).discover(np.zeros((side, 31, 3), np.uint8))
+    assert maps_of("a", Path("a.jpg"), found).covers(31, side)
 
 
 @pytest.mark.parametrize("line", ["{", "[]", "7", "{}", '"a"', "\xff"])

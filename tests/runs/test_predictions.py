@@ -193,6 +193,13 @@ RLE = {"size": [2, 2], "counts": "04"}
         ({"error": {"a": 1}}, "expected the error as text, not {'a': 1}"),
         ({"error": True}, "expected the error as text, not True"),
         ({"error": 0}, "expected the error as text, not 0"),
+        ({"scores": ""}, "one finite score for each of 2 boxes"),
+        ({"boxes": [], "scores": ""}, "one finite score for each of 0 boxes"),
+        ({"boxes": [], "seeds": {}}, "one seed .* for each of 0 boxes"),
+        ({"seeds": [[1, 2], [3, 10**30]]}, "one seed .* for each of 2 boxes"),
+        ({"seeds": [[1, 2], [3, -1]]}, "one seed .* for each of 2 boxes"),
+        ({"boxes": [[0, 0, 1e300, 1], [0, 0, 1, 1]]}, "boxes is not a list"),
+        ({"boxes": [[0, 0, 2**31 + 1, 1], [0, 0, 1, 1]]}, "boxes is not a list"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -201,6 +208,15 @@ def test_whatever_else_a_line_has_must_fit_its_boxes(tmp_path: Path, fields: dic
     with pytest.raises(PredictionsError, match=rf"p\.jsonl, line 2: .*{message}") as caught:
         read_predictions(write(tmp_path / "p.jsonl", GOOD, line))
     assert len(str(caught.value)) < len(str(tmp_path)) + 250  # long values lose their middle
+
+
+@pytest.mark.parametrize("depth", [900, 950, 990, 1_000, 100_000])
+@pytest.mark.parametrize("name", ["image_id", "boxes", "width", "scores", "seeds", "masks", "error"])
+def test_values_of_many_levels_are_one_clear_error(tmp_path: Path, name: str, depth: int) -> None:
+    line = json.dumps({"image_id": "a", "boxes": [[1, 2, 3, 4]], name: "@"}).replace('"@"', "[" * depth + "]" * depth)
+    with pytest.raises(PredictionsError, match=r"p\.jsonl, line 1: ") as caught:
+        read_predictions(write(tmp_path / "p.jsonl", line))
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("absent", [None, [], False, ""])

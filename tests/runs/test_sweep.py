@@ -518,8 +518,8 @@ def test_a_second_sweep_into_a_folder_in_use_is_refused(
     [
         ([], [0.0], "expected at least one feature and one finite bias"),
         ([("k", -1)], [], "expected at least one feature and one finite bias"),
-        ([("k", -1)], [0.0, float("nan")], "expected at least one feature and one finite bias"),
-        ([("k", -1)], [float("-inf")], "expected at least one feature and one finite bias"),
+        ([("k", -1)], [0.0, float("nan")], "bias must be a finite number, not nan"),
+        ([("k", -1)], [1e39], r"bias must be within .*, what float32 holds, not 1e\+39"),
         ([("k", 0), ("k", 2)], [0.0], r"layer must be in \[-2, 1\] for dinov2_vits14_reg, not 2"),
         ([("k", -3)], [0.0], r"layer must be in \[-2, 1\] for dinov2_vits14_reg, not -3"),
         ([("z", -1)], [0.0], "feature must be one of q, k, v, out, not 'z'"),
@@ -630,4 +630,27 @@ def test_an_image_error_is_the_streams_own(seen: list[Any], discoverer: Discover
 @pytest.mark.parametrize("image_id", [0, 7, "im00", ""])
 def test_a_line_is_read_back_whatever_its_image_is_called(image_id: str | int) -> None:
     for line in (sweep_run._Line(image_id, {"k 1": ENTRY}), sweep_run._Line(image_id, error="cut")):
-        assert sweep_run._parse(line.to_line().encode(), {"k 1"}) == line
+        assert sweep_run._parse(line.to_line().encode(), {"k 1"}, 2) == line
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"hits": "0"},
+        {"hits": "0x"},
+        {"hits": 5},
+        {"hits": [True, False]},
+        {"auto": None},
+        {"auto": {**ENTRY["auto"], "score": "0.5"}},
+        {"auto": {**ENTRY["auto"], "score": 1e999}},
+        {"auto": {**ENTRY["auto"], "bias": True}},
+        {"auto": {**ENTRY["auto"], "bias": 10**400}},
+        {"auto": {**ENTRY["auto"], "hit": 1}},
+        {"auto": {"hit": True}},
+    ],
+    ids=str,
+)
+def test_a_line_of_a_sweep_holds_what_its_figures_are_made_of(entry: dict[str, Any]) -> None:
+    raw = json.dumps({"image_id": "a", "features": {"k 1": {**ENTRY, **entry}}}).encode()
+    with pytest.raises((ValueError, TypeError, KeyError)):
+        sweep_run._parse(raw, {"k 1"}, 2)
