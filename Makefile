@@ -7,13 +7,16 @@ RUN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-offline
 DEVELOPED = $(VENV)/.installed-dev
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test soak lint format docs clean
 
 demo: $(INSTALLED)
 	$(RUN)/lostreg eval sample --root datasets/sample --backbone imgfocus_vits14 --out $(OUT) --plots --overwrite
 
 test: $(DEVELOPED)
 	$(RUN)/python -m pytest $(TESTS)
+
+soak: $(DEVELOPED)
+	$(RUN)/python scripts/demo_soak.py --images datasets/sample
 
 lint: $(DEVELOPED)
 	$(RUN)/ruff check .
