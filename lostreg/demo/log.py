@@ -19,9 +19,11 @@ def quiet_log() -> Iterator[None]:
     handler.setFormatter(_Printable())
     handler.addFilter(_Seldom())
     logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
     try:
         yield
     finally:
+        logging.captureWarnings(False)
         logging.getLogger().removeHandler(handler)
 
 
