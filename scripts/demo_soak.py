@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     photos = draw_sample(sorted(args.images.rglob("*.jpg")), args.uploads, seed=0)
     with tempfile.TemporaryFile() as log, demo(args.backbone, log) as (process, address):
-        soak(address, photos, args.visitors, args.visitors)  # the first round fills what is kept
+        for _ in range(2):  # the demo keeps the last two photos of the last 40 visitors
+            soak(address, photos, 2 * args.visitors, args.visitors)
         before = held(process.pid)
         report = soak(address, photos, args.uploads, args.visitors)
         time.sleep(10)  # until the connections that browsers would keep have been closed
