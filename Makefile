@@ -8,7 +8,7 @@ RUN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-offline
 DEVELOPED = $(VENV)/.installed-dev
 
-.PHONY: demo test fuzz lint format docs clean
+.PHONY: demo test fuzz soak lint format docs clean
 
 demo: $(INSTALLED)
 	$(RUN)/lostreg eval sample --root datasets/sample --backbone imgfocus_vits14 --out $(OUT) --plots --overwrite
@@ -18,6 +18,9 @@ test: $(DEVELOPED)
 
 fuzz: $(DEVELOPED)
 	LOSTREG_FUZZ=$(INPUTS) $(RUN)/python -m pytest tests/fuzz
+
+soak: $(DEVELOPED)
+	$(RUN)/python scripts/demo_soak.py --images datasets/sample
 
 lint: $(DEVELOPED)
 	$(RUN)/ruff check .

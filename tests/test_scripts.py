@@ -277,3 +277,13 @@ def test_what_biases_cost_is_measured(
     assert [run["precision"] for run in runs] == ["fp32", "bf16"]
     assert all(run["patches"] == 35 * 46 for run in runs)
     assert all(run["seconds"].keys() == {"forward", "one bias", "auto", "auto and 25 biases"} for run in runs)
+
+
+def test_visitors_of_a_demo_get_their_answers(script: Callable[[str], ModuleType], photos: list[Path]) -> None:
+    pytest.importorskip("gradio")
+    from serving import served
+
+    with served() as address:
+        report = script("demo_soak").soak(address.removeprefix("http://"), photos, 4, 2)
+    assert (report["uploads"], report["visitors"], report["failed"]) == (4, 2, 0)
+    assert report["answer_s"]["most"] >= report["answer_s"]["median"] > 0

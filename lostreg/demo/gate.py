@@ -1,5 +1,6 @@
 """The gate before Gradio: it lets through what the demo's page needs, from the page itself, and no more than fits."""
 
+import asyncio
 import re
 import stat
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,6 +37,8 @@ _WRITE: Final = (_JOIN, "/gradio_api/cancel", "/gradio_api/reset")
 _LARGEST_MESSAGE: Final = 1 << 18
 _KEPT_UPLOADS: Final = 50  # of the largest size
 _KEPT_SECONDS: Final = 3600
+_PATIENCE: Final = 20.0  # seconds that a body may keep the demo waiting
+_RATE: Final = 5000  # bytes a second that keep the patience up
 _LOOPBACK: Final = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 # Gradio would believe them, and write addresses of their choice into the page.
 _NOT_BELIEVED: Final = (b"forwarded", b"x-forwarded-", b"x-gradio-server")
@@ -72,7 +76,7 @@ class Gate:
         self._max_upload = max_upload
         self._functions = functions
         self._local = local
-        self._arriving = 0
+        self._room = 0  # bytes of uploads that may yet arrive; counted anew before any is refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass on."""
@@ -82,25 +86,25 @@ class Gate:
             send = _with_headers(send)
             try:
                 await self._pass_on(scope, receive, send)
+            except ClientDisconnect:
+                pass  # in the middle of a body: nobody is left to be told
             except Refusal as refusal:
-                await PlainTextResponse(refusal.detail, refusal.status_code)(scope, receive, send)
+                answer = PlainTextResponse(refusal.detail, refusal.status_code, refusal.headers)
+                await answer(scope, receive, send)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, headers = scope["path"].rstrip("/") or "/", Headers(scope=scope)
         self._check_sender(headers)
         limit = self._limit(scope["method"], path)
         size = _announced(headers, limit, needed=scope["method"] == "POST")
-        receive = _counted(receive, limit)
+        receive = _counted(_timely(receive), limit)
         scope = {**scope, "headers": [item for item in scope["headers"] if not item[0].startswith(_NOT_BELIEVED)]}
         if path == _JOIN:
             receive = _given(checked(await _whole(receive), self._functions, self._uploads), receive)
-        reserved = size if path == _UPLOAD else 0
-        self._check_room(reserved)
-        self._arriving += reserved
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._arriving -= reserved
+        if path == _UPLOAD:
+            self._check_room(size)
+            receive = self._taking_room(receive)
+        await self._app(scope, receive, send)
 
     def _check_sender(self, headers: Headers) -> None:
         """No other site in the visitor's browser may ask, under whatever name it knows this machine."""
@@ -122,12 +126,23 @@ class Gate:
 
     def _check_room(self, size: int) -> None:
         """Make room for an upload; what is older than an hour goes first."""
-        limit = _KEPT_UPLOADS * self._max_upload - self._arriving - size
-        if not size or _held(self._uploads) <= limit:
-            return
-        _forget_old(self._uploads)
-        if _held(self._uploads) > limit:
+        if size > self._room:
+            _forget_old(self._uploads)
+            self._room = _KEPT_UPLOADS * self._max_upload - _held(self._uploads)
+        if size > self._room:
             raise Refusal(507, "There is no room for more photos now; there will be within an hour.")
+
+    def _taking_room(self, receive: Receive) -> Receive:
+        """The same, which takes room as it arrives: an upload that only announces its bytes keeps out no other."""
+
+        async def receive_taking() -> Message:
+            message = await receive()
+            arrived = len(message.get("body", b""))
+            self._check_room(arrived)
+            self._room -= arrived
+            return message
+
+        return receive_taking
 
 
 def _with_headers(send: Send) -> Send:
@@ -151,6 +166,28 @@ def _announced(headers: Headers, limit: int, needed: bool) -> int:
 
 def _too_large(limit: int) -> Refusal:
     return Refusal(413, f"This is too large: at most {limit:,} bytes are taken.")
+
+
+def _timely(receive: Receive) -> Receive:
+    """The same, as long as the body keeps coming; what follows the body may take any time."""
+    patience, more = _PATIENCE, True
+
+    async def receive_timely() -> Message:
+        nonlocal patience, more
+        if not more:
+            return await receive()
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(patience):
+                message = await receive()
+        except TimeoutError as error:
+            raise Refusal(408, "This came too slowly.", {"connection": "close"}) from error
+        more = message.get("more_body", False)
+        waited, earned = time.monotonic() - began, len(message.get("body", b"")) / _RATE
+        patience = min(_PATIENCE, patience - waited + earned)
+        return message
+
+    return receive_timely
 
 
 def _counted(receive: Receive, limit: int) -> Receive:

@@ -1,7 +1,9 @@
 """The demo's page: what stands where, and which change asks for what."""
 
 import asyncio
+import html
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -298,7 +300,7 @@ class Page:
             found = visitor.attention(self.models, self._chosen(backbone, feature, layer, registers))
             drawn = draw_attention(visitor.study.picture.pixels, visitor.found, found.mean[0])
         except LostregError as error:
-            return [None, caption(str(error))]
+            return [None, caption(html.escape(_told(error, visitor)))]
         except Exception as error:
             _explain(error)
             return [None, caption(_UNEXPECTED)]
@@ -358,7 +360,12 @@ def _explain(error: Exception, visitor: Visitor | None = None) -> str:
     if not isinstance(error, LostregError):
         logging.getLogger(__name__).error("the demo could not answer", exc_info=error)
         return problem(_UNEXPECTED)
+    return problem(_told(error, visitor))
+
+
+def _told(error: LostregError, visitor: Visitor | None) -> str:
+    """The message on one line, with no path of the server, but the name that the visitor knows."""
     message = str(error)
-    if visitor and visitor.photo:  # no path of the server, but the name that the visitor knows
-        message = message.replace(str(visitor.photo), visitor.name)
-    return problem(message)
+    if visitor and visitor.photo:
+        message = message.replace(str(visitor.photo), visitor.name).replace(f"{visitor.photo.parent}{os.sep}", "")
+    return printable(message)

@@ -17,13 +17,16 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
+from lostreg.demo.connection import ACCEPTED_AT_ONCE, Connection
 from lostreg.demo.gate import Gate
+from lostreg.demo.log import quiet_log
 from lostreg.demo.looks import SCRIPT, STYLE, theme
 from lostreg.demo.page import Page, in_a_loop
 from lostreg.demo.session import DemoSettings, Models
 from lostreg.errors import OptionError
 
 _MB: Final = 1 << 20
+_QUEUE: Final = 1024  # connections that the system keeps until they are accepted
 
 
 class _Server(uvicorn.Server):
@@ -33,6 +36,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for bound in sockets or ():
+            bound.listen(_QUEUE)
         if self.on_ready and self.started:
             self.on_ready()
 
@@ -130,6 +135,8 @@ def make_server(settings: DemoSettings, uploads: Path, models: Models | None = N
     gate = Gate(app, uploads, limit + _MB, functions, local)  # room for what surrounds the file
     config = uvicorn.Config(
         gate,
+        http=Connection,
+        backlog=ACCEPTED_AT_ONCE,
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -175,7 +182,7 @@ def serve(settings: DemoSettings, models: Models, bound: socket.socket, on_ready
         bound: as `listen` gives it.
         on_ready: called when visitors can come.
     """
-    with upload_folder() as uploads:
+    with quiet_log(), upload_folder() as uploads:
         server = make_server(settings, uploads, models, is_local(bound))
         server.on_ready = on_ready
         server.run(sockets=[bound])

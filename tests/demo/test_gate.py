@@ -55,6 +55,28 @@ def post(gate: Gate, *parts: bytes, path: str = "/gradio_api/upload", **headers:
     return status[0] if status else None
 
 
+async def answered(
+    gate: Gate, parts: list[bytes], seconds: float = 0.0, path: str = "/gradio_api/upload"
+) -> int | None:
+    """The same for parts of a body of `LIMIT` bytes that come one after the other, and then no more."""
+    raw = [(b"host", b"localhost"), (b"content-length", str(LIMIT).encode())]
+    scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": raw}
+    left = list(parts)
+    status: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        await (asyncio.sleep(seconds) if left else asyncio.Event().wait())
+        body = left.pop(0)
+        return {"type": "http.request", "body": body, "more_body": bool(left) or len(body) * len(parts) < LIMIT}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            status.append(message["status"])
+
+    await gate(scope, receive, send)
+    return status[0] if status else None
+
+
 def test_more_than_was_announced_is_not_passed_on(tmp_path: Path) -> None:
     behind = Behind()
     gate = Gate(behind, tmp_path, LIMIT, {})
@@ -94,15 +116,66 @@ def test_uploads_are_refused_once_the_folder_is_full_and_old_files_make_room(tmp
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["below", "half"]
 
 
-def test_uploads_that_are_arriving_count_as_well(tmp_path: Path) -> None:
-    statuses: list[int | None] = []
+def test_uploads_take_room_as_they_arrive(tmp_path: Path) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        with (tmp_path / str(len(list(tmp_path.iterdir())))).open("wb", buffering=0) as file:
+            while True:
+                file.write((await receive())["body"])
+
+    async def in_turns() -> list[int | None]:
+        gate = Gate(app, tmp_path, LIMIT, {})
+        arriving = [asyncio.create_task(answered(gate, [bytes(LIMIT - 1)])) for _ in range(60)]
+        done, rest = await asyncio.wait(arriving, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+        for task in rest:
+            task.cancel()
+        return [task.result() for task in done]
+
+    assert asyncio.run(in_turns()) == [507] * 10
+
+
+def test_uploads_that_do_not_arrive_keep_out_no_other(tmp_path: Path) -> None:
+    behind = Behind()
+    gate = Gate(behind, tmp_path, LIMIT, {})
+
+    async def stalled_and_one() -> None:
+        stalled = [asyncio.create_task(answered(gate, [b"1234567"])) for _ in range(60)]
+        await asyncio.sleep(0)
+        assert behind.asked == 60
+        assert await answered(gate, [bytes(LIMIT)]) is None
+        for task in stalled:
+            task.cancel()
+
+    asyncio.run(stalled_and_one())
+    assert len(behind.read) == 60 * 7 + LIMIT
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/queue/join"])
+@pytest.mark.parametrize("parts", [[], [b"1234567"], [b"1"] * 90], ids=["nothing", "seven", "drip"])
+def test_a_body_that_does_not_come_is_not_waited_for(
+    tmp_path: Path, path: str, parts: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lostreg.demo.gate._PATIENCE", 0.05)
+    gate = Gate(Behind(), tmp_path, LIMIT, {})
+    assert asyncio.run(answered(gate, parts, seconds=0.01, path=path)) == 408
+
+
+def test_a_body_that_keeps_coming_is_taken_and_what_follows_it_takes_any_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lostreg.demo.gate._PATIENCE", 0.5)
+    monkeypatch.setattr("lostreg.demo.gate._RATE", 1)
+    listened: list[bool] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        statuses.append(await asyncio.to_thread(post, gate, bytes(LIMIT)) if len(statuses) < 60 else None)
+        while (await receive())["more_body"]:
+            pass
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.6):
+                await receive()
+        listened.append(True)
 
-    gate = Gate(app, tmp_path, LIMIT, {})
-    post(gate, bytes(LIMIT))
-    assert statuses == [507, *[None] * 49]
+    assert asyncio.run(answered(Gate(app, tmp_path, LIMIT, {}), [bytes(10)] * 10, seconds=0.06)) is None
+    assert listened
 
 
 def test_a_demo_that_others_reach_is_asked_by_any_name_but_by_its_own_page_alone(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from serving import FIRST, NEURONS, NO_TOKEN, SECOND, small_models
 
 from lostreg.demo.page import Page
 from lostreg.demo.session import Visitor
+from lostreg.errors import ImageError
 from lostreg.inference.jobs import FeaturesJob
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,6 +135,34 @@ def test_a_broken_photo_is_told_by_its_name_and_no_path_of_the_server(page: Page
     assert (picture, degrees, table, text, photo) == (None, None, "", "", None)
     assert page.attend(visitor, *OPTIONS)[0] is None
     assert all(is_skipped(update) for update in page.redraw(visitor, *VIEW)[1:])  # the message stays
+
+
+def test_a_name_that_turns_the_line_round_is_told_without_and_without_a_path_of_the_server(
+    page: Page, uploads: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = uploads / "a\u202egpj.\x9b2J.jpg"  # as Gradio leaves it
+    kept.write_bytes(b"no picture")
+    data = file_data(kept)
+    assert "a?gpj.?2J.jpg: " in run(page, page.receive(data, None))[1]
+
+    def told_in_another_way(*_: object, **__: object) -> None:
+        raise ImageError(f"{uploads}/a?gpj.jpg: \x1b[2J")
+
+    monkeypatch.setattr(Visitor, "look", told_in_another_way)
+    told = run(page, page.receive(data, None))[1]
+    assert "a?gpj.jpg: ?[2J" in told
+    assert str(uploads) not in told
+
+
+def test_a_photo_that_is_gone_before_its_attention_is_told_by_its_name(page: Page, visitor: Visitor) -> None:
+    assert visitor.photo
+    visitor.name = "<b>beach.jpg"
+    run(page, visitor)
+    visitor.photo.unlink()
+    picture, told = page.attend(visitor, *OPTIONS)
+    assert picture is None
+    assert "&lt;b&gt;beach.jpg: " in told
+    assert str(visitor.photo.parent) not in told
 
 
 def test_a_photo_with_too_many_pixels_is_refused_before_it_is_decoded(page: Page, uploads: Path) -> None:

@@ -1,5 +1,6 @@
 """What the demo's server gives out, and what not, asked over HTTP."""
 
+import contextlib
 import http.client
 import json
 import logging
@@ -227,10 +228,10 @@ def test_values_that_the_page_never_sends_are_answered_in_words_and_one_line_of_
 
 def test_a_name_that_cannot_be_sent_back_is_shown_with_question_marks(address: str, kept: str) -> None:
     session = secrets.token_hex(8)
-    call(address, "receive", [sent(kept, orig_name="a\ud800\n.jpg"), None], session)
+    call(address, "receive", [sent(kept, orig_name="a\ud800\n\x1b[2Jgpj.\u202e.jpg"), None], session)
     done = call(address, "run", [None, FIRST, "k", 1, 0, True, 0, 1, "patches"], session)
     assert done["success"] is True
-    assert '"a??.jpg"' in json.dumps(done).replace('\\"', '"')
+    assert '"a???[2Jgpj.?.jpg"' in json.dumps(done).replace('\\"', '"')
 
 
 def test_an_upload_is_taken_kept_private_and_given_back(address: str, uploads: Path, photo: Path) -> None:
@@ -256,6 +257,27 @@ def test_large_files_and_messages_are_refused(address: str, uploads: Path) -> No
             {"Transfer-Encoding": "chunked", "Content-Length": "5"},
         ):
             assert ask(address, path, "POST", b"2\r\n{}\r\n0\r\n\r\n", **chunked)[0] == 411
+
+
+def test_stalled_uploads_keep_out_no_other_and_end_in_words(
+    address: str, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netloc = urllib.parse.urlsplit(address).netloc
+    host, port = netloc.split(":")
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: {netloc}\r\n"
+    head += "Content-Type: multipart/form-data; boundary=mark\r\nContent-Length: %d\r\n\r\n--mark\r"
+    sizes = [(2 << 20) >> max(0, number - 48) for number in range(60)]  # together all the room that there is
+    with contextlib.ExitStack() as stack:
+        for size in sizes:
+            stalled = stack.enter_context(socket.create_connection((host, int(port)), timeout=30))
+            stalled.sendall((head % size).encode())
+        assert upload(address, photo.read_bytes())[0] == 200
+    monkeypatch.setattr("lostreg.demo.gate._PATIENCE", 0.1)
+    with socket.create_connection((host, int(port)), timeout=30) as stalled, stalled.makefile("rb") as answer:
+        stalled.sendall((head % sizes[0]).encode())
+        told = answer.read()
+    assert told.startswith(b"HTTP/1.1 408 ")
+    assert b"This came too slowly." in told
 
 
 def test_another_site_in_the_same_browser_gets_no_answer(address: str) -> None:
