@@ -2,17 +2,20 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from lostreg.cli.build import REGISTERS_FILE, chosen_backbones, make_discoverer, open_benchmark, with_registers
+from lostreg.cli.files import check_written
 from lostreg.cli.options import Subparsers, add_benchmark_options, add_max_side, add_method_options, add_object_options
-from lostreg.cli.progress import ProgressBar
+from lostreg.cli.progress import ProgressBar, judge_failures
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 
 if TYPE_CHECKING:
     from lostreg.datasets import Benchmark, Example
     from lostreg.inference.discovery import Discovery
     from lostreg.runs.evaluate import Evaluation, Hook
+
+PLOTS: Final = "plots"
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -43,12 +46,11 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate every backbone that was asked for."""
+    """Evaluate every backbone that was asked for; for the exit code see `judge_failures`."""
     backbones = chosen_backbones(args)
     benchmark = open_benchmark(args)
     if len(backbones) == 1:
-        _evaluate(args, benchmark, backbones[0], args.out)
-        return 0
+        return _exit_code(_evaluate(args, benchmark, backbones[0], args.out))
     found: dict[str, Evaluation] = {}
     try:
         for backbone in backbones:
@@ -56,7 +58,12 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if found:  # where one fails, those before it are not lost
             print(_table(found), flush=True)
-    return 0
+    return max(map(_exit_code, found.values()))
+
+
+def _exit_code(evaluation: "Evaluation") -> int:
+    unreadable, unavailable = evaluation.unreadable, evaluation.unavailable
+    return judge_failures(unreadable, unavailable, evaluation.score.images, retry="--overwrite")
 
 
 def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, out: Path) -> "Evaluation":
@@ -66,6 +73,7 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
     discoverer = make_discoverer(args, backbone, exif=False)
     paths = [example.path for example in benchmark.examples]
     discoverer = with_registers(args, discoverer, paths, kept=out / REGISTERS_FILE)
+    plots: list[Path] = []
     with ProgressBar(backbone) as bar:
         evaluation = evaluate(
             benchmark,
@@ -76,8 +84,10 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
             masks=args.masks is not None,
             extra={"limit": args.limit, "no_hard": args.no_hard},
             on_progress=bar,
-            on_discovery=_plotter(out / "plots") if args.plots else None,
+            on_discovery=_plotter(out / PLOTS, plots) if args.plots else None,
+            on_gone=lambda image_id: (out / PLOTS / f"{image_id}.png").unlink(missing_ok=True),
         )
+    check_written(plots)
     low, high = evaluation.score.wilson_interval()
     print(f"{backbone} on {benchmark.title}: 95 % interval {low:.2f} to {high:.2f}")
     if evaluation.auc is not None:
@@ -94,11 +104,13 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
     return evaluation
 
 
-def _plotter(folder: Path) -> "Hook":
+def _plotter(folder: Path, written: list[Path]) -> "Hook":
     from lostreg.images.draw import save_picture
 
     def plot(example: "Example", found: "Discovery") -> None:
-        save_picture(folder / f"{example.image_id}.png", found.plot(truth=example.boxes))
+        path = folder / f"{example.image_id}.png"
+        save_picture(path, found.plot(truth=example.boxes))
+        written.append(path)
 
     return plot
 

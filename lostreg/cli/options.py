@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from lostreg import defaults
 from lostreg.errors import OptionError
 from lostreg.models.table import FEATURES
+from lostreg.text import printable
 
 if TYPE_CHECKING:
     from lostreg.artifacts.outliers import CutoffRule
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on standard error."""
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def positive_int(text: str) -> int:
@@ -304,7 +305,12 @@ def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
 
 def tell(message: str) -> None:
     """A line for the person at the terminal, out of the way of standard output."""
-    sys.stderr.write(f"lostreg: {' '.join(message.split())}\n")
+    sys.stderr.write(f"lostreg: {one_line(message)}\n")
+
+
+def one_line(message: str) -> str:
+    """A message on one line, on which no name acts on the terminal."""
+    return printable(" ".join(message.split()))
 
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:
