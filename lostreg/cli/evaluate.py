@@ -1,6 +1,7 @@
 """``lostreg eval``: predict and score a benchmark, going on where an earlier run stopped."""
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -85,7 +86,7 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
             extra={"limit": args.limit, "no_hard": args.no_hard},
             on_progress=bar,
             on_discovery=_plotter(out / PLOTS, plots) if args.plots else None,
-            on_gone=lambda image_id: (out / PLOTS / f"{image_id}.png").unlink(missing_ok=True),
+            on_gone=lambda image_id: _remove_plot(out / PLOTS, f"{image_id}.png"),
         )
     check_written(plots)
     low, high = evaluation.score.wilson_interval()
@@ -113,6 +114,13 @@ def _plotter(folder: Path, written: list[Path]) -> "Hook":
         written.append(path)
 
     return plot
+
+
+def _remove_plot(folder: Path, name: str) -> None:
+    """Remove a picture of a run that is overwritten; the name comes from a file, and may not lead elsewhere."""
+    if name == Path(name).name:
+        with suppress(OSError, ValueError):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _table(found: dict[str, "Evaluation"]) -> str:

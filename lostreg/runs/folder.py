@@ -289,7 +289,8 @@ class Run(Generic[AnyLine]):
         return True
 
     def _lost(self, path: Path) -> PredictionsError:
-        again = "run the same command again" if path == self._memory else "run the same command with --overwrite"
+        remembered = path != self._memory and self._memory.exists()  # so that nothing would be computed again
+        again = f"run the same command {'with --overwrite' if remembered else 'again'}"
         return PredictionsError(
             f"{path} was deleted or changed while the run went on: expected {self._lines[path]:,} lines, found "
             f"{count_lines(path):,}; {again}, which computes what is lost anew"

@@ -445,9 +445,14 @@ def test_eval_draws_a_picture_an_image(root: Path, tmp_path: Path) -> None:
     assert main(["eval", "voc", "--root", str(root), "--out", str(out), "--limit", "2", "--plots", *FAST]) == 0
     assert sorted(path.name for path in (out / "plots").iterdir()) == ["im00.png", "im01.png"]
     (out / "plots" / "mine.png").touch()
+    (out / "mine.png").touch()
+    with (out / "predictions.jsonl").open("a") as file:
+        for name in ("../mine", str(out / "mine"), "\0"):
+            file.write(json.dumps({"image_id": name, "boxes": []}) + "\n")
     command = ["eval", "voc", "--root", str(root), "--out", str(out), "--limit", "1", "--overwrite", *FAST]
     assert main([*command, "--plots"]) == 0
     assert sorted(path.name for path in (out / "plots").iterdir()) == ["im00.png", "mine.png"]
+    assert (out / "mine.png").exists()
 
 
 @pytest.mark.parametrize("name", ["boxes.jsonl", "plots/im00.png", "masks/im00.png"])
