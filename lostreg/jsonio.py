@@ -1,16 +1,23 @@
 """JSON documents, written whole or not at all, and JSON Lines that grow as a run goes on and survive a kill."""
 
+import glob
 import json
 import math
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Final, TypeGuard, TypeVar, get_args, get_type_hints
 
 from lostreg.checks import FARTHEST, shown
 from lostreg.errors import LostregError
+
+if sys.platform != "win32":
+    import fcntl
 
 Document = TypeVar("Document")
 DEEPEST: Final = 32  # levels of a document
@@ -37,14 +44,82 @@ def write_whole(path: Path, text: str, *, errors: str = "strict") -> None:
 def whole_file(path: Path) -> Iterator[Path]:
     """A file to write, beside one that it replaces at the end: a reader, or a kill, meets the old content or the new.
 
-    After an error nothing is replaced, and nothing left; a kill leaves a file ``NAME.part-PID``.
+    After an error nothing is replaced, and nothing left. A kill leaves a file ``NAME.part-PID``, which whoever writes
+    the file next removes.
     """
-    beside = path.with_name(f"{path.name}.part-{os.getpid()}")
+    beside = part_of(path)
     try:
-        yield beside
-        beside.replace(path)
+        with held(beside, beside.touch):
+            remove_left(path)
+            yield beside
+            beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def part_of(path: Path) -> Path:
+    """Where this process writes what takes a file's or folder's place in the end."""
+    return path.with_name(f"{path.name}.part-{os.getpid()}")
+
+
+def remove_left(path: Path, remove: Callable[[Path], None] = Path.unlink) -> None:
+    """Remove what processes that are no more have begun to write for a file or folder.
+
+    Whether one lives is told by its hold, see `held`: other containers and machines that write to the same disk have
+    processes of the same numbers.
+    """
+    if sys.platform == "win32":
+        return
+    for part in path.parent.glob(f"{glob.escape(path.name)}.part-*"):
+        if re.fullmatch(r"\.part-[1-9]\d*(-old)?", part.name[len(path.name) :]):
+            with suppress(OSError), ExitStack() as stack:
+                descriptor = _open(part)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(part)
+
+
+@contextmanager
+def held(path: Path, make: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Make a file or folder and hold it, which `remove_left` respects; the hold goes with the process.
+
+    Args:
+        path: of the file or folder.
+        make: makes it.
+
+    Yields:
+        A function that says whether it is still there.
+    """
+    if sys.platform == "win32":  # there an open file can be neither replaced nor removed
+        make()
+        yield path.exists
+        return
+    while True:
+        make()
+        try:
+            descriptor = _open(path)
+        except FileNotFoundError:  # taken for a leftover before it was held
+            continue
+        try:
+            with suppress(OSError):  # some disks know no holds: nothing is ever removed there
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(descriptor, path):
+                yield partial(_is_at, descriptor, path)
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # NFS holds only what may be written
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file or folder is the one that a path leads to."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
 
 
 def save_document(path: str | Path, kind: str, fields: dict[str, Any], error: type[LostregError]) -> None:
@@ -157,6 +232,14 @@ def as_line(fields: dict[str, Any]) -> str:
     A file name that is not UTF-8 has lone surrogates: as JSON escapes they can be written and come back.
     """
     return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def count_lines(path: Path) -> int:
+    """How many whole lines a file has; none where there is no file."""
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(line.endswith(b"\n") for line in file)
 
 
 def keep_lines(path: Path, most: int | None = None) -> None:

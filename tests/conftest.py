@@ -12,6 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from lostreg.errors import ImageUnavailableError
+from lostreg.images import decode
+from lostreg.inference import stream
 from lostreg.inference.discovery import Discovery
 from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
 
@@ -61,6 +64,20 @@ def photo(tmp_path: Path) -> Path:
     path = tmp_path / "photo.jpg"
     Image.fromarray(disc_picture()).save(path, quality=95)
     return path
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The names of files that cannot be had."""
+    names: set[str] = set()
+
+    def read(source: Path, **options: object) -> object:
+        if source.name in names:
+            raise ImageUnavailableError(f"{source}: Stale file handle")
+        return decode.read_image(source, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream, "read_image", read)
+    return names
 
 
 def disc_picture(width: int = 150, height: int = 110) -> np.ndarray:

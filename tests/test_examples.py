@@ -18,6 +18,7 @@ import lostreg
 from lostreg import artifacts, checks, metrics
 from lostreg.images.boxes import pairwise_iou, spread
 from lostreg.models.backbone import build_backbone, find_spec
+from lostreg.text import Unused, printable, spreadsheet_text
 
 PUBLIC = [
     *[getattr(lostreg, name) for name in lostreg.__all__ if name not in ("LostregError", "artifacts")],
@@ -27,6 +28,9 @@ PUBLIC = [
     checks.real_number,
     pairwise_iou,
     spread,
+    printable,
+    spreadsheet_text,
+    Unused,
 ]
 MADE_BY_OTHERS = {"AttentionMaps", "Backbone", "BackboneSpec", "LostResult", "Measurement"}
 EXPLAINED = [thing for thing in PUBLIC if callable(thing) and thing.__name__ not in MADE_BY_OTHERS]

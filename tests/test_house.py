@@ -22,7 +22,7 @@ FLOORS = (
     ("methods",),
     ("datasets", "metrics"),
     ("images", "jsonio"),
-    ("checks", "errors", "defaults", "progress", "templates"),
+    ("checks", "errors", "defaults", "progress", "templates", "text"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from lostreg.errors import CalibrationError, OptionError, RegistersError
-from lostreg.jsonio import keep_lines, load_document, read_json, save_document, write_json
+from lostreg.jsonio import count_lines, held, keep_lines, load_document, read_json, save_document, write_json
 
 KIND = "lostreg test 1"
 
@@ -129,3 +131,60 @@ def _reading_only(opened: Callable[..., Any]) -> Callable[..., Any]:
         return opened(path, mode, *arguments, **options)
 
     return open_to_read
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from lostreg.jsonio import whole_file
+with whole_file(Path(sys.argv[1])) as beside:
+    beside.write_text("half")
+    print(beside, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed there")
+def test_what_a_kill_left_is_removed_and_what_a_live_process_writes_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "a [1].json"
+    writer = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        part = Path(str(writer.stdout and writer.stdout.readline()).rstrip("\n"))
+        write_json(path, {"by": "another"})
+        assert part.read_text() == "half"
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert part.exists()  # the kill left it
+    kept = [tmp_path / f"a [1].json{end}" for end in (".part", ".part-", ".part-x", ".part-01", ".part-1.gz")]
+    kept += [tmp_path / "other.json.part-1", tmp_path / "a 1.json.part-1"]
+    for other in kept:
+        other.write_text("mine")
+    with pytest.raises(TypeError):
+        write_json(path, {"no JSON": object()})
+    write_json(path, {"by": "us"})
+    assert sorted(tmp_path.iterdir()) == sorted([path, *kept])
+
+
+def test_a_part_that_is_taken_for_a_leftover_before_it_is_held_is_made_again(tmp_path: Path) -> None:
+    path, made = tmp_path / "a.part-1", []
+
+    def make() -> None:
+        made.append(path)
+        path.touch()
+        if len(made) < 3:
+            path.unlink()
+
+    with held(path, make) as is_there:
+        assert is_there()
+        path.unlink()
+        path.touch()
+        assert not is_there() or sys.platform == "win32"
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize(("content", "lines"), [(b"", 0), (b"a", 0), (b"a\n\nb", 2), (b"a\nb\n", 2)])
+def test_whole_lines_are_counted(tmp_path: Path, content: bytes, lines: int) -> None:
+    (tmp_path / "file").write_bytes(content)
+    assert count_lines(tmp_path / "file") == lines
+    assert count_lines(tmp_path / "none") == 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lostreg import defaults
 from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers
-from lostreg.cli.files import make_folder, refuse_among_images, unique_names
+from lostreg.cli.files import check_written, make_folder, refuse_among_images, unique_names
 from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, tell
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import ImageError, RegistersError
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     discoverers = [_cured(args, discoverer, paths) for discoverer in discoverers]
     streams = [attention_maps(paths, *each) for each in zip(discoverers, layers, strict=True)]
-    written = 0
+    written: list[Path] = []
     with ProgressBar("attention", tell_errors=True) as bar:
         for done, (path, name, *outcomes) in enumerate(zip(paths, unique_names(paths), *streams, strict=True), start=1):
             errors = [outcome for outcome in outcomes if isinstance(outcome, ImageError)]
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
             if not errors:
                 maps = [found for found in outcomes if not isinstance(found, ImageError)]
                 written += _write(args, path, args.out / name, list(zip(discoverers, maps, strict=True)))
-    print(f"written to {args.out}: {written} files for {len(paths) - bar.errors} of {len(paths)} images")
+    check_written(written)
+    print(f"written to {args.out}: {len(written)} files for {len(paths) - bar.errors} of {len(paths)} images")
     return 2 if bar.errors else 0
 
 
@@ -90,8 +91,8 @@ def _cured(args: argparse.Namespace, discoverer: "Discoverer", paths: list[Path]
 
 def _write(
     args: argparse.Namespace, path: Path, stem: Path, found: "list[tuple[Discoverer, list[AttentionMaps]]]"
-) -> int:
-    """The files of one image; how many they are."""
+) -> list[Path]:
+    """The files of one image."""
     import numpy as np
 
     from lostreg.artifacts.attention_figures import AttentionRow, plot_attention, plot_heads
@@ -103,14 +104,14 @@ def _write(
         for discoverer, maps in found
         for one in maps
     ]
-    plot_attention(pixels, rows).savefig(f"{stem}.png", dpi=150)
-    count = 1
+    written = [Path(f"{stem}.png")]
+    plot_attention(pixels, rows).savefig(written[0], dpi=150)
     for row in rows:
         name = re.sub(r"[^\w.]+", "-", row.title)
         if args.heads:
-            plot_heads(pixels, row).savefig(f"{stem}-{name}-heads.png", dpi=150)
-            count += 1
+            written.append(Path(f"{stem}-{name}-heads.png"))
+            plot_heads(pixels, row).savefig(written[-1], dpi=150)
         if args.arrays:
-            np.savez_compressed(f"{stem}-{name}.npz", **dataclasses.asdict(row.maps))
-            count += 1
-    return count
+            written.append(Path(f"{stem}-{name}.npz"))
+            np.savez_compressed(written[-1], **dataclasses.asdict(row.maps))
+    return written

@@ -8,7 +8,7 @@ from lostreg import defaults
 from lostreg.cli.build import REGISTERS_FILE, make_discoverer, with_registers
 from lostreg.cli.files import check_mask_pictures
 from lostreg.cli.options import Subparsers, add_max_side, add_method_options, add_object_options
-from lostreg.cli.progress import ProgressBar
+from lostreg.cli.progress import ProgressBar, judge_failures
 
 if TYPE_CHECKING:
     from lostreg.runs.discover import Summary
@@ -21,7 +21,9 @@ def add_parser(commands: Subparsers) -> None:
         help="find the objects of a collection of photos",
         description="Find the objects of every photo of a folder, glob or list, however many there are. A run that was "
         "stopped, by whatever, goes on where it was, and so does one to whose photos others were added. Photos that "
-        "cannot be read are listed in failed.csv. Then see `lostreg report` and `lostreg export`.",
+        "cannot be read are listed in failed.csv; the exit code is 2 if that is all of them, or if more than a tenth "
+        "were not there or could not be opened this time, which the same command tries again. Then see "
+        "`lostreg report` and `lostreg export`.",
     )
     parser.add_argument(
         "source",
@@ -36,7 +38,7 @@ def add_parser(commands: Subparsers) -> None:
         help="folder for predictions.jsonl, maps.jsonl, failed.csv and results.json",
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
-    parser.add_argument("--retry-failed", action="store_true", help="try photos again that could not be read")
+    parser.add_argument("--retry-failed", action="store_true", help="try photos again that are broken, too")
     parser.add_argument("--strict", action="store_true", help="stop at the first photo that cannot be read")
     parser.add_argument(
         "--mask-png",
@@ -51,7 +53,7 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Discover; the exit code is 2 if no photo at all could be read."""
+    """Discover; for the exit code see `judge_failures`."""
     from lostreg.datasets.folder import find_collection
     from lostreg.runs.discover import MASKS_FOLDER, discover_collection
 
@@ -74,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
             mask_pictures=args.mask_png,
             on_progress=bar,
         )
-    print(_words(summary, args.min_score, args.out))
-    return 2 if summary.unreadable == summary.images else 0
+    print(_words(summary, args.min_score, args.out), flush=True)
+    return judge_failures(summary.unreadable, summary.unavailable, summary.images, retry="--retry-failed")
 
 
 def _words(summary: "Summary", min_score: float, out: Path) -> str:

@@ -1,10 +1,12 @@
 """``lostreg eval``: predict and score a benchmark, going on where an earlier run stopped."""
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from lostreg.cli.build import REGISTERS_FILE, chosen_backbones, make_discoverer, open_benchmark, with_registers
+from lostreg.cli.files import check_written
 from lostreg.cli.options import (
     Subparsers,
     add_benchmark_options,
@@ -13,13 +15,15 @@ from lostreg.cli.options import (
     add_method_options,
     add_object_options,
 )
-from lostreg.cli.progress import ProgressBar
+from lostreg.cli.progress import ProgressBar, judge_failures
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 
 if TYPE_CHECKING:
     from lostreg.datasets import Benchmark, Example
     from lostreg.inference.discovery import Discovery
     from lostreg.runs.evaluate import Evaluation, Hook
+
+PLOTS: Final = "plots"
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -51,12 +55,11 @@ def add_parser(commands: Subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate every backbone that was asked for."""
+    """Evaluate every backbone that was asked for; for the exit code see `judge_failures`."""
     backbones = chosen_backbones(args)
     benchmark = open_benchmark(args)
     if len(backbones) == 1:
-        _evaluate(args, benchmark, backbones[0], args.out)
-        return 0
+        return _exit_code(_evaluate(args, benchmark, backbones[0], args.out))
     found: dict[str, Evaluation] = {}
     try:
         for backbone in backbones:
@@ -64,7 +67,12 @@ def run(args: argparse.Namespace) -> int:
     finally:
         if found:  # where one fails, those before it are not lost
             print(_table(found), flush=True)
-    return 0
+    return max(map(_exit_code, found.values()))
+
+
+def _exit_code(evaluation: "Evaluation") -> int:
+    unreadable, unavailable = evaluation.unreadable, evaluation.unavailable
+    return judge_failures(unreadable, unavailable, evaluation.score.images, retry="--overwrite")
 
 
 def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, out: Path) -> "Evaluation":
@@ -73,6 +81,7 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
     discoverer = make_discoverer(args, backbone, exif=False)  # but for images of which more is known
     paths = [example.source for example in benchmark.examples]
     discoverer = with_registers(args, discoverer, paths, kept=out / REGISTERS_FILE)
+    plots: list[Path] = []
     with ProgressBar(backbone) as bar:
         evaluation = evaluate(
             benchmark,
@@ -83,8 +92,10 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
             masks=args.masks is not None,
             extra={"limit": args.limit, "no_hard": args.no_hard},
             on_progress=bar,
-            on_discovery=_plotter(out / "plots") if args.plots else None,
+            on_discovery=_plotter(out / PLOTS, plots) if args.plots else None,
+            on_gone=lambda image_id: _remove_plot(out / PLOTS, f"{image_id}.png"),
         )
+    check_written(plots)
     low, high = evaluation.score.wilson_interval()
     print(f"{backbone} on {benchmark.title}: 95 % interval {low:.2f} to {high:.2f}")
     if evaluation.auc is not None:
@@ -101,13 +112,22 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
     return evaluation
 
 
-def _plotter(folder: Path) -> "Hook":
+def _plotter(folder: Path, written: list[Path]) -> "Hook":
     from lostreg.images.draw import save_picture
 
     def plot(example: "Example", found: "Discovery") -> None:
-        save_picture(folder / f"{example.image_id}.png", found.plot(truth=example.boxes))
+        path = folder / f"{example.image_id}.png"
+        save_picture(path, found.plot(truth=example.boxes))
+        written.append(path)
 
     return plot
+
+
+def _remove_plot(folder: Path, name: str) -> None:
+    """Remove a picture of a run that is overwritten; the name comes from a file, and may not lead elsewhere."""
+    if name == Path(name).name:
+        with suppress(OSError, ValueError):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _table(found: dict[str, "Evaluation"]) -> str:

@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lostreg.errors import OptionError
+from lostreg.errors import LostregError, OptionError
+from lostreg.text import Unused
 
 
 def check_writable(target: Path, purpose: str) -> None:
@@ -35,16 +36,20 @@ def make_folder(folder: Path) -> None:
         raise OptionError(f"cannot write to {folder}: permission denied")
 
 
+def check_written(paths: Iterable[Path]) -> None:
+    """Raise `LostregError` if files that were written are not there any more: no command says that they are."""
+    gone = [path for path in paths if not path.exists()]
+    if gone:
+        raise LostregError(
+            f"{len(gone)} files that were written are gone, such as {gone[0]}: someone deleted them meanwhile; run the "
+            "command again"
+        )
+
+
 def unique_names(paths: Iterable[Path]) -> Iterator[str]:
     """A file name without suffix for each image: images of one name in different folders get different ones."""
-    used: set[str] = set()
-    for path in paths:
-        name, number = path.stem, 1
-        while name in used:
-            number += 1
-            name = f"{path.stem}-{number}"
-        used.add(name)
-        yield name
+    unused = Unused()
+    return (unused.name(path.stem) for path in paths)
 
 
 def check_mask_pictures(option: str, max_objects: int) -> None:

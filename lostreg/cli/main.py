@@ -1,13 +1,10 @@
 """Entry point: parse, dispatch, and turn errors that a user can mend into one line and exit code 2."""
 
 import argparse
-import io
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lostreg.cli import (
@@ -26,7 +23,8 @@ from lostreg.cli import (
     score,
     sweep,
 )
-from lostreg.cli.options import Parser, tell
+from lostreg.cli.options import Parser, one_line, tell
+from lostreg.cli.terminal import standard_streams
 from lostreg.errors import LostregError, LostregWarning
 
 _COMMANDS = (
@@ -79,16 +77,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0, 1 where standard output was closed early, 2 for bad input, 130 after Ctrl-C.
     """
+    with standard_streams():
+        return _main(sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> int:
     command = ""
     try:
-        args = build_parser().parse_args(_join_bias(sys.argv[1:] if argv is None else argv))
+        try:
+            args = build_parser().parse_args(_join_bias(argv))
+        except SystemExit:
+            sys.stdout.flush()  # help, too, can meet a full disk
+            raise
         command = f" {args.command}"
         return _run(args)
+    except BrokenPipeError:  # the reader of our output went away: no error of the user's
+        return 1
     except (LostregError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our output went away: no error of the user's
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
-        sys.stderr.write(f"lostreg{command}: error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"lostreg{command}: error: {one_line(str(error))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("\nlostreg: interrupted; what was written so far is kept\n")
@@ -100,10 +106,6 @@ def _run(args: argparse.Namespace) -> int:
 
     keep_freed_memory()
     logging.getLogger("timm").setLevel(logging.ERROR)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be text of any encoding
-    if sys.stdout is None:  # closed by the caller
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the life of the process
     with warnings.catch_warnings():
         # On files that are broken or no checkpoints: those are reported in one line.
         warnings.filterwarnings("ignore", module=r"PIL\.|torch\._weights_only")

@@ -10,6 +10,7 @@ from lostreg import defaults
 from lostreg.checks import LARGEST, cut
 from lostreg.errors import OptionError
 from lostreg.models.table import FEATURES
+from lostreg.text import printable
 
 if TYPE_CHECKING:
     from lostreg.artifacts.outliers import CutoffRule
@@ -26,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on standard error."""
-        self.exit(2, f"{self.prog}: error: {cut(message, 1000)} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {cut(one_line(message), 1000)} (see {self.prog} --help)\n")
 
 
 def positive_int(text: str) -> int:
@@ -323,7 +324,12 @@ def add_frame(parser: argparse.ArgumentParser) -> None:
 
 def tell(message: str) -> None:
     """A line for the person at the terminal, out of the way of standard output."""
-    sys.stderr.write(f"lostreg: {' '.join(message.split())}\n")
+    sys.stderr.write(f"lostreg: {one_line(message)}\n")
+
+
+def one_line(message: str) -> str:
+    """A message on one line, on which no name acts on the terminal."""
+    return printable(" ".join(message.split()))
 
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,8 @@
 """``lostreg predict``: boxes for images, as a table, as JSON Lines, as pictures."""
 
 import argparse
+import os
+import stat
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,7 +10,14 @@ from typing import TYPE_CHECKING, TextIO
 
 from lostreg import defaults
 from lostreg.cli.build import make_discoverer, with_registers
-from lostreg.cli.files import check_mask_pictures, make_folder, mask_paths, refuse_among_images, unique_names
+from lostreg.cli.files import (
+    check_mask_pictures,
+    check_written,
+    make_folder,
+    mask_paths,
+    refuse_among_images,
+    unique_names,
+)
 from lostreg.cli.options import (
     Subparsers,
     add_images,
@@ -18,7 +27,9 @@ from lostreg.cli.options import (
     add_object_options,
     tell,
 )
-from lostreg.errors import ImageError, OptionError
+from lostreg.errors import ImageError, LostregError, OptionError
+from lostreg.jsonio import count_lines
+from lostreg.text import printable
 
 _OTHER_PICTURES = (".bmp", ".eps", ".gif", ".pdf", ".svg", ".tif", ".tiff")  # no folder is meant
 
@@ -59,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     plots = _plot_paths(args.plot, args.images, paths) if args.plot else None
     masks = _mask_paths(args, paths)
-    failed = 0
+    failed, written = 0, list[Path]()
     with ExitStack() as stack:
         output = _open_json(args.json, stack) if args.json else None
         discoverer = with_registers(args, make_discoverer(args, args.backbone), paths)
@@ -76,8 +87,13 @@ def run(args: argparse.Namespace) -> int:
             _report(path, outcome, output, args)  # before the picture, so that a full disk costs no box
             if plots and not isinstance(outcome, ImageError):
                 save_picture(plots[index], outcome.plot())
+                written.append(plots[index])
             if masks and not isinstance(outcome, ImageError):
                 save_mask_png(masks[index], outcome.labels())
+                written.append(masks[index])
+        if output:
+            _check_json(args.json, output, len(paths))
+    check_written(written)
     if failed and len(paths) > 1:
         tell(f"{failed} of {len(paths)} images could not be read")
     return 2 if failed else 0
@@ -103,13 +119,24 @@ def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None
     else:
         prediction = from_discovery(path.as_posix(), outcome, masks=args.masks is not None)
         if output is not sys.stdout:
-            name = path.as_posix().replace("\n", "\\n")
+            name = printable(path.as_posix())
             for box, score in zip(prediction.boxes, prediction.scores, strict=True):
                 note = "" if score >= args.min_score else "  no clear object"
                 print(_row(name, *(f"{value:.0f}" for value in box), score_text(score)) + note, flush=True)
     if output:
         output.write(prediction.to_line() + "\n")
         output.flush()
+
+
+def _check_json(target: str, output: TextIO, lines: int) -> None:
+    """Raise if the lines are not in the file that was named: it may have been deleted or replaced meanwhile."""
+    if output is not sys.stdout and stat.S_ISREG(os.fstat(output.fileno()).st_mode):
+        found = count_lines(Path(target))
+        if found < lines:
+            raise LostregError(
+                f"{target} was deleted or changed meanwhile: expected {lines} lines, found {found}; run the command "
+                "again"
+            )
 
 
 def _row(name: str, *values: str) -> str:
@@ -120,6 +147,8 @@ def _open_json(target: str, stack: ExitStack) -> TextIO:
     from lostreg.images.files import SUFFIXES
 
     if target == "-":
+        if getattr(sys.stdout, "is_closed", False):
+            raise OptionError("--json -: standard output is closed")
         return sys.stdout
     path = Path(target)
     if path.suffix.lower() in SUFFIXES:  # most likely a list of images that follows --json without its FILE

@@ -4,12 +4,40 @@ import sys
 from typing import TYPE_CHECKING
 
 from lostreg.cli.options import tell
+from lostreg.errors import ImageUnavailableError
 from lostreg.progress import Progress
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 _UNITS = {"probes": "probe"}  # of steps that go through something else than images
+
+
+_MANY = 0.1  # of all images: a run that fails on more is not one with a few broken photos
+
+
+def judge_failures(failed: int, unavailable: int, images: int, *, retry: str) -> int:
+    """Tell what a run could not read, loudly where that is much.
+
+    Args:
+        failed: images that could not be read.
+        unavailable: of these, those that could not be had this time.
+        images: all of them.
+        retry: the option that tries all of them again.
+
+    Returns:
+        The exit code: 2 where nothing could be read, or more than a tenth could not be had, so that a script does not
+        go on with what an unmounted disk has left; 0 for broken files, of which there will be as many the next time.
+    """
+    if failed > _MANY * images:
+        share = f"{failed:,} of {images:,} images ({100 * failed / images:.0f} %)"
+        tell(f"WARNING: {share} could not be read; {retry} tries them again")
+    if unavailable:
+        tell(
+            f"{unavailable:,} images could not be had this time (not there, not to be opened, or out of memory): "
+            "the same command tries them again"
+        )
+    return 2 if failed == images or unavailable > _MANY * images else 0
 
 
 class ProgressBar:
@@ -21,13 +49,14 @@ class ProgressBar:
 
     Attributes:
         errors: how many could not be done.
+        unavailable: of these, images that could not be had this time.
     """
 
     def __init__(self, description: str, *, tell_errors: bool = False) -> None:
         self._description = description
         self._tell_errors = tell_errors
         self._step = ""
-        self.errors = 0
+        self.errors = self.unavailable = 0
         self._bar: tqdm[None] | None = None
 
     def __enter__(self) -> "ProgressBar":
@@ -41,6 +70,7 @@ class ProgressBar:
         bar = self._bar_of(progress)
         if progress.error is not None:
             self.errors += 1
+            self.unavailable += isinstance(progress.error, ImageUnavailableError)
             if not self._tell_errors:
                 bar.set_description_str(f"{self._description}, {self.errors} unreadable", refresh=False)
         if progress.note:

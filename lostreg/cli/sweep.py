@@ -15,7 +15,7 @@ from lostreg.cli.options import (
     add_max_side,
     as_finite,
 )
-from lostreg.cli.progress import ProgressBar
+from lostreg.cli.progress import ProgressBar, judge_failures
 from lostreg.models.table import FEATURES
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{unreadable} images could not be read and count as misses (--overwrite tries them again)")
     print(f"written to {args.out}: {LINES_FILE}, {RESULTS_FILE}, {_PLOT}")
     print(_last_line(rows), flush=True)
-    return 0
+    return judge_failures(unreadable, bar.unavailable, len(benchmark), retry="--overwrite")
 
 
 def _table(rows: "Sequence[SweepRow]") -> str:

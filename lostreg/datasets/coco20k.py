@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from lostreg.datasets.base import Benchmark, Example, name_some
 from lostreg.datasets.coco import Boxes, CocoBoxes, make_coco, read_coco
 from lostreg.errors import DatasetError
+from lostreg.jsonio import write_whole
 
 COCO20K_COUNT = 19_817
 ANNOTATIONS = "annotations/instances_train2014.json"
@@ -162,16 +162,6 @@ def _write_cache(cache: Path | None, source: list[str | int], ids: tuple[int, ..
         "boxes": [found.objects.astype(np.int64).tolist() for found in boxes],
         "crowds": [found.crowds.astype(np.int64).tolist() for found in boxes],
     }
-    temporary: Path | None = None
-    try:
+    with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=cache.parent, prefix=cache.stem, suffix=".part", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            json.dump(content, file, separators=(",", ":"))
-        temporary.replace(cache)
-    except OSError:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+        write_whole(cache, json.dumps(content, separators=(",", ":")))

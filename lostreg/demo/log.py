@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Final
 
-from lostreg.demo.messages import printable
+from lostreg.text import printable
 
 _SECONDS: Final = 60.0
 

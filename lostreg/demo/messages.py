@@ -48,11 +48,6 @@ def is_upload(path: str, uploads: Path) -> bool:
         return False
 
 
-def printable(text: str) -> str:
-    """The same text with question marks for what cannot be sent or shown on one line."""
-    return "".join(char if char.isprintable() else "?" for char in text)
-
-
 def _refuse(number: str) -> None:
     """No page sends what JSON knows no number for."""
     raise ValueError(number)

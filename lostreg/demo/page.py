@@ -11,13 +11,14 @@ from typing import Any, Final, TypeVar
 import gradio as gr
 
 from lostreg.demo.looks import ATTENTION, DEGREES, INTRO, OBJECTS, START, TITLE, caption, panel
-from lostreg.demo.messages import is_upload, printable
+from lostreg.demo.messages import is_upload
 from lostreg.demo.panels import draw_attention, draw_degrees, draw_objects
 from lostreg.demo.session import MAX_OBJECTS, MAX_REGISTERS, DemoSettings, Models, Visitor
 from lostreg.demo.words import box_json, box_table, hint, problem, verdict
 from lostreg.errors import ImageError, LostregError, OptionError
 from lostreg.inference.options import Options
 from lostreg.models.table import BackboneSpec
+from lostreg.text import printable
 
 _SHOWN_BY_BROWSERS: Final = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 _IDLE_SECONDS: Final = 1800  # after which a visitor's features are let go

@@ -8,9 +8,9 @@ from typing import Any, Final
 from lostreg.exports.items import ExportSet
 from lostreg.exports.names import escaped
 from lostreg.exports.writing import write_file
+from lostreg.text import spreadsheet_text
 
 COLUMNS: Final = ("image_id", "width", "height", "x1", "y1", "x2", "y2", "score", "seed_row", "seed_col", "error")
-_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "'")
 
 
 def write(out: Path, collection: ExportSet) -> int:
@@ -22,8 +22,8 @@ def write(out: Path, collection: ExportSet) -> int:
 def as_csv(collection: ExportSet) -> str:
     """The table, its lines ended as RFC 4180 has it.
 
-    Text that a spreadsheet would take for a formula has an apostrophe in front, and so has text that begins with one:
-    whoever takes the first apostrophe off has the id as it was.
+    Ids and errors are as `lostreg.text.spreadsheet_text` has them: whoever takes a first apostrophe off has them as
+    they were.
 
     Args:
         collection: what is exported; its unreadable images come last, with their errors.
@@ -44,4 +44,4 @@ def as_csv(collection: ExportSet) -> str:
 
 
 def _text(value: Any) -> Any:
-    return "'" + value if isinstance(value, str) and value.startswith(_FORMULA) else value
+    return spreadsheet_text(value) if isinstance(value, str) else value

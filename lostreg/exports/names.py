@@ -8,6 +8,8 @@ from itertools import takewhile
 from pathlib import PurePosixPath
 from typing import Final
 
+from lostreg.text import Unused
+
 _LONGEST: Final = 180  # bytes of a stem: file systems take 255 with everything that is put in front and behind
 
 
@@ -25,20 +27,14 @@ class Names:
     def __init__(self, *, flat: bool = False, reserved: str = "") -> None:
         self._flat = flat
         self._reserved = reserved
-        self._used: set[str] = set()
+        self._unused = Unused(_key)
 
     def stem(self, name: str) -> str:
         """A stem for an image's name, with slashes; the second of two that are alike ends in ``-2``."""
-        stem = self._safe(name)
-        free, number = stem, 1
-        while _key(free) in self._used:
-            number += 1
-            free = f"{stem}-{number}"
-        self._used.add(_key(free))
-        return free
+        return self._unused.name(self._safe(name))
 
     def _safe(self, name: str) -> str:
-        *folders, last = [part for part in printable(name).split("/") if part not in ("", ".")] or ["_"]
+        *folders, last = [part for part in xml_text(name).split("/") if part not in ("", ".")] or ["_"]
         parts = [self._folder(part) for part in folders] + [_visible(PurePosixPath(last).stem)]
         if self._flat:
             parts = [_short(re.sub(r"\s", "_", "__".join(parts)))]
@@ -48,7 +44,7 @@ class Names:
         return part + "_" if part == self._reserved else _visible(part)
 
 
-def printable(name: str) -> str:
+def xml_text(name: str) -> str:
     """A name without what XML has no place for: bytes that are not UTF-8, control characters, U+FFFE and U+FFFF."""
     return "".join(
         "_" if unicodedata.category(sign) in ("Cs", "Cc") or sign in "\ufffe\uffff" else sign for sign in name

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from lostreg.exports.items import Box, ExportImage, ExportSet
-from lostreg.exports.names import Names, printable
+from lostreg.exports.names import Names, xml_text
 from lostreg.exports.pictures import Placing, Plan, Reader, place, plan_all
 from lostreg.exports.writing import put
 from lostreg.progress import OnProgress, Progress
@@ -54,7 +54,7 @@ def write(
 
 
 def _put_image(folder: Path, stem: str, image: ExportImage, what: Plan | None, *, files: Placing, label: str) -> None:
-    suffix = what.suffix if what else printable(Path(image.name).suffix) or ".jpg"
+    suffix = what.suffix if what else xml_text(Path(image.name).suffix) or ".jpg"
     if what:
         place(what, folder / "JPEGImages" / (stem + suffix), files)
     put(folder / "Annotations" / f"{stem}.xml", _xml(image, stem + suffix, label))
@@ -84,7 +84,7 @@ def _whole_edges(low: float, high: float, size: int) -> tuple[int, int]:
 def _xml(image: ExportImage, filename: str, label: str) -> str:
     root = ET.Element("annotation")
     _add(root, {"folder": "JPEGImages", "filename": filename})
-    _add(ET.SubElement(root, "source"), {"database": "lostreg", "image": printable(image.name)})
+    _add(ET.SubElement(root, "source"), {"database": "lostreg", "image": xml_text(image.name)})
     _add(ET.SubElement(root, "size"), {"width": image.width, "height": image.height, "depth": 3})
     _add(root, {"segmented": 0})
     for box in image.boxes:

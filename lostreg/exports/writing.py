@@ -1,16 +1,18 @@
 """Files and folders that are there whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from lostreg.checks import cut
 from lostreg.errors import OptionError, PredictionsError
-from lostreg.jsonio import as_line, write_whole
+from lostreg.jsonio import as_line, held, part_of, remove_left, write_whole
 from lostreg.runs.locate import is_file
 
 MARK: Final = "lostreg-export.json"
@@ -109,16 +111,22 @@ def put(path: Path, content: str) -> None:
 def whole_folder(out: Path) -> Iterator[Path]:
     """A new folder to fill; at the end it takes the place of ``out``, after an error nothing of it is left.
 
+    A kill leaves a folder ``NAME.part-PID``, which the next export to the same place removes.
+
     Raises:
         PredictionsError: if something cannot be written.
     """
     place = out.resolve()
-    beside = place.with_name(f"{place.name}.part-{os.getpid()}")
+    beside = part_of(place)
     missing = [parent for parent in place.parents if not parent.exists()]
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        _replace(place, beside)
+        remove_left(place, _remove)
+        with held(beside, partial(beside.mkdir, parents=True)) as is_there:
+            (beside / MARK).touch()  # a kill leaves a folder that is known as ours
+            yield beside
+            if not is_there():
+                raise FileNotFoundError(errno.ENOENT, "it was deleted before it was done", str(beside))
+            _replace(place, beside)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise PredictionsError(f"cannot make the export {out}: {error.strerror or error}{where}") from error
@@ -134,7 +142,20 @@ def _replace(place: Path, new: Path) -> None:
     if place.exists():
         place.rename(old)
     new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Delete an export, the file that tells it for one last: of another folder nothing is deleted."""
+    if not is_file(folder / MARK) and any(folder.iterdir()):
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != MARK:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def as_text(content: Any) -> str:

@@ -7,26 +7,32 @@ import csv
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
-from lostreg.datasets.base import ImageId
 from lostreg.datasets.folder import Collection
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
-from lostreg.errors import ImageError
+from lostreg.errors import ImageError, PredictionsError
 from lostreg.images.masks import save_mask_png
 from lostreg.inference.discoverer import Discoverer
-from lostreg.jsonio import whole_file
+from lostreg.jsonio import count_lines, whole_file
 from lostreg.progress import OnProgress, Progress
 from lostreg.runs.folder import Run
+from lostreg.runs.locate import is_file
 from lostreg.runs.maps import maps_of
 from lostreg.runs.predictions import Prediction, from_discovery, from_error, parse_prediction, stream_predictions
+from lostreg.text import spreadsheet_text
 
 FAILED_FILE: Final = "failed.csv"
 MASKS_FOLDER: Final = "masks"
 _LONGEST_NAME: Final = 240  # bytes, before the suffix
+_ELSEWHERE: Final = {"/": "_root", "//": "_roots", "..": "_up"}  # folders of masks of images that lie elsewhere
+_TAKEN: Final = re.compile(r"^(_+(?:roots?|up))$")
+_PICTURE: Final = re.compile(r"(\.png_*)$", re.IGNORECASE)
 
 
 @dataclass
@@ -37,7 +43,8 @@ class Summary:
         images: all images.
         clear: images with a clear main object.
         unclear: images whose main object has a lower score than was asked for.
-        unreadable: images that could not be read.
+        unreadable: images that could not be read, for whatever reason.
+        unavailable: of these, images that could not be had this time, and are tried again by the next run.
         boxes: boxes in all.
         known: images that an earlier run had done.
     """
@@ -46,6 +53,7 @@ class Summary:
     clear: int = 0
     unclear: int = 0
     unreadable: int = 0
+    unavailable: int = 0
     boxes: int = 0
     known: int = 0
 
@@ -55,6 +63,7 @@ class Summary:
         self.boxes += len(prediction.boxes)
         if prediction.error is not None:
             self.unreadable += 1
+            self.unavailable += prediction.unavailable
         elif prediction.scores and prediction.scores[0] >= min_score:
             self.clear += 1
         else:
@@ -68,6 +77,7 @@ class Summary:
             "unclear": self.unclear,
             "clear_from": min_score,
             "unreadable": self.unreadable,
+            "unavailable": self.unavailable,
             "boxes": self.boxes,
         }
 
@@ -86,7 +96,8 @@ def discover_collection(
 ) -> Summary:
     """Find the objects of every image of a collection, going on where an earlier run into the same folder stopped.
 
-    Images that were added since are computed; what was found in images that are gone is left out in the end.
+    Images that were added since are computed; what was found in images that are gone is left out in the end. Images
+    that could not be had, or whose pictures of masks are missing, are tried again.
 
     Args:
         collection: the images.
@@ -104,7 +115,7 @@ def discover_collection(
 
     Raises:
         PredictionsError: if the folder cannot be written, is in use, or holds a run with other settings, or over none
-            of these images.
+            of these images; or if what was written was deleted meanwhile.
         ImageError: with ``strict``, at the first image that cannot be read; what came before it is kept.
     """
     settings = {
@@ -117,6 +128,12 @@ def discover_collection(
     }
     min_score = discoverer.options.min_score
     summary = Summary()
+
+    def try_again(prediction: Prediction) -> bool:
+        if prediction.error is not None:
+            return retry_failed or prediction.unavailable
+        return mask_pictures and not is_file(mask_path(out, str(prediction.image_id)))
+
     with Run(
         out,
         collection.names,
@@ -126,27 +143,31 @@ def discover_collection(
         beside=[MAPS_FILE],
         may_change=True,
         overwrite=overwrite,
-        retry_failed=retry_failed,
+        try_again=try_again,
+        on_gone=lambda image_id: _remove_mask(out, str(image_id)),
     ) as run:
-        _write_failed(out, _counted(run.resume(), summary, min_score, strict=strict))
+        failed_lines = _write_failed(out, _counted(run.resume(), summary, min_score, strict=strict))
         summary.known = summary.images
+        drawn: list[str] = []
         for name, outcome in run.outcomes(discoverer.outcomes, collection.path):
             path, error = collection.path(name), None
             if isinstance(outcome, ImageError):
                 if strict:
                     raise outcome
                 prediction, maps, error = from_error(name, outcome, path), None, outcome
-                with (out / FAILED_FILE).open("ab") as file:
-                    file.write(_failed_row(name, prediction.error or ""))
             else:
                 prediction, maps = from_discovery(name, outcome, masks=masks), maps_of(name, path, outcome)
                 if mask_pictures:
                     save_mask_png(mask_path(out, name), outcome.labels())
+                    drawn.append(name)
             run.append(prediction, maps)
+            if error is not None:
+                failed_lines += _append_failed(out, prediction)
             summary.add(prediction, min_score)
             on_progress(Progress(summary.images, len(collection), known=summary.known, error=error))
-        if run.put_in_order():
+        if run.put_in_order() or count_lines(out / FAILED_FILE) != failed_lines:
             _write_failed(out, stream_predictions(out / PREDICTIONS_FILE))
+        _check_drawn(out, drawn)
         run.finish(summary.figures(min_score), discoverer.backbone.device)
     return summary
 
@@ -162,18 +183,28 @@ def _counted(
         yield prediction
 
 
-def _write_failed(out: Path, predictions: Iterable[Prediction]) -> None:
-    """The table of the images that could not be read, written whole, of a run's predictions."""
-    with whole_file(out / FAILED_FILE) as beside, beside.open("wb") as file:
-        file.write(_failed_row("image_id", "reason"))
-        for prediction in predictions:
-            if prediction.error is not None:
-                file.write(_failed_row(prediction.image_id, prediction.error))
+def _write_failed(out: Path, predictions: Iterable[Prediction]) -> int:
+    """The table of the images that could not be read, written whole, of a run's predictions; how many lines it has."""
+    with whole_file(out / FAILED_FILE) as beside:
+        with beside.open("wb") as file:
+            file.write(b"image_id,reason,cause\n")
+            file.writelines(_failed_row(prediction) for prediction in predictions if prediction.error is not None)
+        return count_lines(beside)
 
 
-def _failed_row(*cells: ImageId) -> bytes:
-    """A row of the table; names that are no text keep their bytes."""
+def _append_failed(out: Path, prediction: Prediction) -> int:
+    """Add a row to the table; how many lines it takes."""
+    row = _failed_row(prediction)
+    with (out / FAILED_FILE).open("ab") as file:
+        file.write(row)
+    return row.count(b"\n")
+
+
+def _failed_row(prediction: Prediction) -> bytes:
+    """A row of the table, without formulas; names that are no text keep their bytes."""
     row = io.StringIO()
+    cause = "unavailable" if prediction.unavailable else "unreadable"
+    cells = (spreadsheet_text(str(prediction.image_id)), spreadsheet_text(prediction.error or ""), cause)
     csv.writer(row, lineterminator="\n").writerow(cells)
     try:
         return row.getvalue().encode("utf-8", "surrogateescape")
@@ -182,10 +213,33 @@ def _failed_row(*cells: ImageId) -> bytes:
 
 
 def mask_path(out: Path, name: str) -> Path:
-    """Where the picture of an image's masks goes: beneath the run's folder, wherever the image lies."""
-    elsewhere = {"/": "_root", "..": "_up"}
-    *folders, last = [elsewhere.get(part, part) for part in PurePosixPath(name).parts]
-    if len(os.fsencode(last)) > _LONGEST_NAME:  # file systems take 255 bytes
+    """Where the picture of an image's masks goes: beneath the run's folder, wherever the image lies; no two share one.
+
+    Folders of such names get an underscore more, and so do folders that are named like a picture.
+    """
+    *folders, last = PurePosixPath(name).parts
+    folders = [_ELSEWHERE.get(part) or _TAKEN.sub(r"_\1", _PICTURE.sub(r"\1_", part)) for part in folders]
+    if len(os.fsencode(last)) >= _LONGEST_NAME:  # file systems take 255 bytes; cut names are of just that length
         digest = hashlib.sha256(os.fsencode(last)).hexdigest()[:12]
         last = os.fsdecode(os.fsencode(last)[: _LONGEST_NAME - 13]) + "-" + digest
     return out.joinpath(MASKS_FOLDER, *folders, last + ".png")
+
+
+def _remove_mask(out: Path, name: str) -> None:
+    """Remove the picture of an image's masks, and folders that are empty then; nothing else in them is ours."""
+    picture = mask_path(out, name)
+    with suppress(OSError, ValueError):  # no file has such a name, or a folder holds more
+        picture.unlink(missing_ok=True)
+        for folder in picture.parents:
+            folder.rmdir()
+            if folder == out / MASKS_FOLDER:
+                break
+
+
+def _check_drawn(out: Path, names: Iterable[str]) -> None:
+    missing = [name for name in names if not is_file(mask_path(out, name))]
+    if missing:
+        raise PredictionsError(
+            f"{len(missing)} pictures of masks were deleted while the run went on, such as "
+            f"{mask_path(out, missing[0])}: run the same command again, which makes them anew"
+        )

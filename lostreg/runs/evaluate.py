@@ -10,7 +10,7 @@ from lostreg.checks import shown
 from lostreg.datasets import Benchmark, Example
 from lostreg.datasets.base import ImageId
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
-from lostreg.errors import ImageError, PredictionsError
+from lostreg.errors import ImageError, ImageUnavailableError, PredictionsError
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
 from lostreg.metrics import Corloc, Detections, DetectionScores, corloc, detection_scores, is_hit, score_auc
@@ -31,6 +31,7 @@ class Evaluation:
         computed: images predicted by this run, not by an earlier one that it continued.
         auc: how well the boxes' scores tell hits from misses, see `score_auc`; None where it cannot be said.
         detection: how well all boxes find all objects; None where a box has no score.
+        unavailable: of the unreadable images, those that could not be had this time: the next run tries them again.
     """
 
     score: Corloc
@@ -38,6 +39,7 @@ class Evaluation:
     computed: int
     auc: float | None
     detection: DetectionScores | None
+    unavailable: int = 0
 
     def figures(self) -> dict[str, Any]:
         """As results record them."""
@@ -52,6 +54,7 @@ class Evaluation:
             "score_auc": None if self.auc is None else round(self.auc, 4),
             "detection": detection,
             "unreadable": self.unreadable,
+            "unavailable": self.unavailable,
         }
 
 
@@ -69,8 +72,11 @@ def evaluate(
     extra: dict[str, Any] | None = None,
     on_progress: OnProgress = lambda _: None,
     on_discovery: Hook | None = None,
+    on_gone: Callable[[ImageId], None] = lambda _: None,
 ) -> Evaluation:
     """Predict and score a benchmark, going on where an earlier run into the same folder stopped.
+
+    Images that could not be had then are tried again.
 
     Args:
         benchmark: its images must exist; `choose_frames` says which of them are turned.
@@ -82,6 +88,7 @@ def evaluate(
         extra: further settings of the run to record and compare, such as a limit.
         on_progress: called after each image, with the corloc so far.
         on_discovery: called with each image's discovery before its line is written; its source is the decoded image.
+        on_gone: called with each image of an earlier run that is overwritten.
 
     Raises:
         PredictionsError: if the folder cannot be written, is in use by another run, or holds a run with other
@@ -100,6 +107,7 @@ def evaluate(
         memory=PREDICTIONS_FILE,
         beside=[MAPS_FILE],
         overwrite=overwrite,
+        on_gone=on_gone,
     ) as run:
         for prediction in run.resume():
             tally.add(prediction, known=True)
@@ -130,7 +138,7 @@ class _Tally:
         self.on_progress = on_progress
         self.predictions: dict[ImageId, Prediction] = {}
         self.is_hit: dict[ImageId, bool] = {}
-        self.hits = self.known = self.unreadable = 0
+        self.hits = self.known = self.unreadable = self.unavailable = 0
 
     def check(self, prediction: Prediction) -> None:
         if self.strict and prediction.error is not None:
@@ -143,8 +151,10 @@ class _Tally:
         self.is_hit[image_id] = is_hit(prediction.boxes, self.examples[image_id].boxes)
         self.hits += self.is_hit[image_id]
         self.unreadable += prediction.error is not None
+        self.unavailable += prediction.unavailable
         self.known += known
-        error = None if prediction.error is None else ImageError(prediction.error)
+        kind = ImageUnavailableError if prediction.unavailable else ImageError
+        error = None if prediction.error is None else kind(prediction.error)
         note = f"corloc {self.score.percent:.2f}"
         self.on_progress(Progress(len(self.is_hit), len(self.examples), known=self.known, error=error, note=note))
 
@@ -157,7 +167,7 @@ class _Tally:
         scored = [one for one in predictions if one.boxes and one.has_scores]
         auc = score_auc([one.scores[0] for one in scored], [self.is_hit[one.image_id] for one in scored])
         detection = _detection(predictions, list(self.examples.values()))
-        return Evaluation(self.score, self.unreadable, computed, auc, detection)
+        return Evaluation(self.score, self.unreadable, computed, auc, detection, self.unavailable)
 
 
 def _detection(predictions: Sequence[Prediction | None], examples: Sequence[Example]) -> DetectionScores | None:

@@ -8,10 +8,10 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, Final, Generic, Protocol, TextIO, TypeVar
+from typing import Any, Final, Generic, Protocol, TextIO, TypeVar
 
 import filelock
 import torch
@@ -20,7 +20,7 @@ from lostreg.datasets.base import ImageId
 from lostreg.defaults import RESULTS_FILE
 from lostreg.errors import LostregWarning, PredictionsError
 from lostreg.images.decode import ImageSource
-from lostreg.jsonio import keep_lines, whole_file, write_json
+from lostreg.jsonio import count_lines, keep_lines, remove_left, whole_file, write_json
 from lostreg.runs.results import AFRESH, check_same_run, run_facts
 
 _FACTS: Final = ("run", "versions", "device")
@@ -43,11 +43,17 @@ class Memory(Line, Protocol):
     """A line of the memory of a run."""
 
     @property
-    def error(self) -> str | None:
-        """Why the image could not be read; None where it could."""
+    def unavailable(self) -> bool:
+        """Whether the image could not be had this time, so that another run tries it again."""
 
 
 AnyLine = TypeVar("AnyLine", bound=Memory)
+
+
+def _unavailable(line: Memory) -> bool:
+    return line.unavailable
+
+
 Outcome = TypeVar("Outcome")
 
 
@@ -61,8 +67,8 @@ class Run(Generic[AnyLine]):
 
     What shares a pack is a function of a list alone. For a run that was merely stopped it is the whole list, so it ends
     with the same bytes as one that was not. For a run whose list has changed it is the list of the images that were
-    missing when the change was met, however often the run is stopped then. Images tried again make a new list each
-    time.
+    missing when the change was met, however often the run is stopped then. Images tried again, and those that could
+    not be had the last time are, make a new list each time.
 
     Args:
         out: the folder; made if need be.
@@ -74,7 +80,8 @@ class Run(Generic[AnyLine]):
         results: name of the file with settings and figures.
         may_change: whether the list may have changed since an earlier run.
         overwrite: whether to start anew instead of going on.
-        retry_failed: whether images that could not be read count as missing.
+        try_again: whether an image counts as missing in spite of its line; those that could not be had, unless given.
+        on_gone: called with each image that has left the memory because it is gone, or will because all begins anew.
 
     Attributes:
         todo: ids of the images that are missing, in order; known once `resume` has come to its end.
@@ -93,7 +100,8 @@ class Run(Generic[AnyLine]):
         results: str = RESULTS_FILE,
         may_change: bool = False,
         overwrite: bool = False,
-        retry_failed: bool = False,
+        try_again: Callable[[AnyLine], bool] = _unavailable,
+        on_gone: Callable[[ImageId], None] = lambda _: None,
     ) -> None:
         self.out = out
         self.images = images
@@ -106,13 +114,15 @@ class Run(Generic[AnyLine]):
         self._results = out / results
         self._may_change = may_change
         self._overwrite = overwrite
-        self._retry_failed = retry_failed
+        self._try_again = try_again
+        self._on_gone = on_gone
         self._written: list[ImageId] = []  # ids of the memory's lines, as they stand in the file
         self._gone_beside = False  # whether a file beside the memory has lines of images that are gone
         self._batch: Sequence[ImageId] = ()  # the list whose packs the missing images share
         self._earlier: dict[str, Any] = {}  # results of an earlier run
         self._stack = ExitStack()
         self._files: list[TextIO] = []
+        self._lines: dict[Path, int] = {}  # how many each of the files has
         self._start = 0.0
 
     def __enter__(self) -> "Run[AnyLine]":
@@ -124,9 +134,11 @@ class Run(Generic[AnyLine]):
         with ExitStack() as stack:
             stack.enter_context(locked(self.out))
             for path in (self._memory, self._results, *self._beside):
-                for left_by_a_kill in self.out.glob(f"{path.name}.part-*"):  # of `whole_file`
-                    left_by_a_kill.unlink(missing_ok=True)
+                remove_left(path)
             if self._overwrite:
+                for image_id in _ids_of(self._memory):
+                    if image_id is not None:
+                        self._on_gone(image_id)
                 for path in (self._memory, self._results, *self._beside):
                     path.unlink(missing_ok=True)
             elif self._results.exists() or self._memory.exists():
@@ -145,34 +157,33 @@ class Run(Generic[AnyLine]):
                 or if none of the earlier run's images is in it, or only some and it is of another folder.
         """
         images, done, known = set(self.images), set[ImageId](), set[ImageId]()
-        with ExitStack() as stack:
-            kept: IO[bytes] | None = None  # the memory without the lines of images that are tried again
-            if self._retry_failed and self._memory.exists():
-                kept = stack.enter_context(stack.enter_context(whole_file(self._memory)).open("wb"))
-            for raw, line in self._read_memory():
-                known.add(line.image_id)
-                if self._retry_failed and line.error is not None:
-                    continue
-                if kept:
-                    kept.write(raw)
-                self._written.append(line.image_id)
-                if line.image_id in images and line.image_id not in done:
-                    done.add(line.image_id)
-                    yield line
-            self._check_strangers(known - images, known & images)
-            self.todo = [image_id for image_id in self.images if image_id not in done]
-            resumed_after = self._choose_batch()
-            if self._written != list(self.images) or not self._earlier:
-                marks = {_RESUMED_AFTER: resumed_after} if resumed_after else {}
-                write_json(self._results, {"complete": False, **marks, **self._settings})
+        dropped = set[int]()  # numbers of the lines of images that are tried again
+        for number, line in self._read_memory():
+            known.add(line.image_id)
+            if self._try_again(line):
+                dropped.add(number)
+                continue
+            self._written.append(line.image_id)
+            if line.image_id in images and line.image_id not in done:
+                done.add(line.image_id)
+                yield line
+        self._check_strangers(known - images, known & images)
+        self.todo = [image_id for image_id in self.images if image_id not in done]
+        resumed_after = self._choose_batch()
+        if self._written != list(self.images) or not self._earlier:
+            marks = {_RESUMED_AFTER: resumed_after} if resumed_after else {}
+            write_json(self._results, {"complete": False, **marks, **self._settings})
+        if dropped:
+            _drop_lines(self._memory, dropped)
         # Lines beside those of the memory are kept for images that are gone, too: they may come back.
         beside = set[ImageId]().union(*(_cut_ahead(path, set(self._written)) for path in self._beside))
         self._gone_beside = not beside <= images
         for path in (*self._beside, self._memory):
+            self._lines[path] = count_lines(path)
             self._files.append(self._stack.enter_context(path.open("a", encoding="utf-8", newline="\n")))
         self._start = time.perf_counter()
 
-    def _read_memory(self) -> Iterator[tuple[bytes, AnyLine]]:
+    def _read_memory(self) -> Iterator[tuple[int, AnyLine]]:
         keep_lines(self._memory)
         if not self._memory.exists():
             return
@@ -181,7 +192,7 @@ class Run(Generic[AnyLine]):
                 if not raw.strip():
                     continue
                 try:
-                    yield raw, self._parse(raw)
+                    yield number, self._parse(raw)
                 except (ValueError, TypeError, KeyError, RecursionError) as error:
                     raise PredictionsError(
                         f"{self._memory} is not of this run (line {number}: {error}): {AFRESH}"
@@ -238,11 +249,17 @@ class Run(Generic[AnyLine]):
         Args:
             line: of the memory.
             beside: lines of the files beside it; None for an image that has none.
+
+        Raises:
+            PredictionsError: if one of the files is gone.
         """
-        for file, entry in zip(self._files, (*beside, line), strict=True):
+        for path, file, entry in zip(self._lines, self._files, (*beside, line), strict=True):
             if entry is not None:
                 file.write(entry.to_line() + "\n")
                 file.flush()
+                self._lines[path] += 1
+            if not path.exists():  # better now than after hours
+                raise self._lost(path)
         self._written.append(line.image_id)
         self.computed += 1
 
@@ -251,9 +268,15 @@ class Run(Generic[AnyLine]):
 
         Images that are gone leave the memory first, so that whoever comes back is computed again; its order comes last:
         as long as it is another one, a run that was killed here has this still to do.
+
+        Raises:
+            PredictionsError: if one of the files has lost lines.
         """
         for file in self._files:
             file.close()
+        for path, lines in self._lines.items():
+            if count_lines(path) != lines:
+                raise self._lost(path)
         needed = self._written != list(self.images) or self._gone_beside
         if not needed:
             return False
@@ -261,10 +284,20 @@ class Run(Generic[AnyLine]):
         kept = list(dict.fromkeys(image_id for image_id in self._written if image_id in images))
         if len(kept) < len(self._written):
             _put_in_order(self._memory, kept, last=False)
+            for image_id in set(self._written) - images:
+                self._on_gone(image_id)
         for path in self._beside:
             _put_in_order(path, self.images, last=True)
         _put_in_order(self._memory, self.images, last=False)
         return True
+
+    def _lost(self, path: Path) -> PredictionsError:
+        remembered = path != self._memory and self._memory.exists()  # so that nothing would be computed again
+        again = f"run the same command {'with --overwrite' if remembered else 'again'}"
+        return PredictionsError(
+            f"{path} was deleted or changed while the run went on: expected {self._lines[path]:,} lines, found "
+            f"{count_lines(path):,}; {again}, which computes what is lost anew"
+        )
 
     def finish(self, figures: dict[str, Any], device: torch.device) -> None:
         """Write the results; the facts of an earlier run stay where it had done everything.
@@ -303,13 +336,24 @@ def _cut_ahead(path: Path, written: set[ImageId]) -> set[ImageId]:
     Returns:
         The images of the other lines.
     """
-    if not path.exists():
-        return set()
-    with path.open("rb") as file:
-        ids = [_image_id_of(raw) if raw.endswith(b"\n") else None for raw in file]
+    ids = list(_ids_of(path))
     kept = max((number for number, image_id in enumerate(ids, start=1) if image_id in written), default=0)
     keep_lines(path, kept)
     return {image_id for image_id in ids[:kept] if image_id is not None}
+
+
+def _drop_lines(path: Path, numbers: Container[int]) -> None:
+    """Leave lines out of a file, by their numbers from 1."""
+    with whole_file(path) as beside, beside.open("wb") as kept, path.open("rb") as file:
+        kept.writelines(raw for number, raw in enumerate(file, start=1) if number not in numbers)
+
+
+def _ids_of(path: Path) -> Iterator[ImageId | None]:
+    """The image of each line of a file, if there is one; None where it is not whole, or tells none."""
+    if path.exists():
+        with path.open("rb") as file:
+            for raw in file:
+                yield _image_id_of(raw) if raw.endswith(b"\n") else None
 
 
 def _root_of(settings: dict[str, Any]) -> Any:

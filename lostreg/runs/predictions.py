@@ -8,7 +8,7 @@ from typing import Any
 
 from lostreg.checks import FARTHEST, shown
 from lostreg.datasets.base import ImageId
-from lostreg.errors import PredictionsError
+from lostreg.errors import ImageUnavailableError, PredictionsError
 from lostreg.images.rle import Rle, encode_rle
 from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import as_line, is_box, is_finite_number, is_id
@@ -27,6 +27,7 @@ class Prediction:
         seeds: patch row and column, one pair a box; or none.
         masks: one a box, in COCO's compressed run-length encoding; None where masks were not asked for.
         error: why there are no boxes, for an image that could not be read.
+        unavailable: whether that was a passing fault, which says nothing of its pixels: see `ImageUnavailableError`.
     """
 
     image_id: ImageId
@@ -37,6 +38,7 @@ class Prediction:
     seeds: Sequence[Sequence[int]] = ()
     masks: Sequence[Rle] | None = None
     error: str | None = None
+    unavailable: bool = False
 
     @property
     def has_scores(self) -> bool:
@@ -57,6 +59,8 @@ class Prediction:
             fields["masks"] = list(self.masks)
         if self.error is not None:
             fields["error"] = self.error
+        if self.unavailable:
+            fields["unavailable"] = True
         return as_line(fields)
 
 
@@ -79,7 +83,8 @@ def from_error(image_id: ImageId, error: Exception, path: Path | None = None) ->
     Where images lie is no part of a result: the same run from another place writes the same.
     """
     reason = str(error)
-    return Prediction(image_id, (), error=reason if path is None else reason.replace(str(path), path.name))
+    reason = reason if path is None else reason.replace(str(path), path.name)
+    return Prediction(image_id, (), error=reason, unavailable=isinstance(error, ImageUnavailableError))
 
 
 def _short(value: float) -> float | int:
@@ -163,6 +168,7 @@ def parse_prediction(line: bytes) -> Prediction:
         _of_boxes(fields, "seeds", _is_place, "seed [row, column]") or (),
         _of_boxes(fields, "masks", lambda mask: isinstance(mask, dict), "mask, as COCO encodes them,"),
         reason,
+        reason is not None and fields.get("unavailable") is True,
     )
 
 

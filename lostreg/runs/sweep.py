@@ -21,7 +21,7 @@ from torch import Tensor
 from lostreg.checks import shown
 from lostreg.datasets import Benchmark, Example
 from lostreg.datasets.base import ImageId
-from lostreg.errors import ImageError, OptionError
+from lostreg.errors import ImageError, ImageUnavailableError, OptionError
 from lostreg.images.boxes import in_pixels
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
@@ -88,14 +88,18 @@ class _Line:
         features: by feature and layer, whether each fixed bias hits, and what ``auto`` makes of it; none for an image
             that could not be read.
         error: why it could not be read.
+        unavailable: whether that was a passing fault: the next run tries it again.
     """
 
     image_id: ImageId
     features: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    unavailable: bool = False
 
     def to_line(self) -> str:
-        rest = {"features": self.features} if self.error is None else {"error": self.error}
+        rest: dict[str, Any] = {"features": self.features} if self.error is None else {"error": self.error}
+        if self.unavailable:
+            rest["unavailable"] = True
         return as_line({"image_id": self.image_id, **rest})
 
 
@@ -129,7 +133,8 @@ def sweep(
 ) -> list[SweepRow]:
     """Score every feature at every bias, going on where an earlier run into the same folder stopped.
 
-    Features are L2-normalised. An image that cannot be read is a miss everywhere.
+    Features are L2-normalised. An image that cannot be read is a miss everywhere; one that could not be had is tried
+    again by the next run.
 
     Args:
         benchmark: its images must exist.
@@ -255,7 +260,8 @@ def _parse(raw: bytes, names: set[str], count: int) -> _Line:
 
 def _line(example: Example, outcome: list[_Boxes] | ImageError, pairs: Wanted) -> _Line:
     if isinstance(outcome, ImageError):
-        return _Line(example.image_id, error=str(outcome).replace(str(example.path), example.path.name))
+        reason = str(outcome).replace(str(example.path), example.path.name)
+        return _Line(example.image_id, error=reason, unavailable=isinstance(outcome, ImageUnavailableError))
     features = {}
     for pair, found in zip(pairs, outcome, strict=True):
         hits = [is_hit([box], example.boxes) for box in found.boxes.tolist()]
@@ -294,6 +300,7 @@ def _figures(rows: list[SweepRow], lines: list[_Line]) -> dict[str, Any]:
         "auto_minus_best_fixed": {name: round(value, 4) for name, value in summary(rows).items()},
         "images": len(lines),
         "unreadable": sum(line.error is not None for line in lines),
+        "unavailable": sum(line.unavailable for line in lines),
         "rows": [_as_json(row) for row in rows],
     }
 

@@ -17,6 +17,7 @@ import lostreg
 from lostreg.cli.main import main
 from lostreg.cli.sweep import bias_list
 from lostreg.datasets import BENCHMARKS
+from lostreg.inference.discovery import Discovery
 from lostreg.inference.jobs import FeaturesJob
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.table import BACKBONES
@@ -444,6 +445,56 @@ def test_eval_draws_a_picture_an_image(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["eval", "voc", "--root", str(root), "--out", str(out), "--limit", "2", "--plots", *FAST]) == 0
     assert sorted(path.name for path in (out / "plots").iterdir()) == ["im00.png", "im01.png"]
+    (out / "plots" / "mine.png").touch()
+    (out / "mine.png").touch()
+    with (out / "predictions.jsonl").open("a") as file:
+        for name in ("../mine", str(out / "mine"), "\0"):
+            file.write(json.dumps({"image_id": name, "boxes": []}) + "\n")
+    command = ["eval", "voc", "--root", str(root), "--out", str(out), "--limit", "1", "--overwrite", *FAST]
+    assert main([*command, "--plots"]) == 0
+    assert sorted(path.name for path in (out / "plots").iterdir()) == ["im00.png", "mine.png"]
+    assert (out / "mine.png").exists()
+
+
+@pytest.mark.parametrize("name", ["boxes.jsonl", "plots/im00.png", "masks/im00.png"])
+def test_predict_does_not_tell_of_files_that_someone_deleted(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    command = ["--json", tmp_path / "boxes.jsonl", "--plot", tmp_path / "plots", "--mask-dir", tmp_path / "masks"]
+    draw, drawn = Discovery.labels, []
+
+    def delete_then_draw(found: Discovery) -> np.ndarray:
+        drawn.append(found)
+        if len(drawn) == 4:
+            (tmp_path / name).unlink()
+        return draw(found)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Discovery, "labels", delete_then_draw)
+        assert predict(images, *command) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert name in error
+    assert "run the command again" in error
+    assert predict(images, *command) == 0
+
+
+def test_a_run_of_which_much_could_not_be_had_is_no_success(
+    root: Path, images: Path, tmp_path: Path, away: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = [
+        ["discover", str(images), "--out", str(tmp_path / "discover")],
+        ["eval", "voc", "--root", str(root), "--out", str(tmp_path / "eval")],
+        ["sweep", "voc", "--root", str(root), "--out", str(tmp_path / "sweep"), "--features", "k", "--biases", "0"],
+    ]
+    for command in commands:
+        away.add("im01.jpg")
+        assert main([*command, *FAST]) == 2
+        captured = capsys.readouterr()
+        assert "lostreg: WARNING: 1 of " in captured.err
+        assert "1 images could not be had this time" in captured.err
+        away.clear()
+        assert main([*command, *FAST]) == 0
+        assert "WARNING" not in capsys.readouterr().err
 
 
 def test_several_backbones_end_with_one_table(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def test_every_readable_photo_gets_boxes_and_the_others_a_reason(
     assert all(1 <= len(one.boxes) <= 4 for name, one in found.items() if name not in broken)
     assert (found["turned.jpg"].width, found["turned.jpg"].height) == (70, 98)
     reasons = (out / "failed.csv").read_text(encoding="utf-8").splitlines()
-    assert reasons[0] == "image_id,reason"
+    assert reasons[0] == "image_id,reason,cause"
     assert len(reasons) == 4
     assert any("huge.png" in line and "60000x60000" in line for line in reasons)
     boxes = sum(len(one.boxes) for one in found.values())

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lostreg.cli.progress import ProgressBar
-from lostreg.errors import ImageError
+from lostreg.cli.progress import ProgressBar, judge_failures
+from lostreg.errors import ImageError, ImageUnavailableError
 from lostreg.progress import Progress
 
 
@@ -80,3 +80,35 @@ def test_steps_have_a_bar_each_and_so_has_one_that_begins_again(capsys: pytest.C
     for line, (_, total) in zip(lines, steps, strict=True):
         assert ": 100%" in line
         assert f" {total}/{total} [" in line
+
+
+@pytest.mark.parametrize(
+    ("failed", "unavailable", "images", "code", "told"),
+    [
+        (0, 0, 100, 0, []),
+        (10, 0, 100, 0, []),
+        (11, 0, 100, 0, ["WARNING: 11 of 100 images (11 %) could not be read; --again tries them again"]),
+        (99, 0, 100, 0, ["WARNING: 99 of 100 images (99 %)"]),
+        (100, 0, 100, 2, ["WARNING: 100 of 100 images (100 %)"]),
+        (3, 2, 100, 0, ["2 images could not be had this time"]),
+        (30, 10, 100, 0, ["WARNING: 30 of 100 images", "10 images could not be had this time"]),
+        (11, 11, 100, 2, ["WARNING: 11 of 100 images", "11 images could not be had this time"]),
+        (1, 0, 1, 2, ["WARNING: 1 of 1 images"]),
+    ],
+)
+def test_much_that_failed_is_told_loudly_and_passing_faults_are_no_success(
+    failed: int, unavailable: int, images: int, code: int, told: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert judge_failures(failed, unavailable, images, retry="--again") == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(told)
+    for line, start in zip(lines, told, strict=True):
+        assert line.startswith(f"lostreg: {start}")
+
+
+def test_images_that_could_not_be_had_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar("model") as bar:
+        bar(Progress(1, 2, error=ImageError("broken")))
+        bar(Progress(2, 2, error=ImageUnavailableError("gone")))
+    assert (bar.errors, bar.unavailable) == (2, 1)
+    assert "model, 2 unreadable" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -64,6 +65,12 @@ def interrupt(progress: Progress, at: int | None) -> None:
         raise KeyboardInterrupt
 
 
+def rows_of(out: Path) -> list[dict[str, str]]:
+    """Of the table of what could not be read."""
+    with (out / "failed.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
 def contents(out: Path) -> dict[str, bytes]:
     return {name: (out / name).read_bytes() for name in FILES}
 
@@ -82,8 +89,7 @@ def test_every_photo_is_accounted_for(photos: Collection, discoverer: Discoverer
     assert summary.clear + summary.unclear == 6
     assert summary.boxes == sum(len(one.boxes) for one in found) > 6
     assert seen == [1, 2, 3, 4, 5, 6, 7]
-    with (out / "failed.csv").open(newline="") as file:
-        assert [row["image_id"] for row in csv.DictReader(file)] == ["a/photo 3.png"]
+    assert [(row["image_id"], row["cause"]) for row in rows_of(out)] == [("a/photo 3.png", "unreadable")]
     maps = list(read_maps(out / "maps.jsonl"))
     assert [one.image_id for one in maps] == [one.image_id for one in found if one.error is None]
     expected = discoverer.discover(photos.path(photos.names[0]))
@@ -451,5 +457,135 @@ def test_a_name_too_long_for_a_mask_is_cut_and_stays_its_own(tmp_path: Path) -> 
 
 
 def test_files_elsewhere_do_not_share_a_mask(tmp_path: Path) -> None:
-    names = ["a.jpg", "/a.jpg", "../a.jpg", "_/a.jpg", "x/../a.jpg"]
-    assert len({mask_path(tmp_path, name) for name in names}) == 5
+    names = ["a.jpg", "/a.jpg", "//a.jpg", "../a.jpg", "../../a.jpg", "_/a.jpg", "x/../a.jpg", "x/a.jpg"]
+    names += [f"{'_' * count}{word}/a.jpg" for word in ("up", "root", "roots") for count in range(4)]
+    names += ["x/_up/a.jpg", "a.jpg.png/b.jpg", "a.jpg.png_/b.jpg", "a.jpg.PNG/b.jpg"]
+    longest = "x" * 250 + ".jpg"
+    names += [longest, mask_path(tmp_path, longest).name.removesuffix(".png")]
+    paths = [mask_path(tmp_path, name) for name in names]
+    assert len(set(paths)) == len(names)
+    for path in paths:
+        assert path.is_relative_to(tmp_path / "masks")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()  # none is a folder of another
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "maps.jsonl", "masks", "."])
+@pytest.mark.parametrize("at", [3, 7], ids=["in the middle", "at the end"])
+def test_what_was_deleted_is_not_told_to_be_written(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path, name: str, at: int
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+
+    def delete(progress: Progress) -> None:
+        if progress.done == at:
+            place = out / name
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+
+    with pytest.raises(PredictionsError, match=r"deleted.* while the run went on"):
+        discover_collection(photos, discoverer, out, mask_pictures=True, on_progress=delete)
+    assert not (out / "results.json").exists() or settings(out)["complete"] is False
+    again = {"overwrite": True} if name == "maps.jsonl" else {}  # as the message says
+    discover_collection(photos, discoverer, out, mask_pictures=True, **again)
+    discover_collection(photos, discoverer, whole, mask_pictures=True)
+    assert [one.image_id for one in read_predictions(out / "predictions.jsonl")] == list(photos.names)
+    assert len(list(read_maps(out / "maps.jsonl"))) == 6
+    assert masks_of(out) == masks_of(whole)
+    assert settings(out)["complete"] is True
+
+
+def masks_of(out: Path) -> list[str]:
+    return sorted(path.relative_to(out).as_posix() for path in (out / "masks").rglob("*.png"))
+
+
+@pytest.mark.parametrize("at", [1, 3, 7])
+def test_the_table_of_failures_is_whole_whoever_deletes_it(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path, at: int
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    (photos.root / "a" / "photo 5.png").write_text("no picture")
+    discover_collection(photos, discoverer, whole)
+    discover_collection(
+        photos, discoverer, out, on_progress=lambda now: (out / "failed.csv").unlink() if now.done == at else None
+    )
+    assert contents(out) == contents(whole)
+
+
+def test_images_that_could_not_be_had_are_tried_again_by_the_next_run(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path, away: set[str]
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    discover_collection(photos, discoverer, whole)
+    away |= {"photo 1.png", "photo 4.png"}
+    summary = discover_collection(photos, discoverer, out)
+    assert (summary.images, summary.unreadable, summary.unavailable) == (7, 3, 2)
+    assert (settings(out)["unreadable"], settings(out)["unavailable"]) == (3, 2)
+    assert [(row["image_id"], row["cause"]) for row in rows_of(out)] == [
+        ("a/photo 1.png", "unavailable"),
+        ("a/photo 3.png", "unreadable"),
+        ("b/photo 4.png", "unavailable"),
+    ]
+    away.remove("photo 1.png")
+    before = contents(out)
+    again = discover_collection(photos, discoverer, out)
+    assert (again.known, again.unreadable, again.unavailable) == (5, 2, 1)
+    assert contents(out) != before
+    before = contents(out)
+    assert discover_collection(photos, discoverer, out).known == 6
+    assert contents(out) == before
+    away.clear()
+    assert discover_collection(photos, discoverer, out).unavailable == 0
+    assert contents(out) == contents(whole)
+    assert discover_collection(photos, discoverer, out).known == 7  # what is broken is not looked at again
+
+
+def test_a_stopped_run_with_passing_faults_ends_with_the_lines_of_all(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path, away: set[str]
+) -> None:
+    whole = tmp_path / "whole"
+    discover_collection(photos, discoverer, whole)
+    for stop in range(1, 8):
+        out = tmp_path / f"stopped {stop}"
+        away |= {"photo 1.png", "photo 4.png"}
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                discover_collection(photos, discoverer, out, on_progress=partial(interrupt, at=stop))
+        away.clear()
+        discover_collection(photos, discoverer, out)
+        assert contents(out)["failed.csv"] == contents(whole)["failed.csv"]
+        for name in ("predictions.jsonl", "maps.jsonl"):
+            ids = [[json.loads(line)["image_id"] for line in (place / name).open()] for place in (out, whole)]
+            assert ids[0] == ids[1]
+
+
+def test_names_are_no_formulas_in_the_table_of_failures(discoverer: Discoverer, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    names = ["+cmd|' !A0.jpg", "'quoted.jpg", "=1+1.jpg", "a.jpg"]
+    for name in names:
+        (folder / name).write_text("no picture")
+    discover_collection(find_collection(str(folder)), discoverer, tmp_path / "out")
+    rows = rows_of(tmp_path / "out")
+    for row in rows:
+        assert row["image_id"][0] not in "=+-@"
+        assert row["reason"][0] not in "=+-@"
+    assert sorted(row["image_id"].removeprefix("'") for row in rows) == sorted(names)
+
+
+def test_masks_of_photos_that_are_gone_go_and_other_files_stay(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    discover_collection(photos, discoverer, out, mask_pictures=True)
+    (out / "masks" / "b" / "mine.png").touch()
+    fewer = Collection(photos.root, [name for name in photos.names if not name.endswith(("1.png", "2.png"))])
+    with pytest.warns(LostregWarning, match="2 images"):
+        discover_collection(fewer, discoverer, out, mask_pictures=True)
+    left = ["masks/a/photo 5.png.png", "masks/b/mine.png"]
+    assert masks_of(out) == sorted([*left, *(f"masks/b/photo {number}.png.png" for number in (0, 4, 6))])
+    only = Collection(photos.root, ["a/photo 5.png"])
+    discover_collection(only, discoverer, out, mask_pictures=True, overwrite=True)
+    assert masks_of(out) == left
+    discover_collection(Collection(photos.root, ["b/photo 0.png"]), discoverer, out, overwrite=True)
+    assert masks_of(out) == left[1:]
+    assert not (out / "masks" / "a").exists()

@@ -17,7 +17,7 @@ from fabricate import set_box, write_voc
 from lostreg.cli.main import main
 from lostreg.datasets import Benchmark, Example, load_benchmark
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
-from lostreg.errors import ImageError, PredictionsError
+from lostreg.errors import ImageError, ImageUnavailableError, PredictionsError
 from lostreg.images.decode import ImageSource
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
@@ -553,3 +553,25 @@ def test_scores_that_are_no_numbers_are_not_gone_on_with(
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(PredictionsError, match=r"is not of this run \(line 1: expected one finite score for each of 1"):
         evaluate(benchmark, discoverer, finished)
+
+
+def test_images_that_could_not_be_had_are_tried_again_by_the_next_run(
+    root: Path, benchmark: Benchmark, discoverer: Discoverer, finished: Path, tmp_path: Path, away: set[str]
+) -> None:
+    out = tmp_path / "out"
+    away.add("im02.jpg")
+    seen: list[Progress] = []
+    evaluation = evaluate(benchmark, discoverer, out, on_progress=seen.append)
+    assert (evaluation.unreadable, evaluation.unavailable) == (1, 1)
+    assert [type(now.error) for now in seen if now.error] == [ImageUnavailableError]
+    assert lines(out)[2]["unavailable"] is True
+    away.clear()
+    again = evaluate(benchmark, discoverer, out)
+    assert (again.computed, again.unreadable, again.unavailable) == (1, 0, 0)
+    assert (out / PREDICTIONS_FILE).read_bytes() == (finished / PREDICTIONS_FILE).read_bytes()
+
+
+def test_who_is_overwritten_is_told(benchmark: Benchmark, discoverer: Discoverer, finished: Path) -> None:
+    gone: list[object] = []
+    evaluate(benchmark.limited(2), discoverer, finished, overwrite=True, on_gone=gone.append)
+    assert gone == [example.image_id for example in benchmark.examples]

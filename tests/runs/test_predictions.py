@@ -8,9 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lostreg.errors import ImageError, PredictionsError
+from lostreg.errors import ImageError, ImageUnavailableError, PredictionsError
 from lostreg.inference.discovery import Discovery
-from lostreg.runs.predictions import Prediction, from_discovery, from_error, read_predictions, stream_predictions
+from lostreg.runs.predictions import (
+    Prediction,
+    from_discovery,
+    from_error,
+    parse_prediction,
+    read_predictions,
+    stream_predictions,
+)
 
 IDS = st.one_of(st.text(min_size=1), st.integers(-(2**53), 2**53))
 COORDINATES = st.integers(0, 10**7).map(lambda thousandths: thousandths / 1000)
@@ -22,6 +29,7 @@ def sound(draw: st.DrawFn) -> Prediction:
     boxes = draw(st.lists(st.lists(COORDINATES, min_size=4, max_size=4), max_size=3))
     score = st.integers(0, 1000).map(lambda thousandths: thousandths / 1000)
     seed = st.lists(st.integers(0, 99), min_size=2, max_size=2)
+    error = draw(st.none() | st.text(min_size=1))
     return Prediction(
         draw(IDS),
         boxes,
@@ -29,7 +37,8 @@ def sound(draw: st.DrawFn) -> Prediction:
         draw(st.integers(0, 10**5)),
         draw(st.lists(score, min_size=len(boxes), max_size=len(boxes)) | st.just(())),
         draw(st.lists(seed, min_size=len(boxes), max_size=len(boxes)) | st.just(())),
-        error=draw(st.none() | st.text(min_size=1)),
+        error=error,
+        unavailable=error is not None and draw(st.booleans()),
     )
 
 
@@ -100,6 +109,16 @@ def test_an_unreadable_image_has_a_line_with_its_reason(tmp_path: Path) -> None:
     prediction = from_error("a", ImageError("a.jpg: no such file"))
     (again,) = read_predictions(write(tmp_path / "p.jsonl", prediction.to_line()))
     assert (again.boxes, again.error) == ([], "a.jpg: no such file")
+
+
+def test_a_passing_fault_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    errors = (ImageUnavailableError(f"{path}: gone"), ImageError(f"{path}: broken"))
+    gone, broken = (from_error("a", error, path).to_line() for error in errors)
+    assert gone.endswith('"error": "a.jpg: gone", "unavailable": true}')
+    assert "unavailable" not in broken
+    assert [parse_prediction(line.encode()).unavailable for line in (gone, broken)] == [True, False]
+    assert not parse_prediction(b'{"image_id": "a", "boxes": [], "unavailable": true}').unavailable  # nothing failed
 
 
 def test_ids_keep_their_letters_and_their_type(tmp_path: Path) -> None:

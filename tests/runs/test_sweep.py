@@ -383,6 +383,24 @@ def test_an_unreadable_image_is_a_miss_everywhere(
     assert sweep(benchmark, discoverer, PAIRS, BIASES, out) == rows  # also when it is only read back
 
 
+def test_images_that_could_not_be_had_are_tried_again_by_the_next_sweep(
+    root: Path, benchmark: Benchmark, discoverer: Discoverer, finished: Path, tmp_path: Path, away: set[str]
+) -> None:
+    out = tmp_path / "out"
+    unreadable(root, "im05")
+    away.add("im02.jpg")
+    sweep(benchmark, discoverer, PAIRS, BIASES, out)
+    assert (results(out)["unreadable"], results(out)["unavailable"]) == (2, 1)
+    assert lines(out)[2] == {"image_id": "im02", "error": "im02.jpg: Stale file handle", "unavailable": True}
+    away.clear()
+    computed: list[Progress] = []
+    sweep(benchmark, discoverer, PAIRS, BIASES, out, on_progress=computed.append)
+    assert [(now.done, now.known) for now in computed] == [(COUNT, COUNT - 1)]
+    assert [line["image_id"] for line in lines(out)] == [line["image_id"] for line in lines(finished)]
+    assert lines(out)[2] == lines(finished)[2]
+    assert (results(out)["unreadable"], results(out)["unavailable"]) == (1, 0)
+
+
 def test_images_of_which_none_can_be_read_are_misses(
     root: Path, benchmark: Benchmark, discoverer: Discoverer, tmp_path: Path
 ) -> None:
