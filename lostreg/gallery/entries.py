@@ -111,7 +111,8 @@ def _maps(prediction: Prediction, maps: ImageMaps | None, size: tuple[int, int] 
 
 def _reach(prediction: Prediction) -> tuple[int, int]:
     """How far the boxes reach, for an image whose size is not known."""
-    right, bottom = np.ceil(np.array(prediction.boxes)[:, 2:].max(axis=0)).clip(1, 1e6).astype(int).tolist()
+    corners = np.array(prediction.boxes).reshape(-1, 4)[:, 2:].max(axis=0, initial=1)
+    right, bottom = np.ceil(corners).clip(1, 1e6).astype(int).tolist()
     return right, bottom
 
 
