@@ -96,6 +96,11 @@ def _main(argv: Sequence[str]) -> int:
     except (LostregError, OSError) as error:
         sys.stderr.write(f"lostreg{command}: error: {one_line(str(error))}\n")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):  # PyTorch's words on a CPU
+            raise
+        sys.stderr.write(f"lostreg{command}: error: not enough memory; what was written so far is kept\n")
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("\nlostreg: interrupted; what was written so far is kept\n")
         return 130

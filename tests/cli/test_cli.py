@@ -621,6 +621,19 @@ def test_an_interrupt_is_told_in_one_line(
     assert capsys.readouterr().err == "\nlostreg: interrupted; what was written so far is kept\n"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+def test_a_lack_of_memory_is_told_in_one_line(
+    images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", fail)
+    assert predict(images) == 2
+    told = capsys.readouterr().err
+    assert told == "lostreg predict: error: not enough memory; what was written so far is kept\n"
+
+
 def test_a_mistake_costs_no_earlier_predictions(images: Path, tmp_path: Path) -> None:
     target = tmp_path / "found.jsonl"
     target.write_text("earlier\n")
