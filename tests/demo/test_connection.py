@@ -161,8 +161,10 @@ def test_beyond_the_bound_unfinished_requests_go_and_a_new_one_is_answered(
 def test_a_flood_of_half_sent_heads_spares_what_has_begun(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "most_connections", lambda: 6)
     with contextlib.ExitStack() as stack:
-        events, body = (stack.enter_context(connected(port, data)) for data in (EVENTS, POST))
+        asking = POST.replace(b"Host", b"Expect: 100-continue\r\nHost")
+        events, body = (stack.enter_context(connected(port, data)) for data in (EVENTS, asking))
         assert events.recv(1)
+        assert b"100" in body.recv(1 << 16)  # both have begun
         for _ in range(20):
             stack.enter_context(connected(port, HEAD))
         body.sendall(b"123456789")

@@ -29,7 +29,7 @@ def test_what_visitors_sent_changes_no_terminal(capfd: pytest.CaptureFixture[str
             logging.getLogger("any").exception("failed:")
     told = capfd.readouterr().err
     assert "Traceback" in told
-    assert told.splitlines()[-1] == "ValueError: ?]0;title? gpj.?exe??2J"
+    assert told.splitlines()[-1] == r"ValueError: \u001b]0;title\u0007 gpj.\u202eexe\u000d\u009b2J"
 
 
 def test_the_log_is_as_before_once_the_demo_has_ended(capfd: pytest.CaptureFixture[str]) -> None:

@@ -143,7 +143,7 @@ def test_a_name_that_turns_the_line_round_is_told_without_and_without_a_path_of_
     kept = uploads / "a\u202egpj.\x9b2J.jpg"  # as Gradio leaves it
     kept.write_bytes(b"no picture")
     data = file_data(kept)
-    assert "a?gpj.?2J.jpg: " in run(page, page.receive(data, None))[1]
+    assert r"a\u202egpj.\u009b2J.jpg: " in run(page, page.receive(data, None))[1]
 
     def told_in_another_way(*_: object, **__: object) -> None:
         raise ImageError(f"{uploads}/a?gpj.jpg: \x1b[2J")
