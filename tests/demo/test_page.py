@@ -150,7 +150,7 @@ def test_a_name_that_turns_the_line_round_is_told_without_and_without_a_path_of_
 
     monkeypatch.setattr(Visitor, "look", told_in_another_way)
     told = run(page, page.receive(data, None))[1]
-    assert "a?gpj.jpg: ?[2J" in told
+    assert r"a?gpj.jpg: \u001b[2J" in told
     assert str(uploads) not in told
 
 

@@ -231,7 +231,8 @@ def test_a_name_that_cannot_be_sent_back_is_shown_with_escapes(address: str, kep
     call(address, "receive", [sent(kept, orig_name="a\ud800\n\x1b[2Jgpj.\u202e.jpg"), None], session)
     done = call(address, "run", [None, FIRST, "k", 1, 0, True, 0, 1, "patches"], session)
     assert done["success"] is True
-    assert r"a\ud800\u000a\u001b[2Jgpj.\u202e.jpg" in json.dumps(done).replace("\\\\", "\\")
+    name = r"a\ud800\u000a\u001b[2Jgpj.\u202e.jpg"
+    assert json.dumps(name)[1:-1] in json.dumps(done).replace("\\\\", "\\")
 
 
 def test_an_upload_is_taken_kept_private_and_given_back(address: str, uploads: Path, photo: Path) -> None:
