@@ -340,8 +340,6 @@ def _go_on_with_run(folder: Path) -> None:
 
 # ------------------------------------------------------------------------------- documents and weights
 
-_MOST_TOKENS: Final = 100_000  # a file may ask to add: already these take more memory than any image
-
 
 def _bias() -> list[bytes]:
     backbone = small()
@@ -366,10 +364,7 @@ def _use_bias(path: Path, rng: Random) -> None:
 
 
 def _use_registers(path: Path, rng: Random) -> None:
-    registers = RegisterNeurons.load(path)
-    assert registers.count <= _MOST_TOKENS, f"{registers.count} added tokens"
-    if registers.count <= 64:
-        _discover(registers=registers)
+    _discover(registers=RegisterNeurons.load(path))  # which refuses more tokens than the model has patches
 
 
 def _discover(**options: Any) -> None:
