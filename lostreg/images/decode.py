@@ -125,6 +125,8 @@ def read_image(
     name = name_of(source)
     with decoding(name):
         if isinstance(source, Image.Image):
+            if source.format != "TIFF":  # an orientation may stand after the pixels
+                _load(source)
             stored = _orientation_of(source)
             pixels, left = _to_rgb(source, name), _orientation_of(source)
             # Pillow turns a TIFF image as it loads it, which is undone where pixels are wanted as stored.
@@ -362,11 +364,7 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
         raise ImageError(f"{name}: expected 8 or 16 bits a channel, found floating point")
     if not (image.width and image.height):
         raise ImageError(f"{name}: expected at least one pixel, found {image.width}x{image.height}")
-    try:
-        image.load()
-    except Exception:
-        if getattr(image, "tile", None):  # else the pixels are there, and something beside them is broken
-            raise
+    _load(image)
     levels = _levels(image, name) if image.mode in _SIXTEEN_BIT else 0
     pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
     rows = max(1, _BAND_PIXELS // image.width)
@@ -377,6 +375,15 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
         else:
             pixels[top : top + rows] = np.asarray(_on_white(band))
     return pixels
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels, whatever is wrong with what stands beside them."""
+    try:
+        image.load()
+    except Exception as error:
+        if getattr(image, "tile", None) or isinstance(error, OSError | MemoryError):  # what decoders raise
+            raise
 
 
 def _levels(image: Image.Image, name: str) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import disc_picture
-from fabricate import png_header
+from fabricate import encoded, png_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -374,6 +374,25 @@ def test_truncated_files_are_refused(tmp_path: Path, suffix: str, share: float) 
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(ImageError, match="not a readable image"):
         read_image(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("TIFF", {"compression": "tiff_adobe_deflate"}),
+        ("GIF", {}),
+        ("JPEG2000", {}),
+    ],
+)
+def test_pixels_that_cannot_be_decoded_are_refused(kind: str, options: dict[str, str]) -> None:
+    content = encoded(np.random.default_rng(0).integers(0, 255, (60, 60, 3), np.uint8), kind, **options)
+    place = len(content) // 2
+    broken = content[:place] + (bytes(50) + b"\xff" * 50 + content[place + 100 :] if kind != "JPEG2000" else b"")
+    for source in (broken, Image.open(io.BytesIO(broken))):
+        with pytest.raises(ImageError, match="not a readable image"):
+            read_image(source)
 
 
 def test_one_pixel(tmp_path: Path) -> None:
