@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from lostreg.defaults import MAX_PIXELS
 from lostreg.errors import ImageError, ImageUnavailableError, OptionError
@@ -33,11 +34,13 @@ _INVERSE: Final = {6: 8, 8: 6}  # orientations that undo others; the rest undo t
 _SIXTEEN_BIT: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _ALWAYS_SIXTEEN_BIT: Final = ("PNG", "PPM")  # formats whose pixels are scaled where Pillow opens them as "I"
 _PIXEL_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # in Pillow; others 4
-_DECODER_BYTES: Final = {"WEBP": 12, "AVIF": 8, "HEIF": 8, "JPEG2000": 16, "GIF": 8, "TIFF": 4}  # a pixel, besides
-_COEFFICIENT_BYTES: Final = 6  # a pixel of a progressive JPEG file, whose coefficients are all kept
+_DECODER_BYTES: Final = {"WEBP": 12, "AVIF": 8, "HEIF": 8, "JPEG2000": 24, "GIF": 8, "TIFF": 4}  # a pixel, besides
+_COEFFICIENT_BYTES: Final = 2  # a pixel and channel of a progressive JPEG file, whose coefficients are all kept
 _LARGE_BYTES: Final = 1 << 28  # images that need more are decoded one at a time, if there is memory
 _BAND_PIXELS: Final = 1 << 20  # that are converted together
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
 _HEAD_BYTES: Final = 1 << 18
+_EXIF: Final = b"Exif\0\0"  # in front of the block that Pillow hands on
 _NO_MEMORY: Final = -4  # of OpenCV
 
 
@@ -330,8 +333,10 @@ _one_at_a_time = threading.Lock()
 def _decoding_bytes(image: Image.Image, stored: tuple[int, int], *, is_copied: bool) -> int:
     """An upper bound on what decoding takes at its peak: the decoder's own, Pillow's image, RGB and its copies."""
     pixels, whole = image.width * image.height, stored[0] * stored[1]
+    if isinstance(image, TiffImageFile):  # a tile may be larger than the image
+        pixels = max(pixels, image.tag_v2.get(_TILE_WIDTH, 0) * image.tag_v2.get(_TILE_HEIGHT, 0))
     needed = pixels * (_PIXEL_BYTES.get(image.mode, 4) + _DECODER_BYTES.get(image.format or "", 0) + 3 + 3 * is_copied)
-    return needed + whole * _COEFFICIENT_BYTES * bool(image.info.get("progressive"))
+    return needed + whole * _COEFFICIENT_BYTES * len(image.getbands()) * bool(image.info.get("progressive"))
 
 
 class _PillowLimitLifted:

@@ -714,6 +714,26 @@ def test_decoding_takes_no_more_than_was_counted(tmp_path: Path, mode: str) -> N
     assert 0.3 * counted < taken < counted + 80_000_000  # bands, and what is loaded on the way
 
 
+@pytest.mark.parametrize(
+    ("mode", "kind", "options", "bytes_a_pixel"),  # of Pillow's image, RGB, a copy of it, and the decoder's own
+    [
+        ("RGB", "JPEG", {}, 4 + 3 + 3),
+        ("RGB", "JPEG", {"progressive": True}, 4 + 3 + 3 + 6),  # 16 bits of each channel, until the last scan
+        ("CMYK", "JPEG", {"progressive": True}, 4 + 3 + 3 + 8),
+        ("RGBA", "JPEG2000", {}, 4 + 3 + 3 + 24),
+    ],
+)
+def test_what_decoders_take_besides_is_counted(
+    monkeypatch: pytest.MonkeyPatch, mode: str, kind: str, options: dict[str, object], bytes_a_pixel: int
+) -> None:
+    content = io.BytesIO()
+    Image.new(mode, (640, 480)).save(content, kind, **options)
+    monkeypatch.setattr("lostreg.images.decode._LARGE_BYTES", 0)
+    monkeypatch.setattr("lostreg.images.decode.host_bytes", lambda: bytes_a_pixel * 640 * 480)  # and the file itself
+    with pytest.raises(ImageUnavailableError, match="640x480 pixels of mode"):
+        read_image(content.getvalue())
+
+
 def raising(error: BaseException) -> Callable[..., object]:
     def fail(*_: object, **__: object) -> object:
         raise error

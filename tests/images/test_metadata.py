@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, TiffImagePlugin
 
+from lostreg.errors import ImageUnavailableError
 from lostreg.images.decode import read_image
 from lostreg.images.metadata import Orientation, exif_orientation, hide_metadata, turn
 
@@ -207,6 +208,13 @@ def test_tags_beside_the_pixels_of_a_tiff_are_not_looked_at(order: str, tags: di
     turned = {**tags, "t274": (3, 1, struct.pack(order + "HH", 6, 0))}
     np.testing.assert_array_equal(read_image(tiff_with(order, **turned)).pixels, turn(PIXELS, 6))
     np.testing.assert_array_equal(read_image(tiff_with(order, **turned), exif=False).pixels, PIXELS)
+
+
+def test_a_tile_larger_than_its_image_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lostreg.images.decode.host_bytes", lambda: 10**9)
+    sides = {"t322": (4, 1, struct.pack("<I", 10_000)), "t323": (4, 1, struct.pack("<I", 20_000))}
+    with pytest.raises(ImageUnavailableError, match=r"40x24 pixels of mode RGB in TIFF take up to 2\.8 GB"):
+        read_image(tiff_with(**sides))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
