@@ -76,7 +76,7 @@ def plan(image: ExportImage, reader: Reader) -> Plan:
     header = read_header(path)
     kind, orientation = header.format, header.orientation
     exif = _is_turned(image, image.source, header)
-    is_plain = kind in reader.kinds and header.frames == 1 and (kind != "TIFF" or header.mode in ("RGB", "L"))
+    is_plain = kind in reader.kinds and (kind != "TIFF" or header.mode in ("RGB", "L"))
     is_upright = orientation.value == 1 or (kind == "JPEG" and exif and reader.turns)
     if not (is_plain and is_upright and orientation.is_plain and _pillow_agrees(path, orientation.value)):
         return Plan(path, ".jpg" if kind == "JPEG" else ".png", exif, encode=True)
@@ -90,14 +90,18 @@ def plan_all(images: Sequence[ExportImage], reader: Reader, placing: Placing) ->
 
 
 def _pillow_agrees(path: Path, orientation: int) -> bool:
-    """Whether readers built on Pillow see the file as it was read here: they may turn by XMP, or fail on a tag."""
+    """Whether readers built on Pillow see the file as it was read here, and one picture in it or a phone's JPEG.
+
+    They may turn by XMP, or fail on a tag.
+    """
     with warnings.catch_warnings(action="error"):
         try:
             with Image.open(path) as image:
+                is_still = getattr(image, "n_frames", 1) == 1 or image.format == "MPO"
                 exif = image.getexif()
             if orientation != 1:
                 exif.tobytes()  # turning an image writes its tags anew
-            return bool(exif.get(ExifTags.Base.Orientation, 1) == orientation)
+            return is_still and bool(exif.get(ExifTags.Base.Orientation, 1) == orientation)
         except Exception:
             return False
 

@@ -74,7 +74,6 @@ class Header:
         mode: likewise.
         width: as stored, in pixels.
         height: as stored, in pixels.
-        frames: how many pictures it holds.
         orientation: how they are meant to be turned.
     """
 
@@ -82,7 +81,6 @@ class Header:
     mode: str
     width: int
     height: int
-    frames: int
     orientation: Orientation
 
     def size(self, *, exif: bool) -> tuple[int, int]:
@@ -165,9 +163,7 @@ def read_header(path: Path) -> Header:
             is_whole = most < 0 or len(content.getbuffer()) < most
             try:
                 with _open_image(content, str(path), sys.maxsize) as (image, orientation):
-                    header = Header(
-                        image.format or "", image.mode, *image.size, getattr(image, "n_frames", 1), orientation
-                    )
+                    header = Header(image.format or "", image.mode, *image.size, orientation)
             except Exception:
                 if is_whole:
                     raise
@@ -276,7 +272,7 @@ def _open_image(content: io.BytesIO, name: str, max_pixels: int) -> Iterator[tup
                 f"the limit of {max_pixels:,}; not decoded (--max-pixels raises the limit)"
             )
         if image.format == "AVIF":  # its container's own rotation
-            orientation = exif_orientation(image.info.get("exif", b"")) or Orientation()
+            orientation = exif_orientation(image.info.get("exif", b"").removeprefix(_EXIF)) or Orientation()
         yield image, orientation
 
 
@@ -411,7 +407,7 @@ def _orientation_of(image: Image.Image) -> int:
     """Of an image that Pillow has opened, or that somebody has made."""
     block = image.info.get("exif")
     if isinstance(block, bytes):
-        found = exif_orientation(block)
+        found = exif_orientation(block.removeprefix(_EXIF))
         return found.value if found else 1
     if image.format != "TIFF" and any("xmp" in str(key) for key in image.info):  # Pillow would believe it
         return 1

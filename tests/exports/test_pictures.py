@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "turned.webp": ("RGB", {"exif": TURNED, "lossless": True}, "new .png"),
     "turned.tif": ("RGB", {"exif": TURNED}, "new .png"),
     "moving.webp": ("RGB", {"lossless": True, "frames": 2}, "new .png"),
+    "moving.png": ("RGB", {"frames": 2}, "new .png"),
     "pages.tif": ("RGB", {"frames": 2}, "new .png"),
     "cmyk.tif": ("CMYK", {}, "new .png"),
     "moving.gif": ("P", {"frames": 2}, "new .png"),

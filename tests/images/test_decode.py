@@ -673,7 +673,6 @@ def test_the_first_of_several_frames_is_read(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
     for suffix in (".gif", ".png", ".tif", ".webp"):
         frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:])
-        assert read_header(tmp_path / f"a{suffix}").frames == 2
         assert np.abs(read_image(tmp_path / f"a{suffix}").pixels.astype(int) - (255, 0, 0)).max() < 4
 
 
