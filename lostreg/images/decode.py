@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, Union
@@ -221,6 +221,8 @@ def _content(source: object) -> io.BytesIO:
     if isinstance(source, str | os.PathLike):
         return _read_file(Path(os.fsdecode(source)))
     if callable(read := getattr(source, "read", None)):
+        with suppress(AttributeError, OSError):  # no pipe: from its beginning, wherever what wrote it has left off
+            source.seek(0)  # type: ignore[attr-defined]
         source = read()
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)

@@ -597,6 +597,8 @@ class Entry:
 def sources(path: Path) -> dict[str, object]:
     pixels = np.array(Image.open(path))
     (entry,) = os.scandir(path.parent)
+    written = io.BytesIO()
+    Image.open(path).save(written, "PNG")
     return {
         "str": str(path),
         "path": path,
@@ -606,6 +608,7 @@ def sources(path: Path) -> dict[str, object]:
         "bytearray": bytearray(path.read_bytes()),
         "memoryview": memoryview(path.read_bytes()),
         "BytesIO": io.BytesIO(path.read_bytes()),
+        "BytesIO at its end": written,
         "open file": path.open("rb"),
         "PIL": Image.open(path),
         "array": pixels,
