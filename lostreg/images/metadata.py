@@ -200,18 +200,19 @@ def _hide_tiff(data: memoryview) -> list[bytes]:
     (count,) = struct.unpack_from(order + number, data, start)
     first = start + struct.calcsize(number)
     end = first + entry * count
-    if end + struct.calcsize(offset) > len(data):
+    if end > len(data):
         raise IndexError
-    following = bytes(data[end : end + struct.calcsize(offset)])
+    following = bytes(data[end : end + struct.calcsize(offset)])  # which the last thing in a file may lack
     entries = [bytes(data[place : place + entry]) for place in range(first, end, entry)]
     tags = [struct.unpack_from(order + "H", one)[0] for one in entries]
     kept = b"".join(one for tag, one in zip(tags, entries, strict=True) if tag in _TIFF_PIXELS)
     struct.pack_into(order + number, data, start, len(kept) // entry)
-    data[first : first + len(kept) + len(following)] = kept + following
+    moved = (kept + following.ljust(struct.calcsize(offset), b"\0"))[: len(data) - first]
+    data[first : first + len(moved)] = moved
     # The tag becomes a block of its own.
     turned = [one for tag, one in zip(tags, entries, strict=True) if tag == _ORIENTATION]
     head = struct.pack(order + "2sHIH", data[:2].tobytes(), 42, 8, len(turned))
-    values = [one[:4] + struct.pack(order + "I", 1) + one[entry - len(following) :][:4] for one in turned]
+    values = [one[:4] + struct.pack(order + "I", 1) + one[entry - struct.calcsize(offset) :][:4] for one in turned]
     return [head + b"".join(values)]
 
 

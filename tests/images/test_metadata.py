@@ -244,6 +244,14 @@ def test_tags_beside_the_pixels_of_a_tiff_are_not_looked_at(order: str, tags: di
     np.testing.assert_array_equal(read_image(tiff_with(order, **turned), exif=False).pixels, PIXELS)
 
 
+def test_a_tiff_may_end_with_its_directory() -> None:
+    content = tiff_with(t274=(3, 1, struct.pack("<HH", 6, 0)), t700=(2, 4, b"abc\0"))[:-4]
+    np.testing.assert_array_equal(read_image(content).pixels, turn(PIXELS, 6))
+    np.testing.assert_array_equal(read_image(content).pixels, as_opencv_sees_it(content))
+    np.testing.assert_array_equal(read_image(content, exif=False).pixels, PIXELS)
+    np.testing.assert_array_equal(read_image(tiff_with()[:-4]).pixels, PIXELS)
+
+
 def test_a_tile_larger_than_its_image_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lostreg.images.decode.host_bytes", lambda: 10**9)
     sides = {"t322": (4, 1, struct.pack("<I", 10_000)), "t323": (4, 1, struct.pack("<I", 20_000))}
