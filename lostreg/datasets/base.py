@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lostreg.checks import FARTHEST
 from lostreg.errors import DatasetError
 from lostreg.images.files import ImageFile
 
@@ -82,6 +83,16 @@ class Benchmark:
             return self
         beyond = {example.image_id for example in self.examples[limit:]}
         return replace(self, examples=self.examples[:limit], left_out=self.left_out | beyond)
+
+
+def read_size(width: object, height: object) -> tuple[int, int] | None:
+    """(width, height) in pixels as annotations have them, numbers or text; None where they cannot be meant."""
+    try:
+        sides = float(width), float(height)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return None
+    is_sound = all(0 < side < FARTHEST and side.is_integer() for side in sides)
+    return (int(sides[0]), int(sides[1])) if is_sound else None
 
 
 def require_images(benchmark: Benchmark) -> None:

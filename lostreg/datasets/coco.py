@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lostreg.datasets.base import Benchmark, Example, name_some
+from lostreg.checks import FARTHEST
+from lostreg.datasets.base import Benchmark, Example, name_some, read_size
 from lostreg.errors import DatasetError
 
 Boxes = NDArray[np.float64]
@@ -28,9 +29,6 @@ class CocoImage(NamedTuple):
 
     file_name: str
     size: tuple[int, int] | None
-
-
-_FARTHEST = 1e9  # no image is this wide, and infinities and NaN fail the comparison too
 
 
 def load_coco(images: Path, annotations: Path, *, name: str = "coco", keep: Sequence[int] | None = None) -> Benchmark:
@@ -162,13 +160,8 @@ def _images(entries: Iterable[Any], path: Path) -> dict[int, CocoImage]:
             raise DatasetError(f"{where}: 'file_name' must be a non-empty string, got {file_name!r}")
         if image_id in images:
             raise DatasetError(f"{where}: the id {image_id} was used before")
-        width, height = (_side(entry.get(key)) for key in ("width", "height"))
-        images[image_id] = CocoImage(file_name, (width, height) if width and height else None)
+        images[image_id] = CocoImage(file_name, read_size(entry.get("width"), entry.get("height")))
     return images
-
-
-def _side(value: Any) -> int | None:
-    return value if type(value) is int and 0 < value < _FARTHEST else None
 
 
 def _object_entries(entries: Iterable[Any], wanted: Collection[int], path: Path) -> list[dict[str, Any]]:
@@ -196,7 +189,7 @@ def _check_bbox(bbox: Any, where: str) -> list[float]:
     sound = (
         isinstance(bbox, list)
         and len(bbox) == 4
-        and all(type(value) in (int, float) and abs(value) < _FARTHEST for value in bbox)
+        and all(type(value) in (int, float) and abs(value) < FARTHEST for value in bbox)
     )
     if not sound or bbox[2] < 0 or bbox[3] < 0:
         raise DatasetError(f"{where}: 'bbox' must be four numbers x, y, width, height, got {bbox!r}")

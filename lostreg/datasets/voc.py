@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lostreg.datasets.base import Benchmark, Example, name_some
+from lostreg.datasets.base import Benchmark, Example, name_some, read_size
 from lostreg.errors import DatasetError
 from lostreg.images.files import SUFFIXES
 
@@ -144,7 +144,7 @@ def read_split(root: Path, split: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"cannot read the split file {path}: {error}") from error
     annotated = list_annotations(root)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]  # names may hold what else ends lines
     stems = [line if line in annotated else _SECOND_COLUMN.sub("", line) for line in lines]
     if not stems:
         raise DatasetError(f"the split file {path} lists no image")
@@ -172,7 +172,8 @@ def read_voc(path: Path, *, no_hard: bool = False) -> tuple[NDArray[np.float64],
     # Every box is checked, also of objects that no_hard drops.
     boxes = [(_read_box(item, path), _is_hard(item)) for item in root.findall("object")]
     kept = [box for box, hard in boxes if not (no_hard and hard)]
-    return np.asarray(kept, dtype=np.float64).reshape(-1, 4), _read_size(root)
+    size = read_size(root.findtext("size/width"), root.findtext("size/height"))
+    return np.asarray(kept, dtype=np.float64).reshape(-1, 4), size
 
 
 def main_class(path: Path) -> str | None:
@@ -205,13 +206,6 @@ def _read_xml(path: Path) -> ET.Element:
     if root.tag != "annotation" and root.find("object") is None:
         raise DatasetError(f"{path}: expected a VOC <annotation>, found <{root.tag}>")
     return root
-
-
-def _read_size(root: ET.Element) -> tuple[int, int] | None:
-    """(width, height) of an annotation; None where it has none that can be meant."""
-    texts = [root.findtext(f"size/{key}", "").strip() for key in ("width", "height")]
-    sides = [int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0 for text in texts]
-    return (sides[0], sides[1]) if all(sides) else None
 
 
 def list_images(root: Path) -> dict[str, str]:

@@ -76,9 +76,9 @@ def plan(image: ExportImage, reader: Reader) -> Plan:
     header = read_header(path)
     kind, orientation = header.format, header.orientation
     exif = _is_turned(image, image.source, header)
-    is_plain = kind in reader.kinds and header.frames == 1 and (kind != "TIFF" or header.mode in ("RGB", "L"))
+    is_plain = kind in reader.kinds and (kind != "TIFF" or header.mode in ("RGB", "L"))
     is_upright = orientation.value == 1 or (kind == "JPEG" and exif and reader.turns)
-    if not (is_plain and is_upright and orientation.is_plain and _pillow_agrees(path, orientation.value)):
+    if not (is_plain and is_upright and orientation.is_plain and _readers_agree(path, orientation.value)):
         return Plan(path, ".jpg" if kind == "JPEG" else ".png", exif, encode=True)
     suffix = path.suffix if path.suffix.lower() in _SUFFIXES[kind] else _SUFFIXES[kind][0]
     return Plan(path, suffix, exif, encode=False, private=kind == "JPEG" and not _ends_well(path))
@@ -89,15 +89,21 @@ def plan_all(images: Sequence[ExportImage], reader: Reader, placing: Placing) ->
     return [None if placing == "none" else plan(image, reader) for image in images]
 
 
-def _pillow_agrees(path: Path, orientation: int) -> bool:
-    """Whether readers built on Pillow see the file as it was read here: they may turn by XMP, or fail on a tag."""
+def _readers_agree(path: Path, orientation: int) -> bool:
+    """Whether readers built on Pillow or OpenCV see the file as it was read here.
+
+    They may turn it by XMP, fail on a tag, take another of several pictures (but a phone's JPEG), show what is
+    transparent, or cut 16 bits off.
+    """
     with warnings.catch_warnings(action="error"):
         try:
             with Image.open(path) as image:
+                is_still = getattr(image, "n_frames", 1) == 1 or image.format == "MPO"
+                is_plain = is_still and not image.has_transparency_data and not image.mode.startswith("I")
                 exif = image.getexif()
             if orientation != 1:
                 exif.tobytes()  # turning an image writes its tags anew
-            return bool(exif.get(ExifTags.Base.Orientation, 1) == orientation)
+            return is_plain and bool(exif.get(ExifTags.Base.Orientation, 1) == orientation)
         except Exception:
             return False
 

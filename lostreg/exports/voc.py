@@ -35,7 +35,8 @@ def write(
         on_progress: called after each image.
 
     Returns:
-        How many images were encoded anew: those that are no JPEG or PNG files, or have an EXIF orientation.
+        How many images were encoded anew: those that are no JPEG or PNG files, have an EXIF orientation, or would be
+        read differently.
 
     Raises:
         ImageError: if an image cannot be read.

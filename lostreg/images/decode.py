@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, Union
@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from lostreg.defaults import MAX_PIXELS
 from lostreg.errors import ImageError, ImageUnavailableError, OptionError
@@ -33,11 +34,13 @@ _INVERSE: Final = {6: 8, 8: 6}  # orientations that undo others; the rest undo t
 _SIXTEEN_BIT: Final = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 _ALWAYS_SIXTEEN_BIT: Final = ("PNG", "PPM")  # formats whose pixels are scaled where Pillow opens them as "I"
 _PIXEL_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}  # in Pillow; others 4
-_DECODER_BYTES: Final = {"WEBP": 12, "AVIF": 8, "HEIF": 8, "JPEG2000": 16, "GIF": 8, "TIFF": 4}  # a pixel, besides
-_COEFFICIENT_BYTES: Final = 6  # a pixel of a progressive JPEG file, whose coefficients are all kept
+_DECODER_BYTES: Final = {"WEBP": 12, "AVIF": 8, "HEIF": 8, "JPEG2000": 24, "GIF": 8, "TIFF": 4}  # a pixel, besides
+_COEFFICIENT_BYTES: Final = 2  # a pixel and channel of a progressive JPEG file, whose coefficients are all kept
 _LARGE_BYTES: Final = 1 << 28  # images that need more are decoded one at a time, if there is memory
 _BAND_PIXELS: Final = 1 << 20  # that are converted together
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
 _HEAD_BYTES: Final = 1 << 18
+_EXIF: Final = b"Exif\0\0"  # in front of the block that Pillow hands on
 _NO_MEMORY: Final = -4  # of OpenCV
 
 
@@ -71,7 +74,6 @@ class Header:
         mode: likewise.
         width: as stored, in pixels.
         height: as stored, in pixels.
-        frames: how many pictures it holds.
         orientation: how they are meant to be turned.
     """
 
@@ -79,7 +81,6 @@ class Header:
     mode: str
     width: int
     height: int
-    frames: int
     orientation: Orientation
 
     def size(self, *, exif: bool) -> tuple[int, int]:
@@ -125,6 +126,8 @@ def read_image(
     name = name_of(source)
     with decoding(name):
         if isinstance(source, Image.Image):
+            if source.format != "TIFF":  # an orientation may stand after the pixels
+                _load(source)
             stored = _orientation_of(source)
             pixels, left = _to_rgb(source, name), _orientation_of(source)
             # Pillow turns a TIFF image as it loads it, which is undone where pixels are wanted as stored.
@@ -160,9 +163,7 @@ def read_header(path: Path) -> Header:
             is_whole = most < 0 or len(content.getbuffer()) < most
             try:
                 with _open_image(content, str(path), sys.maxsize) as (image, orientation):
-                    header = Header(
-                        image.format or "", image.mode, *image.size, getattr(image, "n_frames", 1), orientation
-                    )
+                    header = Header(image.format or "", image.mode, *image.size, orientation)
             except Exception:
                 if is_whole:
                     raise
@@ -220,6 +221,8 @@ def _content(source: object) -> io.BytesIO:
     if isinstance(source, str | os.PathLike):
         return _read_file(Path(os.fsdecode(source)))
     if callable(read := getattr(source, "read", None)):
+        with suppress(AttributeError, OSError):  # no pipe: from its beginning, wherever what wrote it has left off
+            source.seek(0)  # type: ignore[attr-defined]
         source = read()
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)
@@ -271,7 +274,7 @@ def _open_image(content: io.BytesIO, name: str, max_pixels: int) -> Iterator[tup
                 f"the limit of {max_pixels:,}; not decoded (--max-pixels raises the limit)"
             )
         if image.format == "AVIF":  # its container's own rotation
-            orientation = exif_orientation(image.info.get("exif", b"")) or Orientation()
+            orientation = exif_orientation(image.info.get("exif", b"").removeprefix(_EXIF)) or Orientation()
         yield image, orientation
 
 
@@ -328,8 +331,10 @@ _one_at_a_time = threading.Lock()
 def _decoding_bytes(image: Image.Image, stored: tuple[int, int], *, is_copied: bool) -> int:
     """An upper bound on what decoding takes at its peak: the decoder's own, Pillow's image, RGB and its copies."""
     pixels, whole = image.width * image.height, stored[0] * stored[1]
+    if isinstance(image, TiffImageFile):  # a tile may be larger than the image
+        pixels = max(pixels, image.tag_v2.get(_TILE_WIDTH, 0) * image.tag_v2.get(_TILE_HEIGHT, 0))
     needed = pixels * (_PIXEL_BYTES.get(image.mode, 4) + _DECODER_BYTES.get(image.format or "", 0) + 3 + 3 * is_copied)
-    return needed + whole * _COEFFICIENT_BYTES * bool(image.info.get("progressive"))
+    return needed + whole * _COEFFICIENT_BYTES * len(image.getbands()) * bool(image.info.get("progressive"))
 
 
 class _PillowLimitLifted:
@@ -362,11 +367,7 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
         raise ImageError(f"{name}: expected 8 or 16 bits a channel, found floating point")
     if not (image.width and image.height):
         raise ImageError(f"{name}: expected at least one pixel, found {image.width}x{image.height}")
-    try:
-        image.load()
-    except Exception:
-        if getattr(image, "tile", None):  # else the pixels are there, and something beside them is broken
-            raise
+    _load(image)
     levels = _levels(image, name) if image.mode in _SIXTEEN_BIT else 0
     pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
     rows = max(1, _BAND_PIXELS // image.width)
@@ -377,6 +378,15 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
         else:
             pixels[top : top + rows] = np.asarray(_on_white(band))
     return pixels
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels, whatever is wrong with what stands beside them."""
+    try:
+        image.load()
+    except Exception as error:
+        if getattr(image, "tile", None) or isinstance(error, OSError | MemoryError):  # what decoders raise
+            raise
 
 
 def _levels(image: Image.Image, name: str) -> int:
@@ -399,7 +409,7 @@ def _orientation_of(image: Image.Image) -> int:
     """Of an image that Pillow has opened, or that somebody has made."""
     block = image.info.get("exif")
     if isinstance(block, bytes):
-        found = exif_orientation(block)
+        found = exif_orientation(block.removeprefix(_EXIF))
         return found.value if found else 1
     if image.format != "TIFF" and any("xmp" in str(key) for key in image.info):  # Pillow would believe it
         return 1

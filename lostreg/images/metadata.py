@@ -27,7 +27,6 @@ _STRINGS: Final = (0x10E, 0x10F, 0x110, 0x131, 0x132, 0x8298)
 _RATIONALS: Final = {0x11A: 1, 0x11B: 1, 0x13E: 2, 0x13F: 6, 0x211: 3, 0x214: 6}
 
 _HIDDEN: Final = b"loSt"  # a chunk that every reader of PNG and WebP skips: ancillary, private
-_PNG_PIXELS: Final = (b"tRNS", b"acTL", b"fcTL", b"fdAT")  # ancillary chunks that say what is seen
 _PNG_END: Final = bytes(4) + b"IEND" + zlib.crc32(b"IEND").to_bytes(4, "big")
 # Tags of a TIFF file that say how its pixels are stored; the others are metadata.
 _TIFF_PIXELS: Final = {
@@ -87,14 +86,13 @@ def exif_orientation(block: bytes) -> Orientation | None:
     """The orientation of an EXIF block, as OpenCV finds it; None where there is none.
 
     Args:
-        block: a TIFF header and what follows, with ``Exif`` and two zeros in front or without.
+        block: a TIFF header and what follows, without the ``Exif`` and two zeros in front that only JPEG has.
 
     Example:
         >>> from lostreg.images.metadata import exif_orientation
         >>> exif_orientation(bytes.fromhex("49492a00 08000000 0100 1201 0300 01000000 06000000"))
         Orientation(value=6, is_plain=True)
     """
-    block = block.removeprefix(b"Exif\0\0")
     order = "<" if block[:2] == b"II" else ">"  # whatever else is there
     found: Orientation | None = None
     try:
@@ -127,17 +125,17 @@ def _first(found: list[Orientation | None]) -> Orientation:
 def _hide_jpeg(data: memoryview) -> list[bytes]:
     """Segments before the first scan: application data become those that nobody reads."""
     blocks, place = [], 2
-    while data[place] == 0xFF and data[place + 1] != 0xDA:
-        marker = data[place + 1]
-        if marker == 0xFF:  # a filling byte
+    while (marker := data[place + 1]) != 0xDA or data[place] != 0xFF:
+        if data[place] != 0xFF or marker in (0, 1, 0xFF):  # filling bytes, or what belongs to no segment
+            data[place] = 0xFF
             place += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD9:  # without length
+        elif 0xD0 <= marker <= 0xD9:  # without length
             place += 2
         else:
             (length,) = struct.unpack_from(">H", data, place + 2)
             content = data[place + 4 : place + 2 + length]
             if marker == 0xE1 and bytes(content[:6]) == b"Exif\0\0":
-                blocks.append(bytes(content))
+                blocks.append(bytes(content[6:]))
             if 0xE1 <= marker <= 0xED:  # JFIF's 0xE0 and Adobe's 0xEE say how colours are stored
                 data[place + 1] = 0xEF
             place += 2 + length
@@ -145,7 +143,7 @@ def _hide_jpeg(data: memoryview) -> list[bytes]:
 
 
 def _hide_png(data: memoryview) -> list[bytes]:
-    """Ancillary chunks, and what follows an image that is complete."""
+    """Ancillary chunks but transparency, and what follows an image that is complete; APNG's first picture stays."""
     blocks, place, has_pixels = [], 8, False
     while place + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, place)
@@ -160,7 +158,7 @@ def _hide_png(data: memoryview) -> list[bytes]:
             is_sound = zlib.crc32(data[place + 4 : end - 4]) == struct.unpack_from(">I", data, end - 4)[0]
             if kind == b"eXIf" and is_sound:
                 blocks.append(bytes(data[place + 8 : end - 4]))
-            if kind not in _PNG_PIXELS or not is_sound:
+            if kind != b"tRNS" or not is_sound:
                 data[place + 4 : place + 8] = _HIDDEN
                 struct.pack_into(">I", data, end - 4, zlib.crc32(data[place + 4 : end - 4]))
         place = end
@@ -168,17 +166,28 @@ def _hide_png(data: memoryview) -> list[bytes]:
 
 
 def _hide_webp(data: memoryview) -> list[bytes]:
-    blocks, place = [], 12
+    """EXIF and XMP: readers look at the first that the header announces.
+
+    The file then ends before those that are its last chunks, which may lack their padding.
+    """
+    blocks: list[bytes] = []
+    place, end, has_exif = 12, 12, False
     while place + 8 <= len(data):
         (length,) = struct.unpack_from("<I", data, place + 4)
         kind = bytes(data[place : place + 4])
         if kind == b"VP8X":
+            has_exif = bool(data[place + 8] & 0x08)
             data[place + 8] &= ~0x0C & 0xFF  # announces neither EXIF nor XMP any more
-        if kind == b"EXIF":
+        following = place + 8 + length + length % 2
+        if kind == b"EXIF" and has_exif and not blocks and following <= len(data):
             blocks.append(bytes(data[place + 8 : place + 8 + length]))
         if kind in (b"EXIF", b"XMP "):
             data[place : place + 4] = _HIDDEN
-        place += 8 + length + length % 2
+        else:
+            end = following
+        place = following
+    if end <= len(data):
+        struct.pack_into("<I", data, 4, end - 8)
     return blocks
 
 
@@ -191,18 +200,19 @@ def _hide_tiff(data: memoryview) -> list[bytes]:
     (count,) = struct.unpack_from(order + number, data, start)
     first = start + struct.calcsize(number)
     end = first + entry * count
-    if end + struct.calcsize(offset) > len(data):
+    if end > len(data):
         raise IndexError
-    following = bytes(data[end : end + struct.calcsize(offset)])
+    following = bytes(data[end : end + struct.calcsize(offset)])  # which the last thing in a file may lack
     entries = [bytes(data[place : place + entry]) for place in range(first, end, entry)]
     tags = [struct.unpack_from(order + "H", one)[0] for one in entries]
     kept = b"".join(one for tag, one in zip(tags, entries, strict=True) if tag in _TIFF_PIXELS)
     struct.pack_into(order + number, data, start, len(kept) // entry)
-    data[first : first + len(kept) + len(following)] = kept + following
+    moved = (kept + following.ljust(struct.calcsize(offset), b"\0"))[: len(data) - first]
+    data[first : first + len(moved)] = moved
     # The tag becomes a block of its own.
     turned = [one for tag, one in zip(tags, entries, strict=True) if tag == _ORIENTATION]
     head = struct.pack(order + "2sHIH", data[:2].tobytes(), 42, 8, len(turned))
-    values = [one[:4] + struct.pack(order + "I", 1) + one[entry - len(following) :][:4] for one in turned]
+    values = [one[:4] + struct.pack(order + "I", 1) + one[entry - struct.calcsize(offset) :][:4] for one in turned]
     return [head + b"".join(values)]
 
 

@@ -77,6 +77,29 @@ def test_images_that_cannot_be_read_are_left_to_the_run(tmp_path: Path) -> None:
     assert [example.exif for example in choose_frames(benchmark).examples] == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "turned"),
+    [
+        (40.0, 60.0, True),
+        ("40", "60", True),
+        (40.5, 60, False),
+        (0, 60, False),
+        (10**400, 60, False),
+        ([40], 60, False),
+        (None, None, False),
+    ],
+)
+def test_sizes_of_any_type_count_where_they_can_be_meant(
+    tmp_path: Path, width: object, height: object, turned: bool
+) -> None:
+    coco(tmp_path, (6, TURNED))
+    content = json.loads((tmp_path / "boxes.json").read_text())
+    content["images"][0].update(width=width, height=height)
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    benchmark = load_benchmark("coco", images=tmp_path, annotations=tmp_path / "boxes.json")
+    assert choose_frames(benchmark).examples[0].exif is turned
+
+
 def test_the_size_of_a_voc_file_counts_likewise(tmp_path: Path) -> None:
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / folder).mkdir(parents=True)
@@ -86,6 +109,10 @@ def test_the_size_of_a_voc_file_counts_likewise(tmp_path: Path) -> None:
     for size, turned in (
         ("<width>40</width><height>60</height>", True),
         ("<width>60</width><height>40</height>", False),
+        ("<width>40.0</width><height> 60 </height>", True),
+        ("<width>40.5</width><height>60</height>", False),
+        ("<width>nan</width><height>60</height>", False),
+        ("<height>60</height>", False),
     ):
         (tmp_path / "Annotations" / "a.xml").write_text(f"<annotation><size>{size}</size>{box}</annotation>")
         assert choose_frames(load_benchmark("voc", root=tmp_path)).examples[0].exif is turned

@@ -91,13 +91,14 @@ def test_class_files_and_blank_lines_and_byte_order_marks(tmp_path: Path) -> Non
 
 
 def test_stems_with_spaces_in_any_kind_of_split(tmp_path: Path) -> None:
-    stems = ["my photo", "photo", "photo 1", "a  b -1"]
+    stems = ["my photo", "photo", "photo 1", "a  b -1", "line\u2028end"]
     root = write_voc(tmp_path, {stem: an_object("1 1 5 5") for stem in stems})
     assert [example.image_id for example in load_voc(root).examples] == stems
-    (root / "ImageSets/Main/dog_val.txt").write_text("my photo  1\nphoto -1\nphoto 1  1\na  b -1 0\n")
+    lines = "my photo  1\nphoto -1\nphoto 1  1\na  b -1 0\nline\u2028end 1\n"
+    (root / "ImageSets/Main/dog_val.txt").write_text(lines, "utf-8")
     assert [example.image_id for example in load_voc(root, "dog_val").examples] == stems
     (root / "Annotations" / "my photo.xml").unlink()
-    with pytest.raises(DatasetError, match=r"1 of 4 annotation files are missing.*: my photo\.xml"):
+    with pytest.raises(DatasetError, match=r"1 of 5 annotation files are missing.*: my photo\.xml"):
         load_voc(root)
 
 
@@ -123,7 +124,7 @@ def test_namespaces_are_no_hindrance(tmp_path: Path) -> None:
         assert (boxes.tolist(), found) == ([[0, 0, 5, 5]], (60, 40))
 
 
-@pytest.mark.parametrize("text", ["", "0", "-4", "4.5", "wide", "٣", "9" * 30])
+@pytest.mark.parametrize("text", ["", "0", "-4", "4.5", "wide", "nan", "inf", "9" * 30])
 def test_a_size_that_cannot_be_meant_is_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.xml"
     path.write_text(f"<annotation><size><width>{text}</width><height>40</height></size></annotation>", encoding="utf-8")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, TiffImagePlugin
 
+from lostreg.errors import ImageUnavailableError
 from lostreg.images.decode import read_image
 from lostreg.images.metadata import Orientation, exif_orientation, hide_metadata, turn
 
@@ -72,6 +73,15 @@ def test_of_several_exif_segments_the_first_that_tells_counts(
     np.testing.assert_array_equal(read_image(content).pixels, as_opencv_sees_it(content))
 
 
+@pytest.mark.parametrize("between", [b"\0", b"AA", b"\xff\xff", b"\xff\0\x12", b"\xff\1", b"\xff\xd0"])
+def test_what_stands_between_the_segments_of_a_jpeg_is_skipped(between: bytes) -> None:
+    after = CONTENTS["JPEG"].index(b"\xff\xdb")  # the first table
+    turned = with_exif(CONTENTS["JPEG"][:2] + CONTENTS["JPEG"][after:], turned_block(6))
+    content = CONTENTS["JPEG"][:after] + between + turned[2:]
+    np.testing.assert_array_equal(read_image(content).pixels, turn(read_image(CONTENTS["JPEG"]).pixels, 6))
+    np.testing.assert_array_equal(read_image(content).pixels, as_opencv_sees_it(content))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turning_is_pillows(orientation: int) -> None:
     image = Image.fromarray(PIXELS)
@@ -84,7 +94,7 @@ def test_turning_is_pillows(orientation: int) -> None:
     [
         (turned_block(6), Orientation(6, is_plain=True)),
         (turned_block(8, ">"), Orientation(8, is_plain=True)),
-        (b"Exif\0\0" + turned_block(3), Orientation(3, is_plain=True)),
+        (b"Exif\0\0" + turned_block(3), None),
         (exif_block((0x112, 1, 1, b"\6\0\0\0")), Orientation(6, is_plain=False)),
         (exif_block((0x112, 3, 2, b"\6\0\6\0")), Orientation(6, is_plain=False)),
         (exif_block((0x112, 3, 1, b"\6\0\0\0"), (0x112, 3, 1, b"\1\0\0\0")), Orientation(6, is_plain=False)),
@@ -118,10 +128,30 @@ def test_xmp_turns_nothing(kind: str) -> None:
     assert read_image(Image.open(io.BytesIO(content))).pixels.shape == PIXELS.shape
 
 
-@pytest.mark.parametrize("prefix", [b"", b"Exif\0\0"])
-def test_webp_is_turned(prefix: bytes) -> None:
-    content = encoded(PIXELS, "WEBP", exif=prefix + turned_block(), lossless=True)
-    np.testing.assert_array_equal(read_image(content).pixels, turn(PIXELS, 6))
+def webp_with(*chunks: bytes, flags: int = 0x08) -> bytes:
+    """A WebP file with chunks after its pixels; its header announces EXIF."""
+    header = b"VP8X" + struct.pack("<II", 10, flags) + struct.pack("<I", 39)[:3] + struct.pack("<I", 23)[:3]
+    body = b"WEBP" + header + encoded(PIXELS, "WEBP", lossless=True)[12:] + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def webp_exif(block: bytes) -> bytes:
+    return b"EXIF" + struct.pack("<I", len(block)) + block
+
+
+@pytest.mark.parametrize(
+    ("content", "orientation"),
+    [
+        (webp_with(webp_exif(turned_block(6))), 6),
+        (webp_with(webp_exif(turned_block(6)), flags=0), 1),  # not announced
+        (webp_with(webp_exif(b"Exif\0\0" + turned_block(6))), 1),  # as JPEG alone has it
+        (webp_with(webp_exif(b""), webp_exif(turned_block(6))), 1),  # the first alone counts
+        (webp_with(webp_exif(turned_block(6) + b"odd") + b"\0"), 6),
+        (webp_with(webp_exif(turned_block(6) + b"odd")), 1),  # its padding is missing
+    ],
+)
+def test_webp_is_turned_where_opencv_turns_it(content: bytes, orientation: int) -> None:
+    np.testing.assert_array_equal(read_image(content).pixels, turn(PIXELS, orientation))
     np.testing.assert_array_equal(read_image(content).pixels, as_opencv_sees_it(content))
 
 
@@ -163,6 +193,11 @@ BROKEN_TEXT = png_chunk(b"tEXt", b"Comment\0made")[:-1] + b"?"
         png_with(png_chunk(b"pHYs", b"12")),
         png_with(struct.pack(">I", 1 << 20) + b"tEXt" + bytes(30), before=b"IEND"),
         png_with(png_chunk(b"eXIf", turned_block())[:-1] + b"?"),  # a broken orientation is none
+        png_with(png_chunk(b"eXIf", b"Exif\0\0" + turned_block())),  # as JPEG alone has it
+        png_with(png_chunk(b"acTL", b"2")),
+        png_with(png_chunk(b"acTL", bytes(8)), png_chunk(b"fcTL", b"0")),
+        png_with(png_chunk(b"fcTL", struct.pack(">5I2H2B", 0, 400, 24, 0, 0, 1, 1, 0, 0))),
+        png_with(png_chunk(b"fdAT", b"\0\0\0\1no picture")),
         CONTENTS["PNG"] + b"more",
     ],
 )
@@ -207,6 +242,21 @@ def test_tags_beside_the_pixels_of_a_tiff_are_not_looked_at(order: str, tags: di
     turned = {**tags, "t274": (3, 1, struct.pack(order + "HH", 6, 0))}
     np.testing.assert_array_equal(read_image(tiff_with(order, **turned)).pixels, turn(PIXELS, 6))
     np.testing.assert_array_equal(read_image(tiff_with(order, **turned), exif=False).pixels, PIXELS)
+
+
+def test_a_tiff_may_end_with_its_directory() -> None:
+    content = tiff_with(t274=(3, 1, struct.pack("<HH", 6, 0)), t700=(2, 4, b"abc\0"))[:-4]
+    np.testing.assert_array_equal(read_image(content).pixels, turn(PIXELS, 6))
+    np.testing.assert_array_equal(read_image(content).pixels, as_opencv_sees_it(content))
+    np.testing.assert_array_equal(read_image(content, exif=False).pixels, PIXELS)
+    np.testing.assert_array_equal(read_image(tiff_with()[:-4]).pixels, PIXELS)
+
+
+def test_a_tile_larger_than_its_image_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lostreg.images.decode.host_bytes", lambda: 10**9)
+    sides = {"t322": (4, 1, struct.pack("<I", 10_000)), "t323": (4, 1, struct.pack("<I", 20_000))}
+    with pytest.raises(ImageUnavailableError, match=r"40x24 pixels of mode RGB in TIFF take up to 2\.8 GB"):
+        read_image(tiff_with(**sides))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
