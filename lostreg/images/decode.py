@@ -129,6 +129,7 @@ def read_image(
             if source.format != "TIFF":  # an orientation may stand after the pixels
                 _load(source)
             stored = _orientation_of(source)
+            _load(source)
             pixels, left = _to_rgb(source, name), _orientation_of(source)
             # Pillow turns a TIFF image as it loads it, which is undone where pixels are wanted as stored.
             undo = _INVERSE.get(stored, stored) if left != stored else 1
@@ -367,7 +368,7 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
         raise ImageError(f"{name}: expected 8 or 16 bits a channel, found floating point")
     if not (image.width and image.height):
         raise ImageError(f"{name}: expected at least one pixel, found {image.width}x{image.height}")
-    _load(image)
+    image.load()
     levels = _levels(image, name) if image.mode in _SIXTEEN_BIT else 0
     pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
     rows = max(1, _BAND_PIXELS // image.width)
@@ -381,7 +382,7 @@ def _to_rgb(image: Image.Image, name: str) -> NDArray[np.uint8]:
 
 
 def _load(image: Image.Image) -> None:
-    """Decode the pixels, whatever is wrong with what stands beside them."""
+    """Decode the pixels of an image that somebody has opened, whatever is wrong with what stands beside them."""
     try:
         image.load()
     except Exception as error:
