@@ -15,7 +15,7 @@ import torch
 
 from lostreg.checks import whole_number, whole_seed
 from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError
-from lostreg.images.decode import ImageSource, Item, held, name_of, read_image
+from lostreg.images.decode import ImageSource, Item, name_of, read_image
 from lostreg.images.files import ImageFile
 from lostreg.images.memory import describe_bytes
 from lostreg.images.patches import PatchedPicture, cut_patches
@@ -144,7 +144,7 @@ class ImageStream(Generic[Outcome]):
         except MemoryError as error:
             raise ImageUnavailableError(f"{name_of(image)}: not enough memory to decode it") from error
         if isinstance(image, str | os.PathLike | ImageFile):
-            picture = replace(picture, source=held(image))
+            picture = replace(picture, source=image.path if isinstance(image, os.DirEntry) else image)
         waiting.add(picture.patches.nbytes)
         return picture
 
