@@ -71,9 +71,10 @@ def away(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The names of files that cannot be had."""
     names: set[str] = set()
 
-    def read(source: object, **options: object) -> object:
-        if Path(str(source)).name in names:
-            raise ImageUnavailableError(f"{source}: Stale file handle")
+    def read(source: decode.ImageSource, **options: object) -> object:
+        path = Path(decode.name_of(source))
+        if path.name in names:
+            raise ImageUnavailableError(f"{path}: Stale file handle")
         return decode.read_image(source, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stream, "read_image", read)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import multiprocessing
+import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -115,6 +116,21 @@ def test_a_spawned_process_finds_the_same_boxes(backbone: Backbone) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = [pool.apply(discoverer.discover, (pixels,)), pool.apply(study.discover, kwds={"bias": -0.3})]
     assert all(map(same, found, expected))
+
+
+def test_what_was_found_in_an_entry_of_a_folder_travels(backbone: Backbone, photo: Path) -> None:
+    discoverer = lostreg.Discoverer(backbone, device="cpu")
+    entries = list(os.scandir(photo.parent))
+    for held in (discoverer.discover(entries[0]), *discoverer.discover_many(entries)):
+        assert pickle.loads(pickle.dumps(held)).source == str(photo)
+    study = lostreg.Study(discoverer, entries[0])
+    assert same(copy.deepcopy(study).discover(), discoverer.discover(photo))
+
+
+def test_what_else_a_discoverer_holds_travels_with_it(backbone: Backbone) -> None:
+    discoverer = lostreg.Discoverer(backbone, device="cpu")
+    discoverer.title = "mine"  # type: ignore[attr-defined]
+    assert vars(pickle.loads(pickle.dumps(discoverer)))["title"] == "mine"
 
 
 def test_weights_travel_once_and_caches_not_at_all(backbone: Backbone) -> None:

@@ -15,7 +15,7 @@ from lostreg.cli.options import (
     add_method_options,
     add_object_options,
 )
-from lostreg.cli.progress import ProgressBar, judge_failures
+from lostreg.cli.progress import ProgressBar, describe_misses, judge_failures
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def _exit_code(evaluation: "Evaluation") -> int:
 
 def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, out: Path) -> "Evaluation":
     from lostreg.runs.evaluate import evaluate
+    from lostreg.runs.locate import is_file
 
     discoverer = make_discoverer(args, backbone, exif=False)  # but for images of which more is known
     paths = [example.source for example in benchmark.examples]
@@ -94,6 +95,7 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
             on_progress=bar,
             on_discovery=_plotter(out / PLOTS, plots) if args.plots else None,
             on_gone=lambda image_id: _remove_plot(out / PLOTS, f"{image_id}.png"),
+            try_again=lambda one: args.plots and not one.error and not is_file(out / PLOTS / f"{one.image_id}.png"),
         )
     check_written(plots)
     low, high = evaluation.score.wilson_interval()
@@ -103,7 +105,7 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
     if evaluation.detection is not None:
         print(evaluation.detection)
     if evaluation.unreadable:
-        print(f"{evaluation.unreadable} images could not be read and count as misses (--overwrite tries them again)")
+        print(describe_misses(evaluation.unreadable, evaluation.unavailable))
     written = [PREDICTIONS_FILE, MAPS_FILE, RESULTS_FILE] + (
         [f"plots of {evaluation.computed} images"] if args.plots else []
     )

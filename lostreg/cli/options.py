@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -329,7 +330,7 @@ def tell(message: str) -> None:
 
 def one_line(message: str) -> str:
     """A message on one line, on which no name acts on the terminal."""
-    return printable(" ".join(message.split()))
+    return printable(re.sub(r"\s*\n\s*", " ", message.strip()))
 
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:

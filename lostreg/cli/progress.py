@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _UNITS = {"probes": "probe"}  # of steps that go through something else than images
-
-
 _MANY = 0.1  # of all images: a run that fails on more is not one with a few broken photos
 
 
@@ -31,13 +29,19 @@ def judge_failures(failed: int, unavailable: int, images: int, *, retry: str) ->
     """
     if failed > _MANY * images:
         share = f"{failed:,} of {images:,} images ({100 * failed / images:.0f} %)"
-        tell(f"WARNING: {share} could not be read; {retry} tries them again")
+        tell(f"WARNING: {share} could not be read" + (f"; {retry} tries them again" if failed > unavailable else ""))
     if unavailable:
         tell(
             f"{unavailable:,} images could not be had this time (not there, not to be opened, or out of memory): "
             "the same command tries them again"
         )
     return 2 if failed == images or unavailable > _MANY * images else 0
+
+
+def describe_misses(unreadable: int, unavailable: int) -> str:
+    """A line on images of a benchmark that could not be read; see `judge_failures` for those that could not be had."""
+    again = " (--overwrite tries them again)" if unreadable > unavailable else ""
+    return f"{unreadable} images could not be read and count as misses{again}"
 
 
 class ProgressBar:

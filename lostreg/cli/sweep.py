@@ -15,7 +15,7 @@ from lostreg.cli.options import (
     add_max_side,
     as_finite,
 )
-from lostreg.cli.progress import ProgressBar, judge_failures
+from lostreg.cli.progress import ProgressBar, describe_misses, judge_failures
 from lostreg.models.table import FEATURES
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     print(_table(rows))
     unreadable = rows[0].auto.images - len(rows[0].auto_biases)
     if unreadable:
-        print(f"{unreadable} images could not be read and count as misses (--overwrite tries them again)")
+        print(describe_misses(unreadable, bar.unavailable))
     print(f"written to {args.out}: {LINES_FILE}, {RESULTS_FILE}, {_PLOT}")
     print(_last_line(rows), flush=True)
     return judge_failures(unreadable, bar.unavailable, len(benchmark), retry="--overwrite")

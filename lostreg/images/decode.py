@@ -175,7 +175,9 @@ def read_header(path: Path) -> Header:
 
 
 def held(source: ImageSource) -> ImageSource:
-    """What can be read more than once: the content of a file object, anything else as it is."""
+    """What can be read more than once, and travel: the content of a file object, the path of a folder's entry."""
+    if isinstance(source, os.DirEntry):  # it cannot be pickled
+        return str(source.path)
     return _content(source).getvalue() if callable(getattr(source, "read", None)) else source
 
 

@@ -10,13 +10,14 @@ from typing import Any, Concatenate, Final, ParamSpec
 
 import torch
 
+from lostreg.checks import shown
 from lostreg.defaults import BACKBONE
 from lostreg.errors import ImageError, LostregWarning, OptionError
 from lostreg.images.decode import ImageSource, Item, check_several, held
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discovery import Discovery
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
-from lostreg.inference.options import Options, ResolvedOptions
+from lostreg.inference.options import Options
 from lostreg.inference.postprocess import discoveries
 from lostreg.inference.stream import ImageStream, Job, Outcome
 from lostreg.methods.lost import Candidates
@@ -77,6 +78,8 @@ class Discoverer:
             check_compiler(device)
         if isinstance(backbone, str):
             backbone = load_backbone(backbone, weights=asked.weights, device=device)
+        elif not isinstance(backbone, Backbone):
+            raise OptionError(f"backbone must be a name or a Backbone, not {shown(backbone)}")
         elif asked.weights is not None:
             raise OptionError("weights are for a backbone that is named: this one is loaded already")
         backbone = _place(backbone, device, _DTYPES[asked.precision])
@@ -101,12 +104,13 @@ class Discoverer:
         other._start(self.backbone.with_registers(registers), self.options)
         return other
 
-    def __getstate__(self) -> tuple[Backbone, ResolvedOptions]:
-        # What is made of these is made again: it holds caches, and compiled code, which cannot travel.
-        return self.backbone, self.options
+    def __getstate__(self) -> dict[str, Any]:
+        # What is made of the others is made again: it holds caches, and compiled code, which cannot travel.
+        return {name: value for name, value in vars(self).items() if name not in ("features", "stream")}
 
-    def __setstate__(self, state: tuple[Backbone, ResolvedOptions]) -> None:
-        self._start(*state)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start(self.backbone, self.options)
 
     def _start(self, backbone: Backbone, options: Options) -> None:
         """Decide what is left open, and make what works."""
@@ -225,8 +229,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise OptionError(f"device must be auto, cpu, cuda, cuda:N or mps, not '{device}'") from error
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise OptionError(f"device must be auto, cpu, cuda, cuda:N or mps, not {shown(device)}") from error
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(found.type, False):
         raise OptionError(f"device '{device}' was asked for, but PyTorch finds none here; try --device cpu")

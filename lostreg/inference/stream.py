@@ -144,7 +144,7 @@ class ImageStream(Generic[Outcome]):
         except MemoryError as error:
             raise ImageUnavailableError(f"{name_of(image)}: not enough memory to decode it") from error
         if isinstance(image, str | os.PathLike | ImageFile):
-            picture = replace(picture, source=image)
+            picture = replace(picture, source=image.path if isinstance(image, os.DirEntry) else image)
         waiting.add(picture.patches.nbytes)
         return picture
 

@@ -14,7 +14,7 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 
-from lostreg.checks import whole_number
+from lostreg.checks import shown, whole_number
 from lostreg.errors import BackboneError, OptionError
 from lostreg.models import checkpoints
 from lostreg.models.blocks import check_mlp
@@ -77,11 +77,13 @@ class Backbone:
         """The same model with test-time registers (Jiang et al. 2025), or without: the weights are shared, unchanged.
 
         Raises:
-            OptionError: if the neurons are of another backbone, the model has no such layer or unit, or more tokens
-                would be added than `most_registers`.
+            OptionError: if it is something else, the neurons are of another backbone, the model has no such layer or
+                unit, or more tokens would be added than `most_registers`.
             BackboneError: if its MLPs are of a kind whose hidden units cannot be read.
         """
-        if registers:
+        if registers is not None:
+            if not isinstance(registers, RegisterNeurons):
+                raise OptionError(f"registers must be RegisterNeurons, such as a file's, not {shown(registers)}")
             registers.require(self.spec.name, self.weights)
             whole_number(registers.count, f"count of test-time registers of {self.spec.name}", most=self.most_registers)
             for layer, unit in registers.neurons:

@@ -73,6 +73,7 @@ def evaluate(
     on_progress: OnProgress = lambda _: None,
     on_discovery: Hook | None = None,
     on_gone: Callable[[ImageId], None] = lambda _: None,
+    try_again: Callable[[Prediction], bool] = lambda _: False,
 ) -> Evaluation:
     """Predict and score a benchmark, going on where an earlier run into the same folder stopped.
 
@@ -89,10 +90,11 @@ def evaluate(
         on_progress: called after each image, with the corloc so far.
         on_discovery: called with each image's discovery before its line is written; its source is the decoded image.
         on_gone: called with each image of an earlier run that is overwritten.
+        try_again: whether an image is computed again for another reason, such as a picture of it that is missing.
 
     Raises:
         PredictionsError: if the folder cannot be written, is in use by another run, or holds a run with other
-            settings.
+            settings; or if what was written was deleted meanwhile.
         ImageError: with ``strict``, at the first image that cannot be read; what came before it is kept.
     """
     examples = {example.image_id: example for example in benchmark.examples}
@@ -107,6 +109,7 @@ def evaluate(
         memory=PREDICTIONS_FILE,
         beside=[MAPS_FILE],
         overwrite=overwrite,
+        try_again=lambda prediction: prediction.unavailable or try_again(prediction),
         on_gone=on_gone,
     ) as run:
         for prediction in run.resume():

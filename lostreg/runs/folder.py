@@ -43,6 +43,10 @@ class Memory(Line, Protocol):
     """A line of the memory of a run."""
 
     @property
+    def error(self) -> str | None:
+        """Why the image could not be read; it then has no lines beside this one."""
+
+    @property
     def unavailable(self) -> bool:
         """Whether the image could not be had this time, so that another run tries it again."""
 
@@ -76,7 +80,8 @@ class Run(Generic[AnyLine]):
         settings: what makes two runs the same, by section.
         parse: makes what is remembered of a line; a `ValueError`, `TypeError` or `KeyError` says what is wrong with it.
         memory: name of the file with a line an image.
-        beside: names of files whose lines go with those of the memory: they are written first.
+        beside: names of files whose lines go with those of the memory: they are written first, and an image that has
+            lost one is missing.
         results: name of the file with settings and figures.
         may_change: whether the list may have changed since an earlier run.
         overwrite: whether to start anew instead of going on.
@@ -158,9 +163,11 @@ class Run(Generic[AnyLine]):
         """
         images, done, known = set(self.images), set[ImageId](), set[ImageId]()
         dropped = set[int]()  # numbers of the lines of images that are tried again
+        beside = {path: list(_ids_of(path)) for path in self._beside}
+        without = images.difference(images.intersection(*beside.values()))  # a line beside
         for number, line in self._read_memory():
             known.add(line.image_id)
-            if self._try_again(line):
+            if (line.error is None and line.image_id in without) or self._try_again(line):
                 dropped.add(number)
                 continue
             self._written.append(line.image_id)
@@ -176,8 +183,9 @@ class Run(Generic[AnyLine]):
         if dropped:
             _drop_lines(self._memory, dropped)
         # Lines beside those of the memory are kept for images that are gone, too: they may come back.
-        beside = set[ImageId]().union(*(_cut_ahead(path, set(self._written)) for path in self._beside))
-        self._gone_beside = not beside <= images
+        written = set(self._written)
+        kept = [_cut_ahead(path, ids, written) for path, ids in beside.items()]
+        self._gone_beside = not all(ids <= images for ids in kept)
         for path in (*self._beside, self._memory):
             self._lines[path] = count_lines(path)
             self._files.append(self._stack.enter_context(path.open("a", encoding="utf-8", newline="\n")))
@@ -292,11 +300,9 @@ class Run(Generic[AnyLine]):
         return True
 
     def _lost(self, path: Path) -> PredictionsError:
-        remembered = path != self._memory and self._memory.exists()  # so that nothing would be computed again
-        again = f"run the same command {'with --overwrite' if remembered else 'again'}"
         return PredictionsError(
             f"{path} was deleted or changed while the run went on: expected {self._lines[path]:,} lines, found "
-            f"{count_lines(path):,}; {again}, which computes what is lost anew"
+            f"{count_lines(path):,}; run the same command again, which computes what is lost anew"
         )
 
     def finish(self, figures: dict[str, Any], device: torch.device) -> None:
@@ -330,13 +336,17 @@ def _put_in_order(path: Path, images: Iterable[ImageId], *, last: bool) -> None:
                 ordered.write(file.readline())
 
 
-def _cut_ahead(path: Path, written: set[ImageId]) -> set[ImageId]:
+def _cut_ahead(path: Path, ids: Sequence[ImageId | None], written: set[ImageId]) -> set[ImageId]:
     """Cut off the lines at a file's end whose images have no line in the memory: a run that was killed is ahead there.
+
+    Args:
+        path: of the file.
+        ids: of its lines, as `_ids_of` has them.
+        written: those of the memory.
 
     Returns:
         The images of the other lines.
     """
-    ids = list(_ids_of(path))
     kept = max((number for number, image_id in enumerate(ids, start=1) if image_id in written), default=0)
     keep_lines(path, kept)
     return {image_id for image_id in ids[:kept] if image_id is not None}

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from lostreg.checks import cut
 from lostreg.datasets import Benchmark
 from lostreg.defaults import RESULTS_FILE
 from lostreg.errors import PredictionsError
@@ -122,8 +123,7 @@ def _differences(earlier: Any, now: dict[str, Any]) -> Iterator[tuple[str, Any, 
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return cut(json.dumps(value, ensure_ascii=False))
 
 
 def package_versions() -> dict[str, str]:

@@ -450,10 +450,13 @@ def test_eval_draws_a_picture_an_image(root: Path, tmp_path: Path) -> None:
     with (out / "predictions.jsonl").open("a") as file:
         for name in ("../mine", str(out / "mine"), "\0"):
             file.write(json.dumps({"image_id": name, "boxes": []}) + "\n")
-    command = ["eval", "voc", "--root", str(root), "--out", str(out), "--limit", "1", "--overwrite", *FAST]
-    assert main([*command, "--plots"]) == 0
+    command = ["eval", "voc", "--root", str(root), "--out", str(out), "--limit", "1", "--plots", *FAST]
+    assert main([*command, "--overwrite"]) == 0
     assert sorted(path.name for path in (out / "plots").iterdir()) == ["im00.png", "mine.png"]
     assert (out / "mine.png").exists()
+    (out / "plots" / "im00.png").unlink()
+    assert main(command) == 0
+    assert (out / "plots" / "im00.png").exists()
 
 
 @pytest.mark.parametrize("name", ["boxes.jsonl", "plots/im00.png", "masks/im00.png"])
@@ -492,6 +495,7 @@ def test_a_run_of_which_much_could_not_be_had_is_no_success(
         captured = capsys.readouterr()
         assert "lostreg: WARNING: 1 of " in captured.err
         assert "1 images could not be had this time" in captured.err
+        assert "--" not in captured.err + captured.out  # no option that computes everything again
         away.clear()
         assert main([*command, *FAST]) == 0
         assert "WARNING" not in capsys.readouterr().err

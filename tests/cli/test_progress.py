@@ -104,6 +104,7 @@ def test_much_that_failed_is_told_loudly_and_passing_faults_are_no_success(
     assert len(lines) == len(told)
     for line, start in zip(lines, told, strict=True):
         assert line.startswith(f"lostreg: {start}")
+    assert ("--again" in "".join(lines)) == (failed > max(unavailable, images // 10))
 
 
 def test_images_that_could_not_be_had_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:

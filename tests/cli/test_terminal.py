@@ -15,6 +15,7 @@ from conftest import scene
 from PIL import Image
 
 from lostreg.cli.main import main
+from lostreg.cli.options import one_line
 from lostreg.cli.terminal import standard_streams
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 
@@ -131,6 +132,14 @@ def test_no_name_acts_on_the_terminal(photos: Path, tmp_path: Path, capsys: pyte
     assert "\\u000d\\u000a" in row
     found = [json.loads(line)["image_id"] for line in lines if line.startswith("{")]
     assert [name for name in found if "gpj" in name] == [f"{photos.as_posix()}/{start}{HOSTILE}" for start in "ab"]
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [("no  such   photo.jpg", "no  such   photo.jpg"), ("of a library:\n  two lines\n", "of a library: two lines")],
+)
+def test_messages_are_one_line_and_names_keep_their_spaces(message: str, line: str) -> None:
+    assert one_line(message) == line
 
 
 def test_bars_may_move_and_names_may_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,12 +246,20 @@ def test_options_are_plain_values_that_say_what_was_chosen(backbone: Backbone) -
         ({"bias": "auto", "normalize": False}, "'auto' is defined on normalised features"),
         ({"device": "nonsense"}, "device must be auto, cpu, cuda, cuda:N or mps, not 'nonsense'"),
         ({"device": "meta"}, "PyTorch finds none here"),
+        ({"device": 10**400}, "device must be auto, cpu, cuda, cuda:N or mps, not 1000"),
+        ({"registers": "registers.json"}, "registers must be RegisterNeurons, such as a file's, not 'registers.json'"),
+        ({"registers": 0}, "registers must be RegisterNeurons, such as a file's, not 0"),
     ],
     ids=str,
 )
 def test_options_out_of_range_say_what_is_in_it(backbone: Backbone, options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Discoverer(backbone, **{"device": "cpu", **options})
+
+
+def test_a_backbone_is_a_name_or_one() -> None:
+    with pytest.raises(OptionError, match="backbone must be a name or a Backbone, not None"):
+        Discoverer(None)  # type: ignore[arg-type]
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -485,8 +485,7 @@ def test_what_was_deleted_is_not_told_to_be_written(
     with pytest.raises(PredictionsError, match=r"deleted.* while the run went on"):
         discover_collection(photos, discoverer, out, mask_pictures=True, on_progress=delete)
     assert not (out / "results.json").exists() or settings(out)["complete"] is False
-    again = {"overwrite": True} if name == "maps.jsonl" else {}  # as the message says
-    discover_collection(photos, discoverer, out, mask_pictures=True, **again)
+    discover_collection(photos, discoverer, out, mask_pictures=True)  # as the message says
     discover_collection(photos, discoverer, whole, mask_pictures=True)
     assert [one.image_id for one in read_predictions(out / "predictions.jsonl")] == list(photos.names)
     assert len(list(read_maps(out / "maps.jsonl"))) == 6

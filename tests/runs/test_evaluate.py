@@ -210,19 +210,27 @@ def test_a_run_cut_at_any_byte_ends_with_the_same_bytes(
         assert results(finished)["corloc"] == score
 
 
-def test_maps_hold_the_ground_truth_and_go_on_without_what_was_lost(
-    benchmark: Benchmark, discoverer: Discoverer, finished: Path
-) -> None:
+def test_maps_hold_the_ground_truth(benchmark: Benchmark, finished: Path) -> None:
     found = list(read_maps(finished / MAPS_FILE))
     assert [one.image_id for one in found] == [example.image_id for example in benchmark.examples]
     assert [one.truth for one in found] == [example.boxes.tolist() for example in benchmark.examples]
-    (finished / MAPS_FILE).unlink()  # as in the folder of an earlier version
-    path = finished / PREDICTIONS_FILE
-    kept = path.read_bytes().splitlines(keepends=True)[:4]
-    for _ in range(2):
-        path.write_bytes(b"".join(kept))
-        evaluate(benchmark, discoverer, finished)
-        assert [one.image_id for one in read_maps(finished / MAPS_FILE)] == [one.image_id for one in found[4:]]
+
+
+@pytest.mark.parametrize("lines", [slice(0), slice(4), slice(3, None)], ids=["all", "the last", "the first"])
+def test_images_whose_maps_were_lost_are_computed_again(
+    benchmark: Benchmark, discoverer: Discoverer, finished: Path, lines: slice
+) -> None:
+    maps = finished / MAPS_FILE
+    whole = maps.read_bytes().splitlines(keepends=True)
+    maps.write_bytes(b"".join(whole[lines]))
+    evaluation = evaluate(benchmark, discoverer, finished)
+    assert evaluation.computed == len(whole) - len(whole[lines])
+    for path in (maps, finished / PREDICTIONS_FILE):
+        ids = [json.loads(line)["image_id"] for line in path.open()]
+        assert ids == [example.image_id for example in benchmark.examples]
+    maps.unlink()  # as in the folder of an early version
+    assert evaluate(benchmark, discoverer, finished).computed == COUNT
+    assert evaluate(benchmark, discoverer, finished).computed == 0
 
 
 def test_a_run_of_a_version_without_several_objects_goes_on(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import lostreg
+from lostreg.checks import cut
 from lostreg.datasets import Benchmark, Example
 from lostreg.errors import PredictionsError
 from lostreg.jsonio import write_json
@@ -134,9 +135,8 @@ def test_every_difference_is_named_with_what_was_and_what_is(tmp_path: Path) -> 
     told = str(caught.value).partition("settings: ")[2]
     *changes, advice = told.split("; ")
     assert advice == "use --overwrite or another --out"
-    assert changes.pop(0) == f'fingerprint was "{two().fingerprint()[:56]}... and is now "' + (
-        f"{two(moved=1).fingerprint()[:56]}..."
-    )
+    was, now_is = (f'"{benchmark.fingerprint()}"' for benchmark in (two(), two(moved=1)))
+    assert changes.pop(0) == f"fingerprint was {cut(was)} and is now {cut(now_is)}"
     assert changes == [
         "limit was null and is now 2",
         'bias was -0.5 and is now "auto"',
