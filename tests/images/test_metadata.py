@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, TiffImagePlugin
 
-from lostreg.errors import ImageUnavailableError
+from lostreg.errors import ImageError, ImageUnavailableError
 from lostreg.images.decode import read_image
 from lostreg.images.metadata import Orientation, exif_orientation, hide_metadata, turn
 
@@ -292,3 +292,9 @@ def test_a_file_cut_anywhere_is_looked_at_without_a_fault(kind: str, data: st.Da
     cut = bytearray(content[: data.draw(st.integers(0, len(content)))])
     hide_metadata(memoryview(cut))
     assert len(cut) <= len(content)
+
+
+def test_heic_without_its_reader_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lostreg.images.decode.HAS_HEIF", False)
+    with pytest.raises(ImageError, match=r'image: HEIC is read with pillow-heif: pip install "lostreg\[heif\]"'):
+        read_image(b"\0\0\0\x18ftypheic" + bytes(40))
