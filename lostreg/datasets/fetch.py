@@ -19,7 +19,6 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from filelock import FileLock, Timeout
-from PIL import Image
 from tqdm import tqdm
 
 from lostreg.datasets import coco20k
@@ -27,7 +26,8 @@ from lostreg.datasets.base import name_some
 from lostreg.datasets.download import check_http, download
 from lostreg.datasets.registry import BENCHMARKS, FETCHABLE, benchmark_info
 from lostreg.datasets.voc import list_annotations, list_images, read_split
-from lostreg.errors import DatasetError, OptionError
+from lostreg.errors import DatasetError, ImageError, OptionError
+from lostreg.images.decode import read_header, read_image
 
 
 class Archive(NamedTuple):
@@ -338,13 +338,15 @@ def _image_fault(file: Path, size: tuple[int, int]) -> str:
     and decoded to its end.
     """
     try:
-        with Image.open(file, formats=["JPEG"]) as image:
-            if image.size != size:
-                expected = f"{size[0]}x{size[1]}"
-                return f"has {image.width}x{image.height} pixels, expected {expected} as the annotations say"
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return f"is not a complete JPEG: {str(error).replace(str(file), file.stem)}"
+        header = read_header(file)
+        if header.format != "JPEG":
+            return f"is not a complete JPEG: it is {header.format}"
+        width, height = header.size(exif=False)
+        if (width, height) != size:
+            return f"has {width}x{height} pixels, expected {size[0]}x{size[1]} as the annotations say"
+        read_image(file)
+    except ImageError as error:
+        return f"is not a complete JPEG: {str(error).removeprefix(f'{file}: ')}"
     return ""
 
 

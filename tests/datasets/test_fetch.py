@@ -570,7 +570,7 @@ def test_failed_images_are_named_and_the_others_kept(coco_site: Site, tmp_path: 
     with pytest.raises(DatasetError, match=r"2 of 12 images .*all others are kept") as caught:
         fetch_coco(coco_site, tmp_path, workers=3)
     assert f"{image_path(4)}: HTTP 404" in str(caught.value)
-    assert f"{image_path(9)} is not a complete JPEG: cannot identify image file" in str(caught.value)
+    assert f"{image_path(9)} is not a complete JPEG: not a readable image (cannot identify" in str(caught.value)
     assert len(images_in(tmp_path)) == 10
     coco_site.files |= {image_path(4): good, image_path(9): good}
     fetch_coco(coco_site, tmp_path)
