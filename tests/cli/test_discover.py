@@ -7,35 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import scene
 from fabricate import png_header, write_voc
 from PIL import Image
 
 from lostreg.cli.main import main
 from lostreg.images.rle import decode_rle
-from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.runs.predictions import read_predictions
 
 FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]
-_small: list[Backbone] = []
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, **_: Any) -> Backbone:
-        if not _small:
-            torch.manual_seed(0)
-            _small.append(build_backbone(find_spec(name), depth=2))
-        return _small[0]
-
-    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", load)
+pytestmark = pytest.mark.usefixtures("one_thread", "small_model")
 
 
 @pytest.fixture

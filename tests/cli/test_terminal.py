@@ -7,38 +7,23 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from conftest import scene
 from PIL import Image
 
 from lostreg.cli.main import main
 from lostreg.cli.options import one_line
 from lostreg.cli.terminal import standard_streams
-from lostreg.models.backbone import Backbone, build_backbone, find_spec
 
 FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\u202egpj.exe\r\n\x9b31m.jpg"
 FULL = Path("/dev/full")
 FAILS = "error: cannot write to standard output: No space left on device"
-_small: list[Backbone] = []
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "small_model")
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="needs a device that is always full")
 posix = pytest.mark.skipif(os.name != "posix", reason="closes a descriptor")
-
-
-@pytest.fixture(autouse=True)
-def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, **_: Any) -> Backbone:
-        if not _small:
-            torch.manual_seed(0)
-            _small.append(build_backbone(find_spec(name), depth=2))
-        return _small[0]
-
-    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", load)
 
 
 @pytest.fixture
