@@ -5,7 +5,9 @@ starting the next keeps the device busy.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Generic, TypeVar
 
@@ -36,7 +38,7 @@ class FeaturesJob:
         self._extract = FeatureExtractor(backbone, wanted, compiled=compiled)
 
     def transfer(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
-        """Each image's patches on the device, (rows, columns, patch, patch, 3), uint8, in one transfer."""
+        """Each image's patches on the device, (rows, columns, patch, patch, 3), uint8."""
         return transfer(pictures, self.backbone.device)
 
     def forward(self, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
@@ -152,10 +154,17 @@ class ObjectsJob(Generic[Outcome]):
     def finish(self, started: Search, pictures: Sequence[PatchedPicture]) -> list[Outcome]:
         """One outcome a picture, in their order."""
         outcomes: list[Outcome] = []
-        for candidates in self.candidates(started):
-            run = pictures[len(outcomes) : len(outcomes) + len(candidates[0].masks)]
-            outcomes += self._convert(candidates, list(run))
+        with nullcontext() if self._beside is None else torch.cuda.stream(self._beside):
+            for candidates in self.candidates(started):
+                run = pictures[len(outcomes) : len(outcomes) + len(candidates[0].masks)]
+                outcomes += self._convert(candidates, list(run))
         return outcomes
+
+    @cached_property
+    def _beside(self) -> torch.cuda.Stream | None:
+        """A GPU's stream for scores and further objects, which so need not wait for the pack that is queued behind."""
+        device = self.backbone.device
+        return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 class LookJob(Generic[Outcome]):

@@ -7,15 +7,19 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lostreg.checks import whole_number, whole_seed
 from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError
 from lostreg.images.decode import ImageSource, Item, name_of, read_image
+from lostreg.images.decoders import Decoders, Reading
 from lostreg.images.files import ImageFile
 from lostreg.images.memory import describe_bytes
 from lostreg.images.patches import PatchedPicture, cut_patches
@@ -24,6 +28,7 @@ from lostreg.models.backbone import Backbone
 
 _PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a CPU gains nothing from more
 _OTHER_PACK_PATCHES: Final = 1 << 14
+_DECODED_APART: Final = ("cuda",)  # devices that are quicker than what threads can decode
 _DECODED_BYTES: Final = 1 << 30  # that wait for their turn
 _UNCHECKED_BYTES: Final = 2 << 30  # an image that needs less is tried without asking for free memory
 _LONG: Final = 1 << 16  # patches
@@ -102,9 +107,9 @@ class ImageStream(Generic[Outcome]):
     def _stream(self, images: Iterator[ImageSource]) -> Iterator[Outcome | ImageError]:
         """Decode, compute and finish at the same time: on a GPU, the next pack is started before one is finished."""
         started: deque[_Started] = deque()
-        with ThreadPoolExecutor(_decoders()) as pool:
+        with ThreadPoolExecutor(_decoders()) as pool, self._decoding_processes() as decoders:
             try:
-                for pack in self._packs(self._decoded(pool, images)):
+                for pack in self._packs(self._decoded(pool, decoders, images)):
                     started.append(self._start(pack))
                     while len(started) > self._ahead:
                         yield from self._finish(started.popleft())
@@ -114,16 +119,27 @@ class ImageStream(Generic[Outcome]):
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _decoded(self, pool: ThreadPoolExecutor, images: Iterator[ImageSource]) -> Iterator["_Decoded"]:
+    def _decoding_processes(self) -> AbstractContextManager[Decoders | None]:
+        """Where a device would wait for threads that decode."""
+        if self.backbone.device.type not in _DECODED_APART:
+            return nullcontext()
+        return Decoders(Reading(self.max_side, self.exif, self.max_pixels, self._patch_size), self._empty)
+
+    def _decoded(
+        self, pool: ThreadPoolExecutor, decoders: Decoders | None, images: Iterator[ImageSource]
+    ) -> Iterator["_Decoded"]:
         """Images in order, the next ones being decoded meanwhile: two batches of them, or as much as memory allows."""
         window: deque[tuple[str, Future[PatchedPicture]]] = deque()
         waiting = _ByteCount()
+        number = 0
         while True:
             while len(window) < 2 * self.batch_size and (not window or waiting.total < _DECODED_BYTES):
                 source = next(images, _END)
                 if isinstance(source, _End):
                     break
-                window.append((name_of(source), pool.submit(self._read, source, waiting)))
+                number += 1
+                helpers = decoders if number > self.batch_size else None  # a short list is not worth a process
+                window.append((name_of(source), pool.submit(self._read, source, waiting, helpers)))
             if not window:
                 return
             name, future = window.popleft()
@@ -135,22 +151,47 @@ class ImageStream(Generic[Outcome]):
                 waiting.add(-picture.patches.nbytes)
                 yield _Decoded(name, picture)
 
-    def _read(self, image: ImageSource, waiting: "_ByteCount") -> PatchedPicture:
+    def _read(self, image: ImageSource, waiting: "_ByteCount", decoders: Decoders | None = None) -> PatchedPicture:
+        picture = None
+        if isinstance(image, str | os.PathLike | ImageFile):
+            if decoders is not None:
+                path, exif = (image.path, image.exif) if isinstance(image, ImageFile) else (image, None)
+                picture = decoders.read(os.fsdecode(path), exif=exif)
+            picture = picture or self._read_here(image)
+            picture = replace(picture, source=image.path if isinstance(image, os.DirEntry) else image)
+        picture = picture or self._read_here(image)
+        waiting.add(picture.patches.nbytes)
+        return picture
+
+    def _read_here(self, image: ImageSource) -> PatchedPicture:
         try:
             read = read_image(
                 image, max_side=self.max_side, exif=self.exif, max_pixels=self.max_pixels, check_size=self._check_size
             )
-            picture = cut_patches(read, self.backbone.spec.patch_size)
+            picture = cut_patches(read, self._patch_size)
         except MemoryError as error:
             raise ImageUnavailableError(f"{name_of(image)}: not enough memory to decode it") from error
-        if isinstance(image, str | os.PathLike | ImageFile):
-            picture = replace(picture, source=image.path if isinstance(image, os.DirEntry) else image)
-        waiting.add(picture.patches.nbytes)
-        return picture
+        if self.backbone.device.type != "cuda":
+            return picture
+        patches = self._empty(picture.patches.shape)
+        np.copyto(patches, picture.patches)
+        return replace(picture, patches=patches)
+
+    def _empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Room for patches, where a GPU can take them from without anybody waiting."""
+        if self.backbone.device.type == "cuda":
+            with suppress(RuntimeError):  # no more can be pinned
+                pinned: NDArray[np.uint8] = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
+                return pinned
+        return np.empty(shape, dtype=np.uint8)
+
+    @property
+    def _patch_size(self) -> int:
+        return self.backbone.spec.patch_size
 
     def _check_size(self, width: int, height: int) -> None:
         """Refuse an image for which there is not enough memory, before it is decoded."""
-        patch, device = self.backbone.spec.patch_size, self.backbone.device
+        patch, device = self._patch_size, self.backbone.device
         grid = (-(-height // patch), -(-width // patch))
         needed = required_bytes(self.backbone, grid)
         if needed < _UNCHECKED_BYTES:

@@ -6,6 +6,7 @@ measurements.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final, Literal
 
 import torch
@@ -78,5 +79,11 @@ def limits(similarities: Similarities, steps: Sequence[float]) -> Tensor:
         Shape (B, K), float32.
     """
     mean, deviation = similarities.mean_and_deviation()
-    distances = deviation[:, None] * torch.tensor(steps, dtype=deviation.dtype, device=deviation.device)
+    distances = deviation[:, None] * _on_device(tuple(steps), deviation.device)
     return (mean[:, None] + distances).clamp(-1 + _EQUAL, 1 - _EQUAL)
+
+
+@lru_cache(maxsize=32)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """As float32, made once: a copy to a GPU waits for all that is queued there."""
+    return torch.tensor(numbers, device=device)

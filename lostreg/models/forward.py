@@ -240,15 +240,9 @@ def stretch_position_embedding(position: Tensor, source: Grid, target: Grid, int
 
 
 def transfer(pictures: Sequence[PatchedPicture], device: torch.device) -> list[Tensor]:
-    """Each image's patches on a device, (rows, columns, patch, patch, 3), uint8, in one transfer."""
-    patches = [torch.from_numpy(picture.patches) for picture in pictures]
-    if device.type != "cuda":
-        return [image.to(device) for image in patches]
-    sizes = [image.numel() for image in patches]
-    pinned = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-    torch.cat([image.flatten() for image in patches], out=pinned)
-    parts = torch.split(pinned.to(device, non_blocking=True), sizes)
-    return [part.view(image.shape) for part, image in zip(parts, patches, strict=True)]
+    """Each image's patches on a device, (rows, columns, patch, patch, 3), uint8; from pinned memory they are queued."""
+    patches = (torch.from_numpy(picture.patches) for picture in pictures)
+    return [image.to(device, non_blocking=device.type == "cuda") for image in patches]
 
 
 def normalised(backbone: Backbone, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Iterable[Tensor]:

@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning
 from lostreg.images.decode import Picture, read_image
+from lostreg.images.decoders import Decoders
 from lostreg.images.patches import PatchedPicture
+from lostreg.inference import stream
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob, Search
@@ -430,3 +433,30 @@ def test_a_very_long_sequence_is_announced(discoverer: Discoverer, monkeypatch: 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         discoverer.discover(scene(1, 140, 110))
+
+
+def test_processes_decode_for_a_quick_device(
+    discoverer: Discoverer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = []
+    for number, picture in enumerate(scenes(12)):
+        paths.append(tmp_path / f"{number}.png")
+        Image.fromarray(picture).save(paths[-1])
+    paths[7].write_bytes(b"broken")
+    expected = list(discoverer.outcomes(paths))
+    asked: list[str] = []
+    read = Decoders.read
+
+    def patient(self: Decoders, path: str, *, exif: bool | None = None) -> PatchedPicture | None:
+        """Waits for the process, as long as the file is one that it reads."""
+        while (picture := read(self, path, exif=exif)) is None and not path.endswith("7.png"):
+            time.sleep(0.02)
+        asked.append(path)
+        return picture
+
+    monkeypatch.setattr(stream, "_DECODED_APART", ("cpu",))
+    monkeypatch.setattr(Decoders, "read", patient)
+    found = list(discoverer.outcomes(paths))
+    assert sorted(asked) == sorted(str(path) for path in paths[discoverer.options.batch_size :])
+    assert str(found.pop(7)) == str(expected.pop(7))
+    assert all(same(one, other) for one, other in zip(found, expected, strict=True))  # type: ignore[arg-type]

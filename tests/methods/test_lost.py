@@ -20,7 +20,7 @@ from lostreg.methods.lost import (
     lost_maps,
     lowest_degrees,
     prepare,
-    seed_component,
+    seed_components,
 )
 from lostreg.methods.similarity import Similarities
 
@@ -523,11 +523,13 @@ def test_one_feature_of_one_image_that_is_not_finite_is_noticed(value: float) ->
             lost_boxes(features, (5, 6), bias)
 
 
-@given(arrays(bool, (5, 7)), st.integers(0, 4), st.integers(0, 6))
+@given(arrays(bool, (3, 5, 7)), arrays(np.int64, 3, elements=st.integers(0, 4)), st.integers(0, 6))
 @settings(deadline=None)
-def test_the_component_is_what_a_flood_fill_reaches(mask, row, column) -> None:
-    expected = flood(mask, (row, column)) if mask[row, column] else np.zeros_like(mask)
-    np.testing.assert_array_equal(seed_component(mask, row, column), expected)
+def test_components_are_what_a_flood_fill_of_each_mask_reaches(masks, rows, column) -> None:
+    found = seed_components(masks, rows, np.full(3, column))
+    for mask, row, component in zip(masks, rows, found, strict=True):
+        expected = flood(mask, (row, column)) if mask[row, column] else np.zeros_like(mask)
+        np.testing.assert_array_equal(component, expected)
 
 
 @pytest.mark.parametrize(
