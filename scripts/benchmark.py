@@ -10,7 +10,11 @@ of them; speeds are reported as the median over rounds of ratios within a round.
 * naive: one image at a time, the whole network with the last layer's attention written out, LOST on the host.
 * backbone: timm's own forward over tensors that are on the device already, batched by shape: the limit for whoever
   computes the whole network. Once as it comes, once with lostreg's setting of the C library's allocator.
-* lostreg: `Discoverer.discover_many` from JPEG files to boxes.
+* lostreg: `Discoverer.discover_many` from JPEG files to boxes, with the automatic bias; and with one bias, five objects
+  or refined masks, which are compared with that.
+
+On a GPU, lostreg and the bare backbone go over the images several times a round, so that a round lasts; what share of
+the time any kernel runs is reported, and how many images a second are decoded.
 
 Writes one JSON file, with versions and device, to --out; `make docs` puts its figures into the README.
 """
@@ -25,11 +29,12 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import cycle, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Final
@@ -40,11 +45,13 @@ import numpy as np
 import torch
 from PIL import Image
 from scipy import ndimage
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.profiler import ProfilerActivity, profile
 
 from lostreg.defaults import Precision
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
-from lostreg.images.patches import cut_patches
+from lostreg.images.patches import PatchedPicture, cut_patches
 from lostreg.inference.allocator import keep_freed_memory
 from lostreg.inference.discoverer import Discoverer, resolve_device
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
@@ -83,6 +90,7 @@ class Contender:
     precision: Precision = "fp32"
     compiled: bool = False
     keeps_memory: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)  # of lostreg's, beside these
 
 
 CONTENDERS: Final = (
@@ -94,6 +102,9 @@ CONTENDERS: Final = (
     Contender("backbone bf16, same allocator", "backbone", "bf16", keeps_memory=True),
     Contender("lostreg bf16", "lostreg", "bf16"),
     Contender("lostreg bf16 compiled", "lostreg", "bf16", compiled=True),
+    Contender("lostreg fp32, one bias", "lostreg", options={"bias": -0.5}),
+    Contender("lostreg fp32, 5 objects", "lostreg", options={"max_objects": 5, "min_score": 0.0}),
+    Contender("lostreg fp32, refined masks", "lostreg", options={"refine": True}),
 )
 REFERENCE: Final = "lostreg fp32"  # whose boxes the others' are compared with
 # What is divided by what; the first of each pair is the better the larger.
@@ -107,6 +118,9 @@ RATIOS: Final = (
     ("lostreg bf16 compiled", "backbone bf16"),
     ("lostreg bf16 compiled", "backbone bf16, same allocator"),
     ("lostreg bf16 compiled", "naive fp32"),
+    ("lostreg fp32", "lostreg fp32, one bias"),
+    ("lostreg fp32, 5 objects", "lostreg fp32"),
+    ("lostreg fp32, refined masks", "lostreg fp32"),
 )
 
 
@@ -133,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "cpu": processor_name(),
             "threads": torch.get_num_threads(),
             "versions": {"python": platform.python_version(), **package_versions()},
-            "settings": {"rounds": args.rounds, "batch_size": args.batch_size},
+            "settings": {"rounds": args.rounds, "batch_size": args.batch_size, "repeats": args.repeats},
             "bucketing": bucketing(),
             "runs": [],
             "growth": [],
@@ -163,6 +177,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="of backbone and lostreg (default: lostreg's own)")
     parser.add_argument("--count", type=int, help="images a set (default: 12, on CUDA 512)")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--repeats", type=int, help="of the images in a round, but for naive (default: 1, on CUDA 8)")
     parser.add_argument("--backbone", nargs="+", help="only these")
     names = [contender.name for contender in CONTENDERS]
     parser.add_argument(
@@ -179,6 +194,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.quick:
         args.count, args.rounds, args.growth = 8, 1, ()
     args.count = args.count or (512 if kind == "cuda" else 12)
+    args.repeats = args.repeats or (8 if kind == "cuda" else 1)
     args.out = args.out or Path("eval/results") / f"{'bias-cost' if args.bias_cost else 'benchmark'}-{kind}.json"
     return args
 
@@ -189,10 +205,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def image_sets(args: argparse.Namespace, folder: Path) -> dict[str, list[Path]]:
     """Files of each set: two generated ones, and the photographs if there are any."""
     random = np.random.default_rng(0)
-    sets = {
-        "480x640": [save_picture(folder / f"same-{i}.jpg", 640, 480, random) for i in range(args.count)],
-        "mix": [save_picture(folder / f"mix-{i}.jpg", *any_size(random), random) for i in range(args.count)],
-    }
+    sizes = {"480x640": [(640, 480)] * args.count, "mix": [any_size(random) for _ in range(args.count)]}
+    save = partial(save_picture, folder)
+    with ThreadPoolExecutor() as pool:
+        sets = {
+            name: list(pool.map(save, [f"{name}-{number}.jpg" for number in range(args.count)], wanted))
+            for name, wanted in sizes.items()
+        }
     if args.images:
         photographs = sorted(args.images.glob("*.jpg"))
         if not photographs:
@@ -211,8 +230,9 @@ def any_size(random: np.random.Generator) -> tuple[int, int]:
     return width, height
 
 
-def save_picture(path: Path, width: int, height: int, random: np.random.Generator) -> Path:
-    """A JPEG of ellipses over smooth noise, which takes about as long to decode as a photograph."""
+def save_picture(folder: Path, name: str, size: tuple[int, int]) -> Path:
+    """A JPEG of ellipses over smooth noise, drawn by its name, which takes about as long to decode as a photograph."""
+    random, (width, height) = np.random.default_rng(list(name.encode())), size
     coarse = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     pixels = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     for _ in range(12):
@@ -220,6 +240,7 @@ def save_picture(path: Path, width: int, height: int, random: np.random.Generato
         colour = random.integers(0, 256, 3).tolist()
         cv2.ellipse(pixels, centre.tolist(), axes.tolist(), float(random.integers(180)), 0, 360, colour, -1)
     noisy = pixels + random.normal(0, 12, pixels.shape)
+    path = folder / name
     Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
     return path
 
@@ -251,7 +272,8 @@ def compare(
     with workers(contenders, name, paths, images, str(device), batch_size) as ask:
         for number in range(args.rounds):
             for contender in contenders:
-                seconds[contender.name].append(ask(contender, "run"))
+                repeats = 1 if contender.kind == "naive" else args.repeats
+                seconds[contender.name].append(ask(contender, "run", repeats) / repeats)
                 speed = len(paths) / seconds[contender.name][-1]
                 print(f"  round {number + 1}  {contender.name:32s} {speed:8.3f} images/s", flush=True)
         report["contenders"] = {
@@ -265,6 +287,10 @@ def compare(
         }
         mine = [contender for contender in contenders if contender.kind == "lostreg"]
         report["split"] = {contender.name: ask(contender, "split") for contender in mine}
+        if device.type == "cuda":
+            report["busy"] = {contender.name: ask(contender, "busy", args.repeats) for contender in contenders}
+            decoded = ask(mine[0], "decode", args.repeats)
+            report["decoded_per_s"] = round(args.repeats * len(paths) / decoded, 1)
         boxes = {contender.name: ask(contender, "boxes") for contender in mine}
     report["ratios"] = {
         f"{first} / {second}": round(
@@ -279,7 +305,9 @@ def compare(
         for name, found in boxes.items()
         if name != REFERENCE
     }
-    for key in ("ratios", "same_boxes", "split"):
+    for key in ("ratios", "same_boxes", "split", "busy", "decoded_per_s"):
+        if key not in report:
+            continue
         print(" ", key, json.dumps(report[key], indent=2))
     return report
 
@@ -311,7 +339,7 @@ def bucket_fill(grids: list[tuple[int, int]], batch_size: int, window: int) -> f
 @contextmanager
 def workers(
     contenders: list[Contender], name: str, paths: list[Path], images: list[Path], device: str, batch_size: int
-) -> Iterator[Callable[[Contender, str], Any]]:
+) -> Iterator[Callable[..., Any]]:
     """One process a contender, ready and warm; yields a way to have one of them do something."""
     context = multiprocessing.get_context("spawn")
     connections: dict[str, Connection] = {}
@@ -327,8 +355,8 @@ def workers(
         connections[contender.name] = ours
         processes.append(process)
 
-    def ask(contender: Contender, what: str) -> Any:
-        connections[contender.name].send(what)
+    def ask(contender: Contender, what: str, repeats: int = 1) -> Any:
+        connections[contender.name].send((what, repeats))
         return connections[contender.name].recv()
 
     try:
@@ -356,15 +384,20 @@ def work(
     connection.send("ready")
     while True:
         try:
-            what = connection.recv()
+            what, repeats = connection.recv()
         except EOFError:
             return
         if what == "run":
-            connection.send(timed(lambda: run(len(paths)), where))
+            connection.send(timed(lambda: run(repeats * len(paths)), where))  # noqa: B023 - at once
+        elif what == "busy":
+            connection.send(busy_share(lambda: run(repeats * len(paths)), where))  # noqa: B023
         elif what == "peak":
             connection.send(peak_mb(where))
         elif what == "split" and discoverer is not None:
             connection.send(split(discoverer, paths))
+        elif what == "decode" and discoverer is not None:
+            decoded = discoverer.stream_of(DecodedJob(discoverer.backbone)).outcomes
+            connection.send(timed(lambda: list(decoded(paths * repeats)), where))  # noqa: B023
         elif what == "boxes" and discoverer is not None:
             connection.send(np.stack([found.xyxy[0] for found in discoverer.discover_many(images)]))
 
@@ -384,6 +417,7 @@ def prepare(
             batch_size=batch_size,
             compile=contender.compiled,
             max_side=None,
+            **contender.options,
         )
         return lostreg_run(discoverer, paths), discoverer
     backbone.model.to(DTYPES[contender.precision])
@@ -403,10 +437,10 @@ def benchmark_backbone(name: str, device: torch.device) -> Backbone:
 
 
 def lostreg_run(discoverer: Discoverer, paths: list[Path]) -> Callable[[int], None]:
-    """From files to boxes."""
+    """From files to boxes: of so many images, from the first on again if need be."""
 
     def run(limit: int) -> None:
-        for _ in discoverer.discover_many(paths[:limit]):
+        for _ in discoverer.discover_many(islice(cycle(paths), limit)):
             pass
 
     return run
@@ -440,7 +474,7 @@ def backbone_run(backbone: Backbone, paths: list[Path], batch_size: int) -> Call
         forward(one_by_one[:1])
         if timed(lambda: forward(one_by_one), backbone.device) < timed(lambda: forward([several]), backbone.device):
             best = batches(1)
-    return lambda limit: forward(best) if limit == len(paths) else forward(best[:1])
+    return lambda limit: forward(best * (limit // len(paths)) or best[:1])
 
 
 def naive_run(backbone: Backbone, paths: list[Path]) -> Callable[[int], None]:
@@ -514,6 +548,38 @@ def resident_peak() -> int:
         fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
         return int(fields["VmHWM"].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class DecodedJob:
+    """The work of an `ImageStream` that does nothing with the images."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def start(self, pictures: Sequence[PatchedPicture]) -> None:
+        """Nothing."""
+
+    def finish(self, started: None, pictures: Sequence[PatchedPicture]) -> list[int]:
+        """How many patches each has."""
+        del started
+        return [picture.grid[0] * picture.grid[1] for picture in pictures]
+
+
+def busy_share(action: Callable[[], object], device: torch.device) -> float:
+    """The share of the time between an action's first kernel and its last in which the GPU did anything."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        action()
+        synchronize(device)
+    spans: list[tuple[float, float]] = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events() or ()
+        if event.device_type == DeviceType.CUDA
+    )
+    busy, end = 0.0, spans[0][0]
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return round(busy / (end - spans[0][0]), 4)
 
 
 def split(discoverer: Discoverer, paths: list[Path]) -> dict[str, float]:

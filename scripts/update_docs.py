@@ -25,7 +25,11 @@ SPEEDS = (
     ("lostreg / naive, fp32", "lostreg fp32 / naive fp32"),
     ("lostreg bf16 / naive fp32", "lostreg bf16 / naive fp32"),
     ("compiled bf16 / naive fp32", "lostreg bf16 compiled / naive fp32"),
+    ("automatic bias / one bias, fp32", "lostreg fp32 / lostreg fp32, one bias"),
+    ("5 objects / 1, fp32", "lostreg fp32, 5 objects / lostreg fp32"),
+    ("refined masks / none, fp32", "lostreg fp32, refined masks / lostreg fp32"),
 )
+KINDS = ("fp32", "bf16")
 
 
 def backbone_table() -> str:
@@ -53,19 +57,25 @@ def performance_tables(results: Path) -> str:
 def performance_column(run: dict[str, Any]) -> list[tuple[str, str]]:
     """One run of the benchmark script, as headings and figures."""
     split = run["split"]
-    figures = [(heading, f"{run['ratios'][name]:.2f}") for heading, name in SPEEDS]
+    ratios = {name: f"{ratio:.2f}" for name, ratio in run["ratios"].items()}
+    figures = [(heading, ratios.get(name, "-")) for heading, name in SPEEDS]
     figures += [
         (
             f"LOST's share, {kind}",
             f"{100 * (split[f'lostreg {kind}']['LOST'] + split[f'lostreg {kind}']['host']):.1f} %",
         )
-        for kind in ("fp32", "bf16")
+        for kind in KINDS
     ]
     trained = run["images"] == "photographs"  # the others have random weights, and boxes that say nothing
     figures += [
         (f"boxes of {kind} like fp32's", f"{100 * run['same_boxes'][f'lostreg {kind}']:.1f} %" if trained else "-")
         for kind in ("bf16", "bf16 compiled")
     ]
+    if "busy" in run:
+        figures += [
+            (f"time that the GPU works, {kind}", f"{100 * run['busy'][f'lostreg {kind}']:.0f} %") for kind in KINDS
+        ]
+        figures += [("decoded, images/s", f"{run['decoded_per_s']:.0f}")]
     return [("", f"{run['backbone']}, {run['images']} ({run['count']} images)"), *figures]
 
 

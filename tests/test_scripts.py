@@ -102,7 +102,7 @@ def test_generated_pictures_are_the_same_each_time_and_of_the_sizes_that_are_dra
         (tmp_path / folder).mkdir()
         files.append(
             [
-                benchmark.save_picture(tmp_path / folder / f"{number}.jpg", *benchmark.any_size(random), random)
+                benchmark.save_picture(tmp_path / folder, f"{number}.jpg", benchmark.any_size(random))
                 for number in range(6)
             ]
         )
