@@ -84,7 +84,7 @@ class Dispatched(TorchDispatchMode):
             self.waits.append(name)
         result = self._run(operation, name, arguments, options)
         made = _tensors(result)
-        if any(tensor.device == DEVICE for tensor in (*given, *made)) and not _is_free(operation, name):
+        if any(tensor.device == DEVICE for tensor in (*given, *made)) and not _is_free(operation, name, arguments):
             self.launches[name] += 1
         if options.get("pin_memory") or name.startswith("_pin_memory"):
             self._pinned += [tensor.untyped_storage() for tensor in made]
@@ -136,11 +136,17 @@ def _mask_of(arguments: Sequence[Any]) -> list[Tensor]:
     return [index for index in arguments[1] if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)]
 
 
-def _is_free(operation: Any, name: str) -> bool:
+def _is_free(operation: Any, name: str, arguments: Sequence[Any]) -> bool:
     if name.startswith("prim.") or name.partition(".")[0] in _FREE:
         return True
+    if name.startswith("copy_."):  # `x[part] += y` ends with a copy of a part to itself, which PyTorch leaves out
+        return _place_of(arguments[0]) == _place_of(arguments[1])
     aliases = [returned.alias_info for returned in operation._schema.returns]
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _place_of(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
 
 
 def _made_up(tensor: Tensor) -> np.ndarray:
