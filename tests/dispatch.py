@@ -79,8 +79,10 @@ class Dispatched(TorchDispatchMode):
     ) -> Any:
         options = options or {}
         name = str(operation).removeprefix("aten.")
+        if name.startswith("prim."):  # asks a tensor for its device, and the like
+            return operation(*arguments, **options)
         given = _tensors((arguments, options))
-        if self._waits(name, arguments, options):
+        if self._waits(name, given, arguments, options):
             self.waits.append(name)
         result = self._run(operation, name, arguments, options)
         made = _tensors(result)
@@ -101,8 +103,7 @@ class Dispatched(TorchDispatchMode):
             return tensor.flatten(0, mask.ndim - 1)[:1].clone()
         return operation(*arguments, **options)
 
-    def _waits(self, name: str, arguments: Sequence[Any], options: dict[str, Any]) -> bool:
-        given = _tensors((arguments, options))
+    def _waits(self, name: str, given: list[Tensor], arguments: Sequence[Any], options: dict[str, Any]) -> bool:
         if not given or DEVICE not in (options.get("device"), *(tensor.device for tensor in given)):
             return False
         if name.startswith(_ASKING):
@@ -137,7 +138,7 @@ def _mask_of(arguments: Sequence[Any]) -> list[Tensor]:
 
 
 def _is_free(operation: Any, name: str, arguments: Sequence[Any]) -> bool:
-    if name.startswith("prim.") or name.partition(".")[0] in _FREE:
+    if name.partition(".")[0] in _FREE:
         return True
     if name.startswith("copy_."):  # `x[part] += y` ends with a copy of a part to itself, which PyTorch leaves out
         return _place_of(arguments[0]) == _place_of(arguments[1])
