@@ -3,6 +3,9 @@
 The command line prints the message of any `LostregError` as one line and exits with code 2.
 """
 
+import re
+from typing import Final
+
 
 class LostregError(Exception):
     """Base of every error that lostreg raises about its input."""
@@ -49,3 +52,22 @@ class RegistersError(LostregError):
 
 class LostregWarning(UserWarning):
     """Something that a user should know of, though the work goes on."""
+
+
+# What PyTorch, its allocators (CPU, CUDA, HIP, MPS) and the libraries below them say where they raise a plain
+# RuntimeError.
+_OUT_OF_MEMORY: Final = re.compile(
+    r"out of memory|outofmemory|(can't|cannot|could not) allocate memory|not enough memory|_alloc(ation)?_failed"
+    r"|rocblas_status_memory_error|invalid buffer size",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, the host's or a device's.
+
+    PyTorch has a class for it that only some of its allocators raise; of the others there are only the words.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None

@@ -677,7 +677,7 @@ def growth(count: int, device: str) -> dict[str, Any]:
     grid = (round(count / columns), columns)
     features = torch.randn(1, grid[0] * grid[1], 384, device=where).add_(0.5)
     if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(where)
     small = torch.randn(1, 64, 384, device=where)
     search(small, (8, 8))  # libraries are loaded
     before = peak_bytes(where)

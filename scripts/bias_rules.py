@@ -89,7 +89,8 @@ def measure(name: str, pairs: list[tuple[Feature, int]], examples: tuple[Example
     rows: list[dict[str, list[Any]]] = []
     for example in tqdm(examples, unit="img"):
         picture = cut_patches(read_image(example.path, exif=False), backbone.spec.patch_size)
-        pixels = normalise_patches(torch.from_numpy(picture.patches), picture.size, backbone.mean, backbone.std)
+        patches = torch.from_numpy(picture.patches)[None]
+        pixels = normalise_patches(patches, [picture.size], backbone.mean, backbone.std)
         row: dict[str, list[Any]] = {}
         for packed in extract([pixels], [picture.grid]):
             features = prepare(packed[None], normalize=True)

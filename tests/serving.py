@@ -1,5 +1,6 @@
 """A demo with small random backbones, served from a thread of the test."""
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ def small(name: str, **_: Any) -> Backbone:
     if name not in _small:
         torch.manual_seed(0)
         _small[name] = build_backbone(find_spec(name), depth=2)
-    return _small[name]
+    return copy.deepcopy(_small[name])  # the caller may change what it has loaded
 
 
 @contextmanager

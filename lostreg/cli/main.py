@@ -25,7 +25,7 @@ from lostreg.cli import (
 )
 from lostreg.cli.options import Parser, one_line, tell
 from lostreg.cli.terminal import standard_streams
-from lostreg.errors import LostregError, LostregWarning
+from lostreg.errors import LostregError, LostregWarning, is_out_of_memory
 
 _COMMANDS = (
     predict,
@@ -97,7 +97,7 @@ def _main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"lostreg{command}: error: {one_line(str(error))}\n")
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "can't allocate memory" in str(error)):  # PyTorch's words on a CPU
+        if not is_out_of_memory(error):
             raise
         sys.stderr.write(f"lostreg{command}: error: not enough memory; what was written so far is kept\n")
         return 2

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -74,25 +75,30 @@ def cut_patches(picture: Picture, patch_size: int) -> PatchedPicture:
     return PatchedPicture(np.ascontiguousarray(patches), (height, width), picture.width, picture.height)
 
 
-def normalise_patches(patches: Tensor, size: tuple[int, int], mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """What a model is fed: normalised pixels, and zeros where a patch reaches beyond the image.
+def normalise_patches(
+    patches: Tensor, sizes: Sequence[tuple[int, int]], mean: Sequence[float], std: Sequence[float]
+) -> Tensor:
+    """What a model is fed: normalised pixels, and zeros where a patch reaches beyond its image.
 
     Args:
-        patches: shape (rows, columns, patch, patch, 3), uint8, on the model's device.
-        size: (height, width) of the image in pixels.
+        patches: of images of one grid, shape (B, rows, columns, patch, patch, 3), uint8, on the model's device.
+        sizes: (height, width) of each image in pixels.
         mean: per channel, in [0, 1].
         std: per channel, in [0, 1].
 
     Returns:
-        Shape (rows * columns, patch * patch * 3), float32, on that device.
+        Shape (B, rows * columns, patch * patch * 3), float32, on that device.
     """
-    rows, columns, patch, _, _ = patches.shape
+    batch, rows, columns, patch, _, _ = patches.shape
     shift, scale = (_patch_row(tuple(values), patch, patches.device) for values in (mean, std))
-    values = patches.view(rows * columns, -1).float().div_(255).sub_(shift).div_(scale)
-    pixels = values.view(rows, columns, patch, patch, 3)
-    height, width = size
-    pixels[-1, :, height - (rows - 1) * patch :] = 0
-    pixels[:, -1, :, width - (columns - 1) * patch :] = 0
+    values = patches.view(batch, rows * columns, -1).float().div_(255).sub_(shift).div_(scale)
+    pixels, end = values.view(patches.shape), 0
+    for (height, width), group in groupby(sizes):
+        start, end = end, end + len(list(group))
+        if height < rows * patch:
+            pixels[start:end, -1, :, height - (rows - 1) * patch :] = 0
+        if width < columns * patch:
+            pixels[start:end, :, -1, :, width - (columns - 1) * patch :] = 0
     return values
 
 

@@ -1,6 +1,5 @@
 """Images in, discoveries out: the object that holds a backbone and LOST's options."""
 
-import copy
 import dataclasses
 import inspect
 import warnings
@@ -21,7 +20,7 @@ from lostreg.inference.options import Options
 from lostreg.inference.postprocess import discoveries
 from lostreg.inference.stream import ImageStream, Job, Outcome
 from lostreg.methods.lost import Candidates
-from lostreg.models.backbone import Backbone, load_backbone, place_model
+from lostreg.models.backbone import Backbone, load_backbone, place_model, placed_copy
 from lostreg.models.blocks import check_compiler
 from lostreg.models.registers import RegisterNeurons
 
@@ -77,12 +76,14 @@ class Discoverer:
         if asked.compile:
             check_compiler(device)
         if isinstance(backbone, str):
-            backbone = load_backbone(backbone, weights=asked.weights, device=device)
+            backbone = load_backbone(backbone, weights=asked.weights)
+            place_model(backbone.model, device, _DTYPES[asked.precision])  # nobody else holds it
         elif not isinstance(backbone, Backbone):
             raise OptionError(f"backbone must be a name or a Backbone, not {shown(backbone)}")
         elif asked.weights is not None:
             raise OptionError("weights are for a backbone that is named: this one is loaded already")
-        backbone = _place(backbone, device, _DTYPES[asked.precision])
+        else:
+            backbone = _place(backbone, device, _DTYPES[asked.precision])
         if asked.registers is not None:
             backbone = backbone.with_registers(asked.registers)
         self._start(backbone, asked)
@@ -212,9 +213,7 @@ def _place(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Back
     same_device = backbone.device.type == device.type and device.index in (None, backbone.device.index)
     if same_device and backbone.dtype == dtype:
         return backbone
-    model = copy.deepcopy(backbone.model)
-    place_model(model, device, dtype)
-    return dataclasses.replace(backbone, model=model)
+    return dataclasses.replace(backbone, model=placed_copy(backbone.model, device, dtype))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

@@ -172,7 +172,7 @@ class LookJob(Generic[Outcome]):
 
     Args:
         forward: of the backbone.
-        look: makes one outcome an image of a pack's pixels, as `Forward.start` takes them, and grids.
+        look: makes one outcome an image of each image's pixels, as `Forward.start` takes them, and grids.
     """
 
     def __init__(
@@ -185,8 +185,8 @@ class LookJob(Generic[Outcome]):
     def start(self, pictures: Sequence[PatchedPicture]) -> list[Outcome]:
         """Look at a pack."""
         patches = transfer(pictures, self.backbone.device)
-        pixels = normalised(self.backbone, patches, [picture.size for picture in pictures])
-        return self._look(self.forward, list(pixels), [picture.grid for picture in pictures])
+        runs = normalised(self.backbone, patches, [picture.size for picture in pictures])
+        return self._look(self.forward, [image for run in runs for image in run], [one.grid for one in pictures])
 
     def finish(self, started: list[Outcome], pictures: Sequence[PatchedPicture]) -> list[Outcome]:
         """What was seen, one outcome a picture."""

@@ -5,9 +5,9 @@ from typing import Final
 import torch
 
 from lostreg.images.memory import host_bytes
+from lostreg.methods.similarity import Similarities
 from lostreg.models.backbone import Backbone
 
-_BLOCK_ROWS: Final = 128  # of similarities, three of them at once: see `lostreg.methods.similarity`
 _MAP_BYTES: Final = 512  # a patch, for the degrees and masks of a few biases, with copies
 
 
@@ -22,7 +22,8 @@ def available_bytes(device: torch.device) -> int | None:
 def required_bytes(backbone: Backbone, grid: tuple[int, int]) -> int:
     """An upper bound on what one image takes on the device, from decoded pixels to degrees, beside the model.
 
-    Every term grows with the number of patches and none with its square.
+    Every term grows with the number of patches and none with its square, but for the similarities of images so small
+    that they are kept: on a GPU up to 16,384 patches.
 
     Args:
         backbone: the model.
@@ -37,6 +38,6 @@ def required_bytes(backbone: Backbone, grid: tuple[int, int]) -> int:
     # Tokens in float32; their norm, the projections, queries and keys once more where they are turned, attention's
     # output twice.
     forward = count * width * (4 + 8 * size)
-    # Features, normalised features; blocks of similarities; degrees and masks.
-    search = count * (width * (size + 3 * 4) + 4 * 3 * _BLOCK_ROWS + _MAP_BYTES)
+    # Features, normalised features; degrees and masks; similarities.
+    search = count * (width * (size + 3 * 4) + _MAP_BYTES) + Similarities.most_bytes(count, backbone.device)
     return max(embedding + count * width * 8, forward, search) + (512 << 20)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from lostreg.checks import whole_number, whole_seed
-from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError
+from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError, is_out_of_memory
 from lostreg.images.decode import ImageSource, Item, name_of, read_image
 from lostreg.images.decoders import Decoders, Reading
 from lostreg.images.files import ImageFile
@@ -247,7 +247,7 @@ class ImageStream(Generic[Outcome]):
         try:
             return _Part(indices, pictures, self.job.start(pictures))
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         self._free()
         return None
@@ -282,7 +282,7 @@ class ImageStream(Generic[Outcome]):
         try:
             return self.job.finish(started, pictures)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         del started
         self._free()
@@ -303,6 +303,8 @@ class ImageStream(Generic[Outcome]):
         """Give back what the device's allocator keeps."""
         if self.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
+        elif self.backbone.device.type == "mps":
+            torch.mps.empty_cache()
 
 
 class _End:
@@ -363,11 +365,6 @@ def _decoders() -> int:
 
 def _tell(message: str) -> None:
     warnings.warn(message, LostregWarning, stacklevel=2)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch has a class for it on GPUs, and on the CPU only its allocator's words."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def draw_sample(images: Sequence[Item], count: int, seed: int) -> list[Item]:

@@ -58,6 +58,17 @@ class Similarities:
         """How many images of ``count`` patches make one batch whose similarities need not be computed twice."""
         return max(1, _limit(_KEPT_ELEMENTS, device) // count**2)
 
+    @staticmethod
+    def most_bytes(count: int, device: torch.device) -> int:
+        """An upper bound on what the similarities of one image of ``count`` patches take at once.
+
+        These are its tiles, kept or one of them, and beside them the distances of a block from the mean, or its
+        flags: one byte each, and on a GPU, which adds up whole numbers of one kind, a copy of eight bytes each.
+        """
+        rows = min(count, max(_LEAST_ROWS, _limit(_BLOCK_ELEMENTS, device) // max(1, count)))
+        tiles = count * (count + rows) // 2 if count**2 <= _limit(_KEPT_ELEMENTS, device) else rows * count
+        return 4 * tiles + rows * count * (4 if device.type == "cpu" else 9)
+
     def tiles(self) -> Iterator[Tile]:
         """Half of the Gram matrices: every pair of patches is in one tile, or twice in a square one."""
         if not self._keeps:

@@ -1,6 +1,8 @@
 """How a row of the backbone table, or any other timm ViT, becomes a frozen model."""
 
+import copy
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +14,7 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models import Eva, VisionTransformer
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
-from torch import nn
+from torch import Tensor, nn
 
 from lostreg.checks import shown, whole_number
 from lostreg.errors import BackboneError, OptionError
@@ -256,7 +258,7 @@ def load_backbone(
     else:
         with checkpoints.hub_weights(spec.timm_name) as source:
             backbone = build_backbone(spec, pretrained=True)
-    backbone.model.to(device=device, dtype=dtype)
+    backbone.model.to(dtype).to(device)  # a device never holds what is only to be rounded
     return replace(backbone, weights=source)
 
 
@@ -268,16 +270,40 @@ def place_model(model: nn.Module, device: torch.device | str, dtype: torch.dtype
     sum, does not run on such a model.
 
     Args:
-        model: changed in place.
+        model: changed in place, tensor by tensor: no second copy of it is ever there.
         device: where it goes.
         dtype: precision of all its other floating-point tensors.
     """
+    for tensor, wanted in _precisions(model, dtype):
+        tensor.data = _placed(tensor.data, device, wanted)
+
+
+def placed_copy(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """What `place_model` would make of a model, as a copy; the model itself stays as it is.
+
+    Its tensors are copied one by one, so neither device holds another copy in the old precision.
+    """
+    copies: dict[int, Tensor] = {}
+    for tensor, wanted in _precisions(model, dtype):
+        held = tensor.detach()
+        placed = _placed(held, device, wanted)
+        placed = placed.clone() if placed is held else placed
+        copies[id(tensor)] = nn.Parameter(placed, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else placed
+    return copy.deepcopy(model, copies)  # all but the tensors
+
+
+def _precisions(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[Tensor, torch.dtype]]:
+    """A model's tensors, and the precision that `place_model` brings each into."""
     names = ("norm1", "norm2", "ls1", "ls2", "gamma_1", "gamma_2")
     parts = [getattr(block, name, None) for block in model.blocks for name in names]  # type: ignore[union-attr]
-    kept = set()
+    full = set()
     for part in (model.norm, model.norm_pre, *parts):
-        kept |= {id(tensor) for tensor in (part.parameters() if isinstance(part, nn.Module) else [part])}
-    model.to(device)
+        full |= {id(tensor) for tensor in (part.parameters() if isinstance(part, nn.Module) else [part])}
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(torch.float32 if id(tensor) in kept else dtype)
+        rounded = torch.float32 if id(tensor) in full else dtype
+        yield tensor, rounded if tensor.is_floating_point() else tensor.dtype
+
+
+def _placed(tensor: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Rounded on the host, if one of the two is there: a device never holds what is only to be rounded."""
+    return tensor.to(dtype).to(device) if tensor.device.type == "cpu" else tensor.to(device).to(dtype)

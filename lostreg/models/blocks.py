@@ -5,6 +5,8 @@ tokens lie one image after the other in one tensor (T, D), and attention is told
 padded and no image waits for another of its shape. Blocks are walked instead of hooked, so nothing is left on a model.
 """
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +21,7 @@ from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lostreg.errors import BackboneError, OptionError
+from lostreg.errors import BackboneError, LostregWarning, OptionError, is_out_of_memory
 from lostreg.models.table import Feature
 
 varlen_attn: Callable[..., Any] | None
@@ -67,8 +69,10 @@ class Packing:
 
     @cached_property
     def offsets(self) -> Tensor:
-        """0 and `ends`, as a tensor of int32 on the device."""
-        return torch.tensor([0, *self.ends], dtype=torch.int32).to(self.device, non_blocking=True)
+        """0 and `ends`, as a tensor of int32 on the device, to which a GPU copies them without holding up the host."""
+        ends = torch.tensor([0, *self.ends], dtype=torch.int32)
+        on_host = torch.empty_like(ends, pin_memory=self.device.type == "cuda").copy_(ends)
+        return on_host.to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -284,8 +288,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if len(packing.runs) > 1 and varlen_attn is not None and _takes_any_lengths(q):
-        longest = max(packing.lengths)
-        return cast("Tensor", varlen_attn(q, k, v, packing.offsets, packing.offsets, longest, longest)).flatten(1)
+        attended = _attend_any_lengths(varlen_attn, q, k, v, packing)
+        if attended is not None:
+            return attended
     parts = []
     for tokens, count in packing.runs:
         first, second, third = (t[tokens].view(count, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
@@ -294,10 +299,46 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def _attend_any_lengths(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor | None:
+    """`attend` in one call for all images; None where PyTorch cannot, and then it is not asked again.
+
+    Raises:
+        RuntimeError: if memory runs out.
+    """
+    global varlen_attn
+    longest = max(packing.lengths)
+    try:
+        attended = kernel(q, k, v, packing.offsets, packing.offsets, longest, longest, **_flash_options(kernel))
+    except (RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        varlen_attn = None
+        reason = str(error).strip().partition("\n")[0]
+        message = f"attention over images of several shapes at once does not work here ({reason}): going on run by run"
+        warnings.warn(message, LostregWarning, stacklevel=2)
+        return None
+    return cast("Tensor", attended).flatten(1)
+
+
+def _flash_options(kernel: Callable[..., Any]) -> dict[str, int]:
+    """What keeps `varlen_attn` to flash attention, by its signature.
+
+    PyTorch 2.14 prefers cuDNN on H100 and its kin, which plans for tens of milliseconds whenever the number of tokens
+    or the longest image is new. It has no splits, so asking for one means flash attention, whose result for an image
+    then does not depend on the others either. Before PyTorch 2.12 there is no such option, and no cuDNN.
+    """
+    return {"num_splits": 1} if "num_splits" in inspect.signature(kernel).parameters else {}
+
+
 def _takes_any_lengths(q: Tensor) -> bool:
-    """Whether PyTorch has one kernel for sequences of several lengths: on GPUs since Ampere, in half precision."""
+    """Whether PyTorch has one kernel for sequences of several lengths: on GPUs since Ampere, in half precision.
+
+    Not on AMD's, whose builds have other kernels behind the same names, nor in builds without flash attention.
+    """
     return (
         q.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.backends.cuda.is_flash_attention_available()
         and q.dtype in (torch.bfloat16, torch.float16)
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
         and q.shape[-1] % 8 == 0
@@ -396,9 +437,9 @@ def _largest(activations: Tensor, packing: Packing, added: Tensor) -> Tensor:
     """
     activations[added.flatten()] = 0
     largest = []
-    for span in packing.spans:
-        inside = activations[span]
-        largest.append(inside.gather(0, inside.abs().argmax(dim=0, keepdim=True)))
+    for tokens, count in packing.runs:
+        inside = activations[tokens].view(count, -1, activations.shape[1])
+        largest.append(inside.gather(1, inside.abs().argmax(dim=1, keepdim=True)).squeeze(1))
     return torch.cat(largest).repeat_interleave(added.shape[1], dim=0)
 
 

@@ -5,9 +5,10 @@ them the tokens are there to be read. Test-time registers, where the backbone ha
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Final, cast
 
 import torch
@@ -35,6 +36,7 @@ class Walk:
         packing: where each image's tokens lie.
         ropes: each block's rotary embedding, if any.
         prefix: tokens in front of each image's patches.
+        added: places of the test-time registers among the tokens, shape (images, count), int64; None without them.
         layer: the block that comes next; `Backbone.depth` behind the last.
     """
 
@@ -42,19 +44,28 @@ class Walk:
     packing: Packing
     ropes: list[Tensor | None]
     prefix: int
+    added: Tensor | None = None
     layer: int = 0
 
     def patches(self, tokens: Tensor | None = None) -> Tensor:
         """A copy of the patches' share of these or other tokens of the same images: (sum of all N, D), float32."""
         chosen = self.tokens if tokens is None else tokens
-        if not self.prefix:
-            return chosen.to(torch.float32, copy=True)
-        return torch.cat([chosen[span][self.prefix :] for span in self.packing.spans]).float()
+        count = len(chosen) - self.prefix * len(self.packing.lengths)
+        patches, end = torch.empty(count, chosen.shape[1], device=chosen.device), 0
+        for run in self._runs(chosen):
+            inside = run[:, self.prefix :]
+            start, end = end, end + inside.shape[0] * inside.shape[1]
+            patches[start:end].view(inside.shape).copy_(inside)
+        return patches
 
     def prefixes(self, tokens: Tensor | None = None) -> Tensor:
         """A copy of the prefixes' share: shape (images, prefix, D), float32."""
         chosen = self.tokens if tokens is None else tokens
-        return torch.stack([chosen[span][: self.prefix] for span in self.packing.spans]).float()
+        return torch.cat([run[:, : self.prefix] for run in self._runs(chosen)]).float()
+
+    def _runs(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The tokens of neighbouring images of equal length together, (images, length, D)."""
+        return (tokens[run].view(images, -1, tokens.shape[1]) for run, images in self.packing.runs)
 
 
 class Forward:
@@ -76,7 +87,8 @@ class Forward:
 
         Args:
             pixels: normalised pixels of each image's patches, row by row, shape (N, patch * patch * 3): in a patch
-                row by row too, and of a pixel red, green, blue. On the model's device. Taken one after the other.
+                row by row too, and of a pixel red, green, blue. On the model's device. Neighbours of one grid may come
+                together, (images, N, patch * patch * 3). Taken one after the other.
             grids: (h, w) of each image; N = h * w.
         """
         model: Any = self.backbone.model
@@ -84,22 +96,29 @@ class Forward:
         packing = Packing(tuple(prefix + rows * columns for rows, columns in grids), self.backbone.device)
         frames = [self._frame(grid) for grid in grids]
         tokens = torch.empty(packing.ends[-1], frames[0].tokens.shape[1], device=self.backbone.device)
-        for span, frame, image in zip(packing.spans, frames, pixels, strict=True):
-            tokens[span][:own] = frame.tokens[:own]
-            tokens[span][prefix:] = frame.tokens[own:]
-            tokens[span][prefix:] += self.embed_patches(image)
-            tokens[span][own:prefix] = 0
+        image = end = 0
+        for values in pixels:
+            images = values.shape[0] if values.ndim == 3 else 1
+            frame, start, end = frames[image].tokens, end, end + images * packing.lengths[image]
+            run = tokens[start:end].view(images, packing.lengths[image], -1)
+            run[:, :own] = frame[:own]
+            torch.add(frame[own:], self.embed_patches(values).view(images, *frame[own:].shape), out=run[:, prefix:])
+            image += images
+        if image != len(grids):
+            raise ValueError(f"expected pixels of {len(grids)} images, not of {image}")
         tokens = normed(model.norm_pre, tokens, torch.float32)
+        added = None
         if prefix > own:  # blank tokens are blank where the blocks begin, whatever a norm made of them
-            tokens[self._added(packing).flatten()] = 0
-        return Walk(tokens, packing, self._ropes(frames), prefix)
+            added = packing.offsets[:-1, None].long() + torch.arange(own, prefix, device=packing.device)
+            tokens[added.flatten()] = 0
+        return Walk(tokens, packing, self._ropes(frames), prefix, added)
 
     @torch.no_grad()
     def embed_patches(self, pixels: Tensor) -> Tensor:
-        """One image's patches right after the patch embedding, without positions: shape (N, D)."""
+        """Patches right after the patch embedding, without positions: (..., patch * patch * 3) to (patches, D)."""
         embedding: Any = self.backbone.model.patch_embed
-        projected = functional.linear(pixels.to(self.backbone.dtype), self._patch_weight, embedding.proj.bias)
-        return cast("Tensor", embedding.norm(projected))
+        values = pixels.flatten(0, -2).to(self.backbone.dtype)
+        return cast("Tensor", embedding.norm(functional.linear(values, self._patch_weight, embedding.proj.bias)))
 
     @torch.no_grad()
     def advance(self, walk: Walk, watch: Watch | None = None) -> None:
@@ -143,17 +162,11 @@ class Forward:
 
     def _move(self, walk: Walk) -> Move | None:
         units = self._units.get(walk.layer)
-        return None if units is None else Move(units, self._added(walk.packing))
+        return None if units is None or walk.added is None else Move(units, walk.added)
 
-    def _added(self, packing: Packing) -> Tensor:
-        """Places of the test-time registers, shape (images, count)."""
-        own, prefix = self.backbone.own_prefix_tokens, self.backbone.prefix_tokens
-        starts = torch.tensor([span.start for span in packing.spans], device=packing.device)
-        return starts[:, None] + torch.arange(own, prefix, device=packing.device)
-
-    @property
+    @cached_property
     def _patch_weight(self) -> Tensor:
-        """The patch embedding's convolution in the order of the pixels."""
+        """The patch embedding's convolution in the order of the pixels; a copy, made once, since models are frozen."""
         weight: Tensor = self.backbone.model.patch_embed.proj.weight  # type: ignore[union-attr, assignment]
         return weight.permute(0, 2, 3, 1).flatten(1)
 
@@ -245,13 +258,23 @@ def transfer(pictures: Sequence[PatchedPicture], device: torch.device) -> list[T
     return [image.to(device, non_blocking=device.type == "cuda") for image in patches]
 
 
-def normalised(backbone: Backbone, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Iterable[Tensor]:
-    """What `Forward.start` takes, one image at a time.
+def normalised(backbone: Backbone, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    """What `Forward.start` takes: neighbours of one grid together, but on a CPU each image alone.
+
+    There it costs nothing, and the pixels of all images in float32 never exist at once.
 
     Args:
         backbone: whose mean and deviation the pixels are normalised by.
         patches: as `transfer` gives them.
         sizes: (height, width) of each image in pixels.
+
+    Yields:
+        Shape (images, N, patch * patch * 3), float32.
     """
-    mean, std = backbone.mean, backbone.std
-    return (normalise_patches(image, size, mean, std) for image, size in zip(patches, sizes, strict=True))
+    alone = backbone.device.type == "cpu"
+    runs = [[image] for image in patches] if alone else [list(run) for _, run in groupby(patches, Tensor.size)]
+    end = 0
+    for run in runs:
+        start, end = end, end + len(run)
+        together = run[0][None] if len(run) == 1 else torch.stack(run)
+        yield normalise_patches(together, sizes[start:end], backbone.mean, backbone.std)

@@ -1,5 +1,6 @@
 """What tests of several commands share."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -18,6 +19,6 @@ def small_model(monkeypatch: pytest.MonkeyPatch) -> None:
         if not _small:
             torch.manual_seed(0)
             _small.append(build_backbone(find_spec(name), depth=2))
-        return _small[0]
+        return copy.deepcopy(_small[0])  # the caller may change what it has loaded
 
     monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", load)

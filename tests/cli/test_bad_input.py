@@ -1,5 +1,6 @@
 """Whatever comes in: exit code 2, one line that says what was expected and what came, never a traceback."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -50,7 +51,7 @@ def _small_model(monkeypatch: pytest.MonkeyPatch) -> None:
         if not _small:
             torch.manual_seed(0)
             _small.append(build_backbone(find_spec(name), depth=2))
-        return _small[0]
+        return copy.deepcopy(_small[0])  # the caller may change what it has loaded
 
     monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", load)
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import subprocess
@@ -35,7 +36,7 @@ def _small_models(monkeypatch: pytest.MonkeyPatch) -> None:
         if name not in _small:
             torch.manual_seed(0)
             _small[name] = build_backbone(find_spec(name), depth=2)
-        return _small[name]
+        return copy.deepcopy(_small[name])  # the caller may change what it has loaded
 
     monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", load)
 
@@ -625,7 +626,14 @@ def test_an_interrupt_is_told_in_one_line(
     assert capsys.readouterr().err == "\nlostreg: interrupted; what was written so far is kept\n"
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
 def test_a_lack_of_memory_is_told_in_one_line(
     images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

@@ -451,7 +451,7 @@ def test_patches_are_normalised_then_padded_with_zeros(rgb: np.ndarray) -> None:
         cut = cut_patches(Picture(pixels, 400, 300), 14)
         assert (cut.size, cut.width, cut.height) == ((height, width), 400, 300)
         rows, columns = cut.grid
-        values = normalise_patches(torch.from_numpy(cut.patches), cut.size, MEAN, STD)
+        (values,) = normalise_patches(torch.from_numpy(cut.patches)[None], [cut.size], MEAN, STD)
         assert values.dtype == torch.float32
         assert values.shape == (rows * columns, 14 * 14 * 3)
         image = values.view(rows, columns, 14, 14, 3).transpose(1, 2).reshape(rows * 14, columns * 14, 3).numpy()
@@ -479,7 +479,7 @@ def test_cutting_and_normalising_leave_the_pixels_alone(width: int, height: int)
     pixels = disc_picture(width, height)
     before = pixels.copy()
     cut = cut_patches(Picture(pixels, width, height), 14)
-    normalise_patches(torch.from_numpy(cut.patches), cut.size, MEAN, STD)
+    normalise_patches(torch.from_numpy(cut.patches)[None], [cut.size], MEAN, STD)
     np.testing.assert_array_equal(pixels, before)
 
 

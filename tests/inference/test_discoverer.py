@@ -3,6 +3,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -373,3 +374,24 @@ def test_boxes_may_be_those_of_the_refined_masks(backbone: Backbone) -> None:
         assert second.xyxy.tolist() == [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
         moved += first.xyxy.tolist() != second.xyxy.tolist()
     assert moved
+
+
+def test_a_named_backbone_is_loaded_on_the_host_and_placed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of gigabytes: there is no second copy of it, and in bf16 the device never holds it in fp32."""
+    loaded: list[Backbone] = []
+    given: dict[str, Any] = {}
+
+    def load(name: str, **options: Any) -> Backbone:
+        given.update(options)
+        loaded.append(build_backbone(find_spec(name), depth=1))
+        return loaded[0]
+
+    placed: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", load)
+    monkeypatch.setattr("lostreg.inference.discoverer.resolve_device", lambda device: torch.device("meta"))
+    monkeypatch.setattr("lostreg.inference.discoverer.place_model", lambda *given: placed.append(given))
+    discoverer = Discoverer("dinov2_vits14", device="cuda", precision="bf16")
+    assert discoverer.backbone.model is loaded[0].model
+    assert placed == [(loaded[0].model, torch.device("meta"), torch.bfloat16)]
+    assert given.get("device", "cpu") == "cpu"
+    assert given.get("dtype", torch.float32) == torch.float32

@@ -36,6 +36,14 @@ def test_larger_models_and_longer_numbers_need_more(backbone: Backbone) -> None:
     assert required_bytes(half, grid) < required_bytes(backbone, grid) < required_bytes(wider, grid)
 
 
+def test_similarities_that_a_gpu_keeps_are_counted(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = (128, 128)  # the most patches whose similarities are kept: half a matrix of 2^28
+    on_cpu = required_bytes(backbone, grid)
+    monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
+    assert required_bytes(backbone, grid) > on_cpu + (512 << 20)
+    assert required_bytes(backbone, (129, 128)) < required_bytes(backbone, grid)  # these are computed twice instead
+
+
 class Library:
     """Stands in for a C library: notes what its allocator is told."""
 

@@ -365,7 +365,7 @@ def test_one_image_that_memory_does_not_hold_is_named_and_the_others_are_found(
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("MPS backend out of memory (9 GB)"), MemoryError()]
 )
 @pytest.mark.parametrize("stage", ["transfer", "forward", "search", "candidates"])
 def test_running_out_of_memory_says_what_to_do(

@@ -200,3 +200,27 @@ def test_no_tensor_grows_with_the_square_of_the_number_of_patches(bias: Any, mon
     assert (maps.degrees.sum(dim=2) > 0).all()
     assert (maps.degrees.sum(dim=2) < count**2).all()
     assert similarity._LEAST_ROWS * count <= largest.elements < count**2 / 16
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+@given(count=st.integers(1, 40), rows=st.integers(1, 16))
+@settings(deadline=None)
+def test_the_bound_on_memory_holds_what_tiles_take(count: int, rows: int, keeps: bool) -> None:
+    rows = min(rows, count)
+    with tiled(keeps=keeps, rows=rows):
+        similarities = Similarities(torch.zeros(1, count, 2))
+        tiles = [tile.values for tile in similarities.tiles()]
+        held = {tile.untyped_storage().data_ptr(): tile.untyped_storage().nbytes() for tile in tiles}
+        assert (len(held) > 1) <= keeps
+        beside = max(tile.nbytes for tile in tiles)
+        taken = sum(held.values()) + beside
+        bound = Similarities.most_bytes(count, torch.device("cpu"))
+        assert taken <= bound <= 2 * taken + 8 * rows * count
+
+
+def test_a_gpu_keeps_more_tiles_and_the_bound_says_so() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    kept, not_kept = 1 << 14, (1 << 14) + 1
+    half = 4 * (1 << 28) // 2
+    assert Similarities.most_bytes(kept, cuda) > half > Similarities.most_bytes(kept, cpu)
+    assert Similarities.most_bytes(kept, cuda) - Similarities.most_bytes(not_kept, cuda) > half // 2

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lostreg.errors import BackboneError, LostregError
-from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone, place_model
+from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone, place_model, placed_copy
 from lostreg.models.table import BACKBONES, FEATURES
 
 SHORT = 2
@@ -255,3 +256,64 @@ def test_half_precision_leaves_what_reads_and_scales_the_sum_of_tokens_alone(nam
     model.to(torch.bfloat16)
     place_model(model, "cpu", torch.float32)  # back, from a model that someone has rounded as a whole
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}
+
+
+class OnDevice(TorchDispatchMode):
+    """Notes the precision and shape of whatever comes to the ``meta`` device, which stands in for a GPU here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[torch.dtype, torch.Size]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type == "meta":
+            self.seen.append((result.dtype, result.shape))
+        return result
+
+
+def test_a_device_never_holds_what_is_only_to_be_rounded() -> None:
+    model = build_backbone(find_spec("dinov2_vits14_reg"), depth=2).model
+    matrices = {parameter.shape for parameter in model.parameters() if parameter.ndim >= 2}
+    with OnDevice() as device:
+        placed = placed_copy(model, "meta", torch.bfloat16)
+    assert {tensor.device.type for tensor in placed.state_dict().values()} == {"meta"}
+    assert {shape for dtype, shape in device.seen if dtype == torch.bfloat16} >= matrices
+    assert not {shape for dtype, shape in device.seen if dtype != torch.bfloat16} & matrices
+
+
+def test_a_model_is_rounded_before_it_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_backbone(find_spec("dinov2_vits14_reg"), depth=2).model
+    moved: list[torch.dtype] = []
+    to = torch.Tensor.to
+
+    def record(tensor: torch.Tensor, where: torch.dtype | str) -> torch.Tensor:
+        if where == "cpu":
+            moved.append(tensor.dtype)
+        return to(tensor, where)
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    place_model(model, "cpu", torch.bfloat16)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert moved == [tensor.dtype for tensor in tensors]
+    assert {torch.bfloat16, torch.float32} == set(moved)
+
+
+@pytest.mark.parametrize("name", ["dinov2_vits14_reg", "dinov3_vits16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_placed_copy_is_what_placing_makes_and_shares_no_memory(name: str, dtype: torch.dtype) -> None:
+    model = build_backbone(find_spec(name), depth=2).model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    copied = placed_copy(model, "cpu", dtype)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert tensor.dtype == before[name].dtype
+    addresses = [{tensor.data_ptr() for tensor in (*one.parameters(), *one.buffers())} for one in (model, copied)]
+    assert not addresses[0] & addresses[1]
+    assert not any(parameter.requires_grad for parameter in copied.parameters())
+    place_model(model, "cpu", dtype)
+    tensors = [dict([*one.named_parameters(), *one.named_buffers()]) for one in (model, copied)]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        assert torch.equal(tensor, tensors[1][name])
+        assert tensor.dtype == tensors[1][name].dtype

@@ -1,8 +1,11 @@
 """Images of any shapes in one sequence of tokens: each as if it were alone."""
 
 import inspect
+import re
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +16,10 @@ from random_models import DEPTH, GRIDS, LAYERS, NARROW, OTHERS, SOME, assert_clo
 from timm.layers.mlp import GatedMlp
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lostreg.errors import BackboneError
+from lostreg.errors import BackboneError, LostregWarning
+from lostreg.methods.lost import lost_boxes
 from lostreg.models import blocks
 from lostreg.models.backbone import Backbone
 from lostreg.models.blocks import Packing, attend, hidden_units
@@ -141,63 +146,159 @@ def test_tokens_attend_to_those_of_the_same_image(lengths: list[int], heads: tup
     assert_close(attended.double(), explicit(q, k, v, lengths))
 
 
-class SlowVarlen:
-    """Stands in for PyTorch's kernel for sequences of several lengths, which wants a GPU: its signature, by hand."""
+REQUIRED = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
+OPTIONS = {"PyTorch 2.10": ("is_causal", "return_aux"), "PyTorch 2.12": ("scale", "window_size", "num_splits")}
 
-    def __init__(self, real: Any) -> None:
-        self._signature = inspect.signature(real)
+
+class SlowVarlen:
+    """Stands in for PyTorch's kernel for sequences of several lengths, which wants a GPU, with one of its signatures.
+
+    Args:
+        options: that it takes beside the tensors.
+        error: is raised instead.
+    """
+
+    def __init__(self, options: Sequence[str], error: Exception | None = None) -> None:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        optional = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in options]
+        self.__signature__ = inspect.Signature([*(inspect.Parameter(name, kind) for name in REQUIRED), *optional])
+        self._error = error
         self.calls = 0
+        self.given: dict[str, Any] = {}
 
     def __call__(self, *arguments: Any, **options: Any) -> Tensor:
-        bound = self._signature.bind(*arguments, **options).arguments
+        bound = self.__signature__.bind(*arguments, **options).arguments
         self.calls += 1
-        q, k, v = bound["query"], bound["key"], bound["value"]
-        offsets = bound["cu_seq_q"]
+        if self._error is not None:
+            raise self._error
+        q, k, v, offsets, same, *longest = (bound[name] for name in REQUIRED)
+        self.given = {name: value for name, value in bound.items() if name not in REQUIRED}
         assert offsets.dtype == torch.int32
-        assert torch.equal(offsets, bound["cu_seq_k"])
+        assert torch.equal(offsets, same)
         lengths = offsets.diff().tolist()
         assert offsets[0] == 0
         assert sum(lengths) == len(q)
-        assert bound["max_q"] == bound["max_k"] == max(lengths)
+        assert longest == [max(lengths)] * 2
         assert q.shape == k.shape == v.shape
-        assert set(bound) == {"query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"}
         return explicit(q, k, v, lengths).float().view(q.shape)
 
 
-@pytest.fixture
-def varlen(monkeypatch: pytest.MonkeyPatch) -> SlowVarlen:
-    if blocks.varlen_attn is None:
-        pytest.skip("this PyTorch has no kernel for sequences of several lengths")
-    slow = SlowVarlen(blocks.varlen_attn)
+def stand_in(monkeypatch: pytest.MonkeyPatch, slow: SlowVarlen) -> SlowVarlen:
+    """In place of PyTorch's kernel, on every device."""
     monkeypatch.setattr(blocks, "varlen_attn", slow)
+    monkeypatch.setattr(blocks, "_takes_any_lengths", lambda q: True)
     return slow
 
 
 @pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("version", OPTIONS)
 def test_one_call_for_all_lengths_gives_what_one_for_each_does(
-    varlen: SlowVarlen, monkeypatch: pytest.MonkeyPatch, groups: int
+    monkeypatch: pytest.MonkeyPatch, groups: int, version: str
 ) -> None:
     lengths = (3, 5, 5, 1, 3)
     q, k, v = random_heads(lengths, 6, groups)
     one_by_one = attend(q, k, v, Packing(lengths, CPU))
-    assert varlen.calls == 0  # a CPU has no such kernel
-    monkeypatch.setattr(blocks, "_takes_any_lengths", lambda q: True)
+    varlen = stand_in(monkeypatch, SlowVarlen(OPTIONS[version]))
     assert_close(attend(q, k, v, Packing(lengths, CPU)), one_by_one)
     assert varlen.calls == 1
+    # Where there may be cuDNN it is kept out, and nothing is asked for that an older version does not know.
+    assert varlen.given == ({"num_splits": 1} if "num_splits" in OPTIONS[version] else {})
     attend(q[:10], k[:10], v[:10], Packing((5, 5), CPU))
     assert varlen.calls == 1  # images of one length are a plain batch
 
 
-def test_features_are_the_same_with_one_call_for_all_lengths(
-    backbone: Backbone, varlen: SlowVarlen, monkeypatch: pytest.MonkeyPatch
+def test_this_pytorchs_kernel_takes_what_it_is_given() -> None:
+    if blocks.varlen_attn is None:
+        pytest.skip("this PyTorch has no kernel for sequences of several lengths")
+    signature = inspect.signature(blocks.varlen_attn)
+    assert tuple(signature.parameters)[: len(REQUIRED)] == REQUIRED
+    signature.bind(*REQUIRED, **blocks._flash_options(blocks.varlen_attn))
+
+
+def test_features_and_masks_are_the_same_with_one_call_for_all_lengths(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extractor = FeatureExtractor(backbone, WANTED)
     one_by_one = run(extractor, GRIDS)
-    monkeypatch.setattr(blocks, "_takes_any_lengths", lambda q: True)
+    varlen = stand_in(monkeypatch, SlowVarlen(OPTIONS["PyTorch 2.12"]))
     at_once = run(extractor, GRIDS)
     assert varlen.calls == DEPTH
     for pair, before, after in zip(WANTED, one_by_one, at_once, strict=True):
         assert_close(torch.cat(after), torch.cat(before), str(pair))
+        for grid, first, second in zip(GRIDS, before, after, strict=True):
+            if len(first) <= 4:
+                continue  # of so few similarities many lie as far from their mean as others: rounding decides
+            masks = [lost_boxes(features[None], grid, "auto").masks for features in (first, second)]
+            assert torch.equal(*masks), f"{pair} on a grid of {grid}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("USE_FLASH_ATTENTION was not enabled for build.\nSee the log."),
+        NotImplementedError("no kernel for torch_attn::_varlen_attn"),
+        TypeError("varlen_attn() got an unexpected keyword argument"),
+    ],
+)
+def test_a_kernel_that_fails_is_not_asked_again(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    lengths = (3, 5, 1)
+    heads = random_heads(lengths, 2, 1)
+    expected = attend(*heads, Packing(lengths, CPU))
+    varlen = stand_in(monkeypatch, SlowVarlen((), error))
+    reason = re.escape(str(error).partition("\n")[0])
+    with pytest.warns(LostregWarning, match=f"of several shapes at once does not work here .{reason}.: going on"):
+        assert torch.equal(attend(*heads, Packing(lengths, CPU)), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(attend(*heads, Packing(lengths, CPU)), expected)
+    assert varlen.calls == 1
+
+
+def test_a_kernel_that_ran_out_of_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = (3, 5, 1)
+    varlen = stand_in(monkeypatch, SlowVarlen((), torch.OutOfMemoryError("CUDA out of memory")))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            attend(*random_heads(lengths, 2, 1), Packing(lengths, CPU))
+    assert varlen.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value", "takes"),
+    [
+        (torch.version, "hip", None, True),
+        (torch.version, "hip", "6.4", False),
+        (torch.backends.cuda, "is_flash_attention_available", lambda: False, False),
+        (torch.cuda, "get_device_capability", lambda device: (7, 5), False),
+    ],
+)
+def test_only_nvidias_gpus_since_ampere_with_flash_attention_take_any_lengths(
+    monkeypatch: pytest.MonkeyPatch, place: Any, name: str, value: Any, takes: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(place, name, value)
+    q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(9, 2, 64))
+    assert blocks._takes_any_lengths(q) == takes  # type: ignore[arg-type]
+    q.dtype = torch.float32
+    assert not blocks._takes_any_lengths(q)  # type: ignore[arg-type]
+
+
+def test_where_images_end_reaches_a_gpu_without_holding_up_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from memory that is not pinned waits for what is queued on the device."""
+    pinned: list[bool] = []
+    empty_like = torch.empty_like
+
+    def record(tensor: Tensor, *, pin_memory: bool) -> Tensor:
+        pinned.append(pin_memory)
+        return empty_like(tensor)  # a machine without a GPU pins nothing
+
+    monkeypatch.setattr(torch, "empty_like", record)
+    with FakeTensorMode():
+        offsets = Packing((3, 5), torch.device("cuda")).offsets
+    assert (offsets.device.type, offsets.dtype, offsets.shape) == ("cuda", torch.int32, (3,))
+    Packing((3, 5), CPU).offsets  # noqa: B018
+    assert pinned == [True, False]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 20])

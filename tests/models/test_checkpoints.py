@@ -97,6 +97,24 @@ def test_load_backbone_takes_a_file(tmp_path: Path) -> None:
     assert torch.equal(backbone.model.pos_embed, model.pos_embed.bfloat16())
 
 
+def test_load_backbone_rounds_a_model_before_it_goes_to_a_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = find_spec("timm:vit_tiny_patch16_224")
+    path = save(state_of(build_backbone(spec).model), tmp_path / "tiny.safetensors")
+    moved: list[tuple[object, ...]] = []
+    move = torch.nn.Module.to
+
+    def record(module: torch.nn.Module, *where: object, **options: object) -> torch.nn.Module:
+        moved.append((*where, *options.values(), next(module.parameters()).dtype))
+        return move(module, *where, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch.nn.Module, "to", record)
+    backbone = load_backbone(spec.name, weights=path, device="meta", dtype=torch.bfloat16)
+    assert (backbone.device.type, backbone.dtype) == ("meta", torch.bfloat16)
+    assert moved == [(torch.bfloat16, torch.float32), ("meta", torch.bfloat16)]
+
+
 def test_half_precision_files_fill_a_single_precision_model(tmp_path: Path) -> None:
     backbone = built("dino_vits16")
     halved = {name: tensor.half() for name, tensor in state_of(backbone.model).items()}

@@ -1,9 +1,13 @@
 """The forward block by block, with test-time registers and without, against timm's own blocks: `reference_forward`."""
 
+import copy
 import dataclasses
 import itertools
+import pickle
 import shutil
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +15,15 @@ import torch
 from random_models import DEPTH, GRIDS, NARROW, OTHERS, PLAIN, SOME, assert_close, built, images_for, patches, picture
 from reference_forward import Reference, reference
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lostreg.images.decode import Picture
+from lostreg.images.patches import cut_patches
 from lostreg.models import blocks
-from lostreg.models.backbone import Backbone, build_backbone, find_spec, place_model
+from lostreg.models.backbone import Backbone, build_backbone, find_spec, place_model, placed_copy
 from lostreg.models.features import FeatureExtractor, collect_features
-from lostreg.models.forward import Forward, Grid, Walk
+from lostreg.models.forward import Forward, Grid, Walk, normalised
 from lostreg.models.registers import RegisterNeurons
 from lostreg.models.table import BACKBONES, FEATURES
 
@@ -390,3 +398,103 @@ def test_copies_of_patches_and_prefixes_do_not_change_with_the_walk(plain: Backb
     forward.advance(walk)
     assert torch.equal(parts, kept[0])
     assert torch.equal(prefixes, kept[1])
+
+
+SIZES = [(28, 42), (28, 41), (28, 42), (28, 42), (27, 42), (15, 29), (14, 14), (28, 28)]  # grids (2, 3), (1, 1), (2, 2)
+
+
+def uint8_patches(sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    return [torch.from_numpy(cut_patches(Picture(one, one.shape[1], one.shape[0]), 14).patches) for one in images]
+
+
+def test_images_of_one_grid_are_normalised_together_but_on_a_cpu() -> None:
+    """To the bit as each alone; padding is zero after it, though sizes within a grid differ."""
+    taken = uint8_patches(SIZES)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    runs = {
+        kind: list(normalised(SimpleNamespace(device=torch.device(kind), mean=mean, std=std), taken, SIZES))  # type: ignore[arg-type]
+        for kind in ("cpu", "cuda")
+    }
+    assert [len(run) for run in runs["cpu"]] == [1] * len(SIZES)
+    assert [len(run) for run in runs["cuda"]] == [6, 1, 1]
+    together = [image for run in runs["cuda"] for image in run]
+    for size, patches_of_one, (alone,), image in zip(SIZES, taken, runs["cpu"], together, strict=True):
+        assert torch.equal(image, alone)
+        rows, columns = patches_of_one.shape[:2]
+        whole = image.view(rows, columns, 14, 14, 3).transpose(1, 2).reshape(rows * 14, columns * 14, 3)
+        assert not whole[size[0] :].any()
+        assert not whole[:, size[1] :].any()
+        assert whole[: size[0], : size[1]].all(dim=2).any()
+
+
+def test_a_run_of_images_starts_as_each_of_them_does(backbone: Backbone) -> None:
+    grids = [(2, 3)] * 3 + [(3, 2)] * 2 + [(1, 1)]
+    single = [patches(picture(backbone, grid, number), backbone.spec.patch_size) for number, grid in enumerate(grids)]
+    forward = Forward(backbone)
+    expected = forward.start(single, grids)
+    walk = forward.start([torch.stack(single[:3]), torch.stack(single[3:5]), single[5]], grids)
+    assert_close(walk.tokens, expected.tokens)
+    assert_close(walk.patches(), expected.patches())
+    with pytest.raises(ValueError, match="expected pixels of 6 images, not of 5"):
+        forward.start(single[:5], grids)
+
+
+def test_what_a_forward_keeps_travels_and_is_made_once(cured: Backbone) -> None:
+    forward, walk = start(cured, PACK)
+    weight = forward._patch_weight
+    assert forward._patch_weight is weight
+    pixels = [patches(picture(cured, grid, number), cured.spec.patch_size) for number, grid in enumerate(PACK)]
+    for other in (copy.deepcopy(forward), pickle.loads(pickle.dumps(forward)), Forward(cured.with_registers(None))):
+        assert torch.equal(other._patch_weight, weight)
+        assert torch.equal(other.start(pixels, PACK).patches(), walk.patches())
+
+
+def test_where_added_tokens_lie_is_written_once_a_pack(cured: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a tensor of numbers from the host waits for what is queued there."""
+    forward, walk = start(cured, PACK)
+    own, count = cured.own_prefix_tokens, cured.prefix_tokens - cured.own_prefix_tokens
+    assert walk.added is not None
+    assert walk.added.tolist() == [[span.start + own + n for n in range(count)] for span in walk.packing.spans]
+    assert forward._units  # of the backbone, once
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise AssertionError("a tensor from the host")
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    for _ in range(DEPTH):
+        forward.advance(walk)
+    walk.patches()
+    walk.prefixes()
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations that a device would be given: not those that only say how to look at memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (function.is_view or "prim" in str(function) or "lift_fresh" in str(function)):
+            self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_run_of_images_costs_as_many_operations_as_one_image() -> None:
+    """On a GPU, each would be queued by the host."""
+    plain = built("dinov2_vits14_reg", depth=1, **NARROW)
+    counts = []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        backbone = dataclasses.replace(plain, model=placed_copy(plain.model, "cuda", torch.bfloat16))
+        forward = Forward(backbone)
+        for images in (2, 2, 32):  # once more, since the first finds nothing cached
+            taken = [torch.zeros(2, 3, 14, 14, 3, dtype=torch.uint8, device="cuda") for _ in range(images)]
+            with Operations() as operations:
+                walk = forward.start(normalised(backbone, taken, [(28, 41)] * images), [(2, 3)] * images)
+                walk.patches()
+                walk.prefixes()
+            assert walk.tokens.device.type == "cuda"
+            counts.append(len(operations.names))
+    assert counts[1] == counts[2] <= 16, operations.names
