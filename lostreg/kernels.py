@@ -109,3 +109,78 @@ def _count_above(  # type: ignore[no-untyped-def]
         if not diagonal:
             in_columns = tl.sum(above, axis=0).to(tl.int64)
             tl.atomic_add(totals + first_column + column, in_columns, mask=column < columns, sem="relaxed")
+
+
+def add_scaled(tokens: Tensor, update: Tensor, gamma: Tensor | None) -> None:
+    """Add an update times a layer scale to the tokens, in place.
+
+    Args:
+        tokens: shape (T, D), float32, contiguous.
+        update: shape (T, D), bfloat16 or float16: scaled and added in float32.
+        gamma: shape (D,), float32, or None for 1.
+    """
+    rows, width = tokens.shape
+    tile = _tile(width)
+    with torch.cuda.device(tokens.get_device()):
+        _add_scaled[(triton.cdiv(rows, tile[0]),)](tokens, update.contiguous(), gamma, rows, width, *tile)
+
+
+def layer_norm(tokens: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """PyTorch's `layer_norm` of float32 tokens, rounded to a dtype in the same pass.
+
+    Args:
+        tokens: shape (T, D), float32, contiguous.
+        weight: shape (D,), float32, or None for 1.
+        bias: shape (D,), float32, or None for 0.
+        eps: added to the variance.
+        dtype: of what is returned.
+
+    Returns:
+        Shape (T, D).
+    """
+    rows, width = tokens.shape
+    tile = _tile(width)
+    normed = torch.empty_like(tokens, dtype=dtype)
+    with torch.cuda.device(tokens.get_device()):
+        _layer_norm[(triton.cdiv(rows, tile[0]),)](tokens, weight, bias, normed, eps, rows, width, *tile)
+    return normed
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """Rows and columns of tokens that one program takes: whole rows, in powers of two, of 4096 elements if it can."""
+    columns = triton.next_power_of_2(width)
+    return max(1, 4096 // columns), columns
+
+
+@_kernel
+def _add_scaled(  # type: ignore[no-untyped-def]
+    tokens, update, gamma, rows, width: tl.constexpr, tile_rows: tl.constexpr, tile_columns: tl.constexpr
+):
+    first = tl.program_id(0).to(tl.int64) * tile_rows
+    row, column = tl.arange(0, tile_rows)[:, None], tl.arange(0, tile_columns)[None, :]
+    inside = (first + row < rows) & (column < width)
+    place = first * width + row * width + column
+    added = tl.load(update + place, mask=inside).to(tl.float32)
+    if gamma is not None:
+        added *= tl.load(gamma + column, mask=column < width)
+    tl.store(tokens + place, tl.load(tokens + place, mask=inside) + added, mask=inside)
+
+
+@_kernel
+def _layer_norm(  # type: ignore[no-untyped-def]
+    tokens, weight, bias, normed, eps, rows, width: tl.constexpr, tile_rows: tl.constexpr, tile_columns: tl.constexpr
+):
+    first = tl.program_id(0).to(tl.int64) * tile_rows
+    row, column = tl.arange(0, tile_rows)[:, None], tl.arange(0, tile_columns)[None, :]
+    inside = (first + row < rows) & (column < width)
+    place = first * width + row * width + column
+    values = tl.load(tokens + place, mask=inside, other=0)
+    mean = tl.sum(values, axis=1) / width
+    centred = tl.where(column < width, values - mean[:, None], 0)
+    variance = tl.sum(centred * centred, axis=1) / width
+    result = centred * tl.rsqrt(variance + eps)[:, None]
+    if weight is not None:
+        result *= tl.load(weight + column, mask=column < width)
+    if bias is not None:
+        result += tl.load(bias + column, mask=column < width)
+    tl.store(normed + place, result.to(normed.dtype.element_ty), mask=inside)

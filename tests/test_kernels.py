@@ -11,17 +11,21 @@ import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_models import DEPTH, GRIDS, NARROW, OTHERS, built, patches, picture
 from torch import Tensor
 
 from lostreg import kernels
 from lostreg.errors import LostregWarning
 from lostreg.methods import similarity
 from lostreg.methods.similarity import Similarities, Tile
+from lostreg.models.backbone import place_model
+from lostreg.models.forward import Forward
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
@@ -139,6 +143,93 @@ def test_the_kernel_counts_where_it_is_usable(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(Similarities(features).counts_above(thresholds), expected)
 
 
+def steps(width: int) -> dict[str, Tensor]:
+    """Tokens of which some channels are outliers, an update and what scales them."""
+    tokens = torch.randn(19, width, device=DEVICE) * 3 + 1
+    tokens[:, ::50] *= 100
+    vectors = torch.randn(3, width, device=DEVICE)
+    return {
+        "tokens": tokens,
+        "update": torch.randn_like(tokens),
+        **dict(zip(("gamma", "weight", "bias"), vectors, strict=True)),
+    }
+
+
+@where_they_run
+@pytest.mark.parametrize("width", [1, 48, 100, 384, 1024, 1536, 4096])
+@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_updates_are_scaled_and_added_in_float32(width: int, scaled: bool, dtype: torch.dtype) -> None:
+    data = steps(width)
+    tokens, update, gamma = data["tokens"], data["update"].to(dtype), data["gamma"] if scaled else None
+    expected = tokens + (update if gamma is None else gamma * update)
+    kernels.add_scaled(tokens, update, gamma)
+    torch.testing.assert_close(tokens, expected, rtol=1e-6, atol=1e-5)
+
+
+@where_they_run
+@pytest.mark.parametrize("width", [1, 48, 100, 384, 1024, 1536, 4096])
+@pytest.mark.parametrize("affine", [("weight", "bias"), ("weight",), ("bias",), ()], ids="-".join)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norms_are_rounded_once(width: int, affine: tuple[str, ...], dtype: torch.dtype) -> None:
+    data = steps(width)
+    weight, bias = (data[name] if name in affine else None for name in ("weight", "bias"))
+    expected = torch.nn.functional.layer_norm(data["tokens"].double(), (width,), *(
+        None if vector is None else vector.double() for vector in (weight, bias)
+    ), 1e-6)  # fmt: skip
+    normed = kernels.layer_norm(data["tokens"], weight, bias, 1e-6, dtype)
+    assert normed.dtype == dtype
+    rounding = torch.finfo(dtype).eps / 2 * (2 if INTERPRETED and dtype == torch.bfloat16 else 1)  # there it is cut off
+    torch.testing.assert_close(normed.double(), expected, rtol=rounding + 1e-6, atol=1e-5)
+
+
+@where_they_run
+@pytest.mark.parametrize(
+    ("name", "options", "norms", "additions"),
+    [
+        ("dinov2_vits14_reg", NARROW, 2 * DEPTH, 2 * DEPTH),
+        *[(*OTHERS[name], 2 * DEPTH, 2 * DEPTH) for name in ("plain", "EVA", "mixed RoPE")],
+        (*OTHERS["RMS norm, SwiGLU"], 0, 2 * DEPTH),
+        (*OTHERS["post-norm"], 0, 0),
+    ],
+)
+def test_blocks_use_them_where_a_gpu_computes_in_half_precision(
+    name: str, options: dict[str, Any], norms: int, additions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = built(name, **options)
+    pixels = [patches(picture(backbone, grid), backbone.spec.patch_size).to(DEVICE) for grid in GRIDS]
+    calls = {"layer_norm": 0, "add_scaled": 0}
+
+    def count(kernel: str) -> Callable[..., Any]:
+        original = getattr(kernels, kernel)
+
+        def counted(*args: Any) -> Any:
+            calls[kernel] += 1
+            return original(*args)
+
+        return counted
+
+    def tokens(used: bool) -> Tensor:
+        monkeypatch.setattr(kernels, "usable", lambda tensor: used)
+        forward = Forward(backbone)
+        walk = forward.start(pixels, GRIDS)
+        for _ in range(DEPTH):
+            forward.advance(walk)
+        return walk.tokens
+
+    for kernel in calls:
+        monkeypatch.setattr(kernels, kernel, count(kernel))
+    place_model(backbone.model, DEVICE, torch.float32)
+    single = tokens(True)
+    assert not any(calls.values())
+    place_model(backbone.model, DEVICE, torch.float16)
+    half = tokens(False)
+    assert not any(calls.values())
+    by_kernels = tokens(True)
+    assert calls == {"layer_norm": norms, "add_scaled": additions}
+    assert (by_kernels - single).norm() <= 1.1 * (half - single).norm() + 1e-6
+
+
 @gpu
 @pytest.mark.parametrize(("batch", "patches", "limits"), [(32, 1610, 6), (3, 4000, 31), (1, 16_000, 1)])
 def test_counts_of_whole_packs(batch: int, patches: int, limits: int) -> None:
@@ -146,3 +237,17 @@ def test_counts_of_whole_packs(batch: int, patches: int, limits: int) -> None:
     thresholds = torch.linspace(-0.3, 0.3, limits, device=DEVICE).expand(batch, limits)
     for rows in (Similarities(features)._rows, 1000):
         assert_same_counts(tiles_of(features, rows), thresholds, patches)
+
+
+@gpu
+@pytest.mark.parametrize(("rows", "width"), [(32 * 1615, 384), (8 * 1615, 1024), (1 << 18, 768)])
+def test_tokens_of_whole_packs(rows: int, width: int) -> None:
+    tokens, update = torch.randn(rows, width, device=DEVICE), torch.randn(rows, width, device=DEVICE).bfloat16()
+    gamma, weight, bias = torch.randn(3, width, device=DEVICE)
+    expected = torch.nn.functional.layer_norm(tokens, (width,), weight, bias, 1e-6)
+    normed = kernels.layer_norm(tokens, weight, bias, 1e-6, torch.bfloat16)
+    torch.testing.assert_close(normed.float(), expected, rtol=torch.finfo(torch.bfloat16).eps / 2 + 1e-6, atol=1e-5)
+    del expected, normed
+    expected = tokens + gamma * update
+    kernels.add_scaled(tokens, update, gamma)
+    torch.testing.assert_close(tokens, expected, rtol=1e-6, atol=1e-5)
