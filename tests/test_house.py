@@ -22,6 +22,7 @@ FLOORS = (
     ("methods",),
     ("datasets", "metrics"),
     ("images", "jsonio"),
+    ("kernels",),
     ("checks", "errors", "defaults", "progress", "templates", "text"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

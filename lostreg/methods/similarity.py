@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lostreg import kernels
+
 _KEPT_ELEMENTS: Final = {"cpu": 1 << 25, "cuda": 1 << 28}  # of the whole matrices: their halves take 64 or 512 MiB
 _BLOCK_ELEMENTS: Final = {"cpu": 1 << 19, "cuda": 1 << 26}  # of a block of rows: on a CPU, what its caches hold
 _LEAST_ROWS: Final = 128  # of a block: thinner products are slow
@@ -133,6 +135,8 @@ class Similarities:
         """
         counts = torch.zeros(self.batch, thresholds.shape[1], self.count, dtype=torch.int64, device=thresholds.device)
         count = _count_on_cpu if thresholds.device.type == "cpu" else _count
+        if kernels.usable(counts):
+            count = _count_by_kernel
         for tile in self.tiles():
             count(tile, thresholds, counts)
         return counts
@@ -202,6 +206,11 @@ def _count_on_cpu(tile: Tile, thresholds: Tensor, counts: Tensor) -> None:
                 total[tile.columns] += _sums(above, axis=0)
             else:
                 total[tile.rows] -= above.diagonal()
+
+
+def _count_by_kernel(tile: Tile, thresholds: Tensor, counts: Tensor) -> None:
+    """The same in one pass over the tile for all thresholds."""
+    kernels.count_above(tile.values, thresholds, counts, tile.rows.start, tile.columns.start)
 
 
 def _sums(flags: NDArray[np.bool_], axis: int) -> NDArray[Any]:

@@ -15,12 +15,14 @@ from typing import Any, Final, NamedTuple, cast
 
 import torch
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.layers.norm import LayerNorm
 from timm.layers.pos_embed_sincos import apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import ResPostBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lostreg import kernels
 from lostreg.errors import BackboneError, LostregWarning, OptionError, is_out_of_memory
 from lostreg.models.table import Feature
 
@@ -30,6 +32,7 @@ try:
 except ImportError:  # before PyTorch 2.10
     varlen_attn = None
 
+_HALF: Final = (torch.bfloat16, torch.float16)
 # Tokens that go through an MLP at once: its hidden layer, four times as wide, then has a bounded size.
 _CPU_CHUNK: Final = 1 << 12
 _DEVICE_CHUNK: Final = 1 << 17
@@ -167,6 +170,10 @@ def check_compiler(device: torch.device) -> None:
 def normed(norm: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """A norm in the precision of its own parameters, rounded to ``dtype`` afterwards and not before."""
     own = next(norm.parameters(), tokens).dtype
+    exact = own == tokens.dtype == torch.float32
+    if exact and dtype in _HALF and type(norm) in (nn.LayerNorm, LayerNorm) and kernels.usable(tokens):
+        plain = cast("nn.LayerNorm", norm)
+        return kernels.layer_norm(tokens, plain.weight, plain.bias, plain.eps, dtype)
     return cast("Tensor", norm(tokens.to(own))).to(dtype)
 
 
@@ -392,7 +399,7 @@ def _add_attention(block: Any, tokens: Tensor, attended: Tensor, gate: Tensor | 
     if _is_post_norm(block):
         tokens += normed(block.norm1, update, tokens.dtype)
     else:
-        tokens += _scale(block.gamma_1 if isinstance(block, EvaBlock) else block.ls1, update)
+        _add_scaled(tokens, update, block.gamma_1 if isinstance(block, EvaBlock) else block.ls1)
 
 
 def _mlp_inputs(block: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:
@@ -404,7 +411,7 @@ def _add_update(block: Any, tokens: Tensor, update: Tensor) -> None:
     if _is_post_norm(block):
         tokens += normed(block.norm2, update, tokens.dtype)
     else:
-        tokens += _scale(block.gamma_2 if isinstance(block, EvaBlock) else block.ls2, update)
+        _add_scaled(tokens, update, block.gamma_2 if isinstance(block, EvaBlock) else block.ls2)
 
 
 def _add_mlp(
@@ -448,7 +455,10 @@ def _chunks(tokens: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + chunk, len(tokens))) for start in range(0, len(tokens), chunk))
 
 
-def _scale(layer_scale: Tensor | nn.Module | None, update: Tensor) -> Tensor:
-    if layer_scale is None:
-        return update
-    return layer_scale * update if isinstance(layer_scale, Tensor) else cast("Tensor", layer_scale(update))
+def _add_scaled(tokens: Tensor, update: Tensor, layer_scale: Any) -> None:
+    gamma = None if isinstance(layer_scale, nn.Identity) else getattr(layer_scale, "gamma", layer_scale)
+    exact = gamma is None or gamma.dtype == torch.float32
+    if exact and update.dtype in _HALF and kernels.usable(tokens):
+        kernels.add_scaled(tokens, update, gamma)
+    else:
+        tokens += update if gamma is None else gamma * update
