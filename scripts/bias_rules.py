@@ -22,7 +22,7 @@ from lostreg.datasets import Example, load_benchmark
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.images.boxes import in_pixels, pairwise_iou
 from lostreg.images.decode import read_image
-from lostreg.images.patches import cut_patches, normalise_patches
+from lostreg.images.patches import cut_patches
 from lostreg.jsonio import write_json
 from lostreg.methods.bias import TRIALS
 from lostreg.methods.lost import find_candidates, prepare
@@ -30,6 +30,7 @@ from lostreg.methods.objectness import score_factors
 from lostreg.metrics import Corloc, score_auc
 from lostreg.models.backbone import load_backbone
 from lostreg.models.features import FeatureExtractor
+from lostreg.models.pixels import normalise_patches
 from lostreg.models.table import FEATURES, Feature
 from lostreg.runs.results import package_versions
 from lostreg.runs.sweep import SweepRow, with_trials

@@ -23,7 +23,8 @@ from lostreg.datasets.folder import find_images
 from lostreg.images.decode import read_image
 from lostreg.images.patches import cut_patches
 from lostreg.models.backbone import Backbone, load_backbone
-from lostreg.models.forward import Forward, normalised, transfer
+from lostreg.models.forward import Forward
+from lostreg.models.pixels import normalised, transfer
 
 LAYER: Final = 6
 UNITS: Final = (11, 222)

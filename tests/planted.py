@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lostreg.images.decode import Picture
 from lostreg.images.patches import PatchedPicture, cut_patches
 from lostreg.models.backbone import Backbone
-from lostreg.models.forward import Forward, normalised, transfer
+from lostreg.models.forward import Forward
+from lostreg.models.pixels import normalised, transfer
 
 _FIRE = 10.0  # what planted units are driven by: at planted patches by as much, elsewhere by as much the other way
 

@@ -1,15 +1,10 @@
 """An image cut into patches, ready for a device."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import groupby
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lostreg.images.decode import Picture
 from lostreg.images.files import ImageFile
@@ -73,36 +68,3 @@ def cut_patches(picture: Picture, patch_size: int) -> PatchedPicture:
         pixels = padded
     patches = pixels.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 1, 3, 4)
     return PatchedPicture(np.ascontiguousarray(patches), (height, width), picture.width, picture.height)
-
-
-def normalise_patches(
-    patches: Tensor, sizes: Sequence[tuple[int, int]], mean: Sequence[float], std: Sequence[float]
-) -> Tensor:
-    """What a model is fed: normalised pixels, and zeros where a patch reaches beyond its image.
-
-    Args:
-        patches: of images of one grid, shape (B, rows, columns, patch, patch, 3), uint8, on the model's device.
-        sizes: (height, width) of each image in pixels.
-        mean: per channel, in [0, 1].
-        std: per channel, in [0, 1].
-
-    Returns:
-        Shape (B, rows * columns, patch * patch * 3), float32, on that device.
-    """
-    batch, rows, columns, patch, _, _ = patches.shape
-    shift, scale = (_patch_row(tuple(values), patch, patches.device) for values in (mean, std))
-    values = patches.view(batch, rows * columns, -1).float().div_(255).sub_(shift).div_(scale)
-    pixels, end = values.view(patches.shape), 0
-    for (height, width), group in groupby(sizes):
-        start, end = end, end + len(list(group))
-        if height < rows * patch:
-            pixels[start:end, -1, :, height - (rows - 1) * patch :] = 0
-        if width < columns * patch:
-            pixels[start:end, :, -1, :, width - (columns - 1) * patch :] = 0
-    return values
-
-
-@lru_cache(maxsize=32)
-def _patch_row(channels: tuple[float, ...], patch: int, device: torch.device) -> Tensor:
-    """One number a channel, for each number of a patch: over a last dimension of three, arithmetic is slow."""
-    return torch.tensor(channels * patch**2, device=device)

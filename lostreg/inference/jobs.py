@@ -18,7 +18,8 @@ from lostreg.images.patches import PatchedPicture
 from lostreg.methods.lost import Bias, Candidates, LostMaps, lost_maps, prepare
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import FeatureExtractor, Wanted
-from lostreg.models.forward import Forward, normalised, transfer
+from lostreg.models.forward import Forward
+from lostreg.models.pixels import normalised, transfer
 
 Grid = tuple[int, int]
 Outcome = TypeVar("Outcome")

@@ -79,11 +79,11 @@ def limits(similarities: Similarities, steps: Sequence[float]) -> Tensor:
         Shape (B, K), float32.
     """
     mean, deviation = similarities.mean_and_deviation()
-    distances = deviation[:, None] * _on_device(tuple(steps), deviation.device)
+    distances = deviation[:, None] * on_device(tuple(steps), deviation.device)
     return (mean[:, None] + distances).clamp(-1 + _EQUAL, 1 - _EQUAL)
 
 
 @lru_cache(maxsize=32)
-def _on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """As float32, made once: a copy to a GPU waits for all that is queued there."""
+def on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """As float32, shape (K,), made once: a copy to a GPU waits for all that is queued there."""
     return torch.tensor(numbers, device=device)

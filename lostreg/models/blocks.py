@@ -426,7 +426,7 @@ def _add_mlp(
             watch(part, hidden)
         if move is not None:
             activations.append(hidden[:, move.units])
-            hidden[:, move.units] = 0
+            hidden.index_fill_(1, move.units, 0)  # an assignment would copy the number from the host, and wait
         _add_update(block, tokens[part], block.mlp.fc2(hidden))
     if move is None or before is None:
         return
@@ -442,7 +442,7 @@ def _largest(activations: Tensor, packing: Packing, added: Tensor) -> Tensor:
 
     Added tokens do not count: what they hold is replaced.
     """
-    activations[added.flatten()] = 0
+    activations.index_fill_(0, added.flatten(), 0)
     largest = []
     for tokens, count in packing.runs:
         inside = activations[tokens].view(count, -1, activations.shape[1])

@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from typing import Any, Final, cast
 
 import torch
@@ -16,7 +15,6 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lostreg.images.patches import PatchedPicture, normalise_patches
 from lostreg.models.backbone import Backbone
 from lostreg.models.blocks import BlockRunner, Move, Packing, Watch, attention_rows, normed, pack_ropes, project
 from lostreg.models.table import Feature, Interpolation
@@ -110,7 +108,7 @@ class Forward:
         added = None
         if prefix > own:  # blank tokens are blank where the blocks begin, whatever a norm made of them
             added = packing.offsets[:-1, None].long() + torch.arange(own, prefix, device=packing.device)
-            tokens[added.flatten()] = 0
+            tokens.index_fill_(0, added.flatten(), 0)
         return Walk(tokens, packing, self._ropes(frames), prefix, added)
 
     @torch.no_grad()
@@ -250,31 +248,3 @@ def stretch_position_embedding(position: Tensor, source: Grid, target: Grid, int
         stretched = functional.interpolate(image, size=target, mode="bicubic", antialias=interpolation == "antialias")
     flat = stretched.permute(0, 2, 3, 1).reshape(1, target[0] * target[1], -1)
     return torch.cat([prefix, flat.to(position.dtype)], dim=1)
-
-
-def transfer(pictures: Sequence[PatchedPicture], device: torch.device) -> list[Tensor]:
-    """Each image's patches on a device, (rows, columns, patch, patch, 3), uint8; from pinned memory they are queued."""
-    patches = (torch.from_numpy(picture.patches) for picture in pictures)
-    return [image.to(device, non_blocking=device.type == "cuda") for image in patches]
-
-
-def normalised(backbone: Backbone, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
-    """What `Forward.start` takes: neighbours of one grid together, but on a CPU each image alone.
-
-    There it costs nothing, and the pixels of all images in float32 never exist at once.
-
-    Args:
-        backbone: whose mean and deviation the pixels are normalised by.
-        patches: as `transfer` gives them.
-        sizes: (height, width) of each image in pixels.
-
-    Yields:
-        Shape (images, N, patch * patch * 3), float32.
-    """
-    alone = backbone.device.type == "cpu"
-    runs = [[image] for image in patches] if alone else [list(run) for _, run in groupby(patches, Tensor.size)]
-    end = 0
-    for run in runs:
-        start, end = end, end + len(run)
-        together = run[0][None] if len(run) == 1 else torch.stack(run)
-        yield normalise_patches(together, sizes[start:end], backbone.mean, backbone.std)

@@ -27,7 +27,7 @@ from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.jsonio import as_line, is_finite_number, is_id
-from lostreg.methods.bias import TRIALS, fixed_bias, trial_biases
+from lostreg.methods.bias import TRIALS, fixed_bias, on_device, trial_biases
 from lostreg.methods.lost import Candidates
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import Corloc, is_hit, score_auc
@@ -193,8 +193,7 @@ def with_trials(values: tuple[float, ...]) -> Callable[[Similarities], Tensor]:
 
     def biases(similarities: Similarities) -> Tensor:
         trials = trial_biases(similarities)
-        fixed = torch.tensor(values, device=trials.device).expand(len(trials), -1)
-        return torch.cat([fixed, trials], dim=1)
+        return torch.cat([on_device(values, trials.device).expand(len(trials), -1), trials], dim=1)
 
     return biases
 

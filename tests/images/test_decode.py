@@ -22,8 +22,9 @@ from PIL import Image, JpegImagePlugin
 from lostreg.errors import ImageError, ImageUnavailableError, OptionError
 from lostreg.images.decode import _FORMATS, MAX_PIXELS, Picture, read_header, read_image
 from lostreg.images.files import HEIF_SUFFIXES, SUFFIXES, ImageFile
-from lostreg.images.patches import cut_patches, normalise_patches, patch_grid
+from lostreg.images.patches import cut_patches, patch_grid
 from lostreg.inference.stream import draw_sample
+from lostreg.models.pixels import normalise_patches
 
 WIDTH, HEIGHT = 40, 30
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

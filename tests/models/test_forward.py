@@ -23,7 +23,8 @@ from lostreg.images.patches import cut_patches
 from lostreg.models import blocks
 from lostreg.models.backbone import Backbone, build_backbone, find_spec, place_model, placed_copy
 from lostreg.models.features import FeatureExtractor, collect_features
-from lostreg.models.forward import Forward, Grid, Walk, normalised
+from lostreg.models.forward import Forward, Grid, Walk
+from lostreg.models.pixels import normalised
 from lostreg.models.registers import RegisterNeurons
 from lostreg.models.table import BACKBONES, FEATURES
 
