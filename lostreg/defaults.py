@@ -2,13 +2,13 @@
 
 from typing import Final, Literal
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 PREDICTIONS_FILE: Final = "predictions.jsonl"  # of the folder of a run
 RESULTS_FILE: Final = "results.json"
 MAPS_FILE: Final = "maps.jsonl"
 BACKBONE: Final = "dinov2_vits14_reg"
-PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "bf16", "fp16")
+PRECISIONS: Final[tuple[Precision, ...]] = ("auto", "fp32", "bf16", "fp16")
 K_PATCHES: Final = 100  # as in LOST's published code
 BATCH_SIZE: Final = 8
 CUDA_BATCH_SIZE: Final = 32

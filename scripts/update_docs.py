@@ -196,6 +196,7 @@ def photo_parts(results: Path) -> dict[str, str]:
         "cost": object_costs(read("photo-speed-cpu")),
         "demo": demo_cost(read("photo-speed-cpu")),
         "memory": _table(("photos", "peak memory (MB)"), memory),
+        "bf16": bf16_table(read("bf16-coco-sample")),
     }
 
 
@@ -256,6 +257,33 @@ def mask_table(found: dict[str, Any]) -> str:
     return (
         "Against the best-fitting polygon, on the images of the COCO sample that have polygons, in percent:\n\n"
         + _table(headings, rows)
+    )
+
+
+def bf16_table(found: dict[str, Any]) -> str:
+    """Boxes of bf16 beside those of fp32 as rows, from what `scripts/bf16_boxes.py` wrote."""
+    images = found["images"]
+    rows = [
+        (
+            feature,
+            *(f"{one[kind]['corloc']:.2f} ({one[kind]['hits']}/{images})" for kind in ("fp32", "bf16")),
+            f"{one['gain']:+.2f} ({one['gain_95'][0]:+.2f} to {one['gain_95'][1]:+.2f})",
+            *(f"{100 * one[key] / images:.1f} ({one[key]})" for key in ("iou_0.9", "identical")),
+        )
+        for feature, one in found["features"].items()
+    ]
+    headings = (
+        "feature",
+        "corloc, fp32",
+        "bf16",
+        "difference (95 % interval, paired bootstrap)",
+        "boxes with an IoU of 0.9 with fp32's",
+        "identical boxes",
+    )
+    return (
+        f"The {images} images of the COCO sample at full size, in percent; {found['cpu']}, PyTorch "
+        f"{found['versions']['torch']}. The backbone, `{found['options']['backbone']}`, is a DINOv2 ViT-S/14 that was "
+        "fine-tuned for saliency with labels:\n\n" + _table(headings, rows)
     )
 
 

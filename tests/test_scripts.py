@@ -217,6 +217,22 @@ def test_masks_are_judged(script: Callable[[str], ModuleType], coco: list[str], 
     assert found["patches"]["all"]["iou"]["gain"] == 0
 
 
+def test_boxes_of_bf16_are_compared_with_those_of_fp32(
+    script: Callable[[str], ModuleType], coco: list[str], tmp_path: Path
+) -> None:
+    module, out = script("bf16_boxes"), tmp_path / "bf16.json"
+    assert module.main([*coco, "--features", "k", "v", "--limit", "2", "--device", "cpu", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert (found["images"], found["options"]["max_side"], list(found["features"])) == (2, None, ["k", "v"])
+    box, moved, away = (np.array([[x, 0, x + 100, 100]], np.float32) for x in (0, 2, 900))
+    compared = module.compare([box, box, box], [box, moved, away], [box, box, box])
+    assert compared["fp32"] == {"corloc": 100, "hits": 3}
+    assert compared["bf16"] == {"corloc": 66.6667, "hits": 2}
+    assert (compared["identical"], compared["iou_0.9"], compared["iou_0.5"]) == (1, 2, 2)
+    assert (compared["hits_of_one_alone"], compared["gain"]) == ([1, 0], -33.33)
+    assert compared["gain_95"] == [-100, 0]
+
+
 def test_the_rule_for_outliers_is_tried(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     assert script("outlier_rates").main(["--repeats", "2", "--out", str(tmp_path / "rates.json")]) == 0
     found = json.loads((tmp_path / "rates.json").read_text())

@@ -125,7 +125,21 @@ def make_discoverer(args: argparse.Namespace, backbone: str, **given: Any) -> "D
     """
     from lostreg.inference.discoverer import Discoverer
 
-    return Discoverer(backbone, **options_of(args), **given)
+    discoverer = Discoverer(backbone, **options_of(args), **given)
+    if args.precision == "auto":
+        tell_precision(discoverer)
+    return discoverer
+
+
+def tell_precision(discoverer: "Discoverer") -> None:
+    """Say on standard error what ``--precision auto`` has come to."""
+    from lostreg.runs.results import describe_device
+
+    device = describe_device(discoverer.backbone.device)
+    if discoverer.options.precision == "bf16":
+        tell(f"bf16, which is quick on this device ({device}); results differ a little from those of --precision fp32")
+    else:
+        tell(f"fp32, as bf16 is not known to be quick on this device ({device})")
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.build import options_of
+from lostreg.cli.build import options_of, tell_precision
 from lostreg.cli.options import Subparsers, add_device, add_max_pixels, add_max_side, positive_int, tell
 from lostreg.errors import BackboneError, OptionError
 
@@ -53,7 +53,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="of `lostreg registers find`: offers test-time registers for its backbone",
     )
-    add_device(group)
+    add_device(group, precision="auto")
     add_max_side(parser, defaults.MAX_SIDE)
     add_max_pixels(group)
 
@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
             models = Models(settings)
             tell(f"loading {settings.backbones[0]}")
             first = models.get(settings.backbones[0])
+            if args.precision == "auto":
+                tell_precision(first)
             if settings.neurons and settings.has_registers(settings.backbones[0]):
                 first.with_registers(settings.neurons)
             if not is_local(bound):

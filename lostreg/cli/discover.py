@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lostreg import defaults
 from lostreg.cli.build import REGISTERS_FILE, make_discoverer, with_registers
 from lostreg.cli.files import check_mask_pictures
-from lostreg.cli.options import Subparsers, add_max_side, add_method_options, add_object_options
+from lostreg.cli.options import Subparsers, add_max_side, add_method_options, add_object_options, tell
 from lostreg.cli.progress import ProgressBar, judge_failures
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def add_parser(commands: Subparsers) -> None:
     )
     add_max_side(parser, defaults.MAX_SIDE)
     add_object_options(parser)
-    add_method_options(parser)
+    add_method_options(parser, precision="auto")
     parser.set_defaults(run=run)
 
 
@@ -60,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
     if args.mask_png:
         check_mask_pictures("--mask-png", args.max_objects)
     collection = find_collection(args.source, apart=args.out / MASKS_FOLDER)
+    if args.precision == "auto" and not args.overwrite and (earlier := _earlier_precision(args.out)):
+        args.precision = earlier
+        tell(f"{earlier}, in which the run in {args.out} was begun")
     discoverer = make_discoverer(args, args.backbone)
     if args.test_time_registers is not None:
         paths = [collection.path(name) for name in collection.names]
@@ -78,6 +81,15 @@ def run(args: argparse.Namespace) -> int:
         )
     print(_words(summary, args.min_score, args.out), flush=True)
     return judge_failures(summary.unreadable, summary.unavailable, summary.images, retry="--retry-failed")
+
+
+def _earlier_precision(out: Path) -> str | None:
+    """The precision of the run that a folder holds; None where there is none, or it does not say."""
+    from lostreg.runs.results import results_of
+
+    options = (results_of(out) or {}).get("options")
+    precision = options.get("precision") if isinstance(options, dict) else None
+    return precision if precision in defaults.PRECISIONS else None
 
 
 def _words(summary: "Summary", min_score: float, out: Path) -> str:

@@ -101,8 +101,16 @@ def unit_interval(text: str) -> float:
     return value
 
 
-def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bool = False) -> None:
-    """The options of the method, shared by ``predict``, ``discover``, ``eval`` and ``artifacts``."""
+def add_method_options(
+    parser: argparse.ArgumentParser, *, several_backbones: bool = False, precision: defaults.Precision = "fp32"
+) -> None:
+    """The options of the method, shared by ``predict``, ``discover``, ``eval`` and ``artifacts``.
+
+    Args:
+        parser: of the command.
+        several_backbones: whether the command takes several backbones.
+        precision: of the backbone, unless the user asks for another.
+    """
     group = parser.add_argument_group("method")
     _add_backbone(group, several=several_backbones)
     _add_feature(group)
@@ -119,7 +127,7 @@ def add_method_options(parser: argparse.ArgumentParser, *, several_backbones: bo
         help="L2-normalise the features (default: the backbone's; always for auto and a FILE)",
     )
     _add_k_patches(group)
-    _add_running(group)
+    _add_running(group, precision)
     add_registers(group)
 
 
@@ -234,9 +242,9 @@ def _add_k_patches(group: Group) -> None:
     )
 
 
-def _add_running(group: Group) -> None:
+def _add_running(group: Group, precision: defaults.Precision = "fp32") -> None:
     """The options that say how the backbone runs."""
-    add_device(group)
+    add_device(group, precision)
     group.add_argument(
         "--batch-size",
         type=positive_int,
@@ -252,11 +260,14 @@ def _add_running(group: Group) -> None:
     add_max_pixels(group)
 
 
-def add_device(group: Group) -> None:
+def add_device(group: Group, precision: defaults.Precision = "fp32") -> None:
     """Where the backbone runs, and in what precision."""
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     group.add_argument(
-        "--precision", choices=defaults.PRECISIONS, default="fp32", help="of the backbone (default: fp32)"
+        "--precision",
+        choices=defaults.PRECISIONS,
+        default=precision,
+        help=f"of the backbone; auto: bf16 where the device is quick at it, else fp32 (default: {precision})",
     )
 
 

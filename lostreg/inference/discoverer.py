@@ -70,7 +70,9 @@ class Discoverer:
     def __init__(self, backbone: str | Backbone = BACKBONE, **options: Any) -> None:
         asked = Options(backbone, **options)
         device = resolve_device(asked.device)
-        if device.type == "cpu" and asked.precision == "bf16" and not _has_quick_bf16():
+        if asked.precision == "auto":
+            asked = dataclasses.replace(asked, precision="bf16" if _has_quick_bf16(device) else "fp32")
+        elif device.type == "cpu" and asked.precision == "bf16" and _has_quick_bf16(device) is False:
             message = "this CPU has no instructions for bf16 (AVX512-BF16 or AMX): fp32 will be quicker"
             warnings.warn(message, LostregWarning, stacklevel=2)
         if asked.compile:
@@ -238,9 +240,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _has_quick_bf16() -> bool:
-    """Whether an x86 CPU has instructions for bf16; True where PyTorch does not say."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+def _has_quick_bf16(device: torch.device) -> bool | None:
+    """Whether a device multiplies in bf16 faster than in fp32; None where that is not known."""
+    if device.type == "cuda":
+        if torch.version.hip:  # ROCm, whose numbers of capabilities are others
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere
+    says = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities")
+    capabilities = torch.cpu.get_capabilities() if says else {}
     if capabilities.get("architecture") != "x86_64":
-        return True
+        return None
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -48,7 +48,8 @@ class Options:
         k_patches: how many low-degree patches may join the seed, at least 1.
         device: ``auto`` (CUDA, then MPS, then CPU), or a PyTorch device.
         precision: of the backbone's products; tokens are added up, normalised and scaled, and similarities taken, in
-            float32 always. On a CPU, ``bf16`` is quick where the CPU has instructions for it (AVX512-BF16, AMX).
+            float32 always. ``auto`` is ``bf16`` where the device is known to be quick at it (NVIDIA GPUs from Ampere
+            on, AMD GPUs, CPUs with AVX512-BF16 or AMX), else ``fp32``.
         batch_size: images that go through the backbone together at most, at least 1; None takes 8, on CUDA 32.
         compile: whether the backbone's blocks are compiled (`torch.compile`): once, for images of all shapes. That
             takes up to minutes, and pays in long runs.
@@ -117,7 +118,7 @@ class Options:
         object.__setattr__(self, name, value)
 
     def resolved(self, backbone: Backbone) -> "ResolvedOptions":
-        """The same with what is left open decided, for a backbone that is where it runs.
+        """The same with what is left open decided, for a backbone that is where it runs, in a precision that is named.
 
         Raises:
             OptionError: if the backbone has no such layer, or feature, bias and normalisation contradict each other.
@@ -155,6 +156,7 @@ class ResolvedOptions(Options):
     bias: float | Literal["auto"]
     normalize: bool
     device: str
+    precision: Literal["fp32", "bf16", "fp16"]
     batch_size: int
 
     def with_changes(self, changes: Mapping[str, Any]) -> "ResolvedOptions":

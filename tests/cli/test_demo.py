@@ -22,6 +22,7 @@ PROGRAM = """
 import sys
 from lostreg.inference import discoverer
 from lostreg.models import backbone
+discoverer._has_quick_bf16 = lambda _: True
 discoverer.load_backbone = lambda name, **_: backbone.build_backbone(backbone.find_spec(name), depth=1)
 from lostreg.cli.main import main
 sys.exit(main(sys.argv[1:]))
@@ -125,5 +126,6 @@ def test_the_demo_says_where_it_is_and_ends_cleanly(tmp_path: Path, number: sign
         process.kill()
     assert (process.returncode, out) == (0, "")
     assert err.splitlines()[-1] == "lostreg: the demo has ended"
+    assert "lostreg: bf16, which is quick on this device" in err
     assert "Traceback" not in err
     assert not folder.exists()

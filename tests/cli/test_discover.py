@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,98 @@ def test_a_killed_run_ends_with_the_same_bytes(tmp_path: Path, capsys: pytest.Ca
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     assert (killed / "predictions.jsonl").read_bytes().startswith(survived[: survived.rfind(b"\n") + 1])
     assert json.loads((killed / "results.json").read_text())["run"]["computed"] < 16
+
+
+@pytest.fixture
+def quick_bf16(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool | None], None]:
+    """Sets whether this machine is quick at bf16; it is to begin with."""
+
+    def set_to(answer: bool | None) -> None:
+        monkeypatch.setattr("lostreg.inference.discoverer._has_quick_bf16", lambda _: answer)
+
+    set_to(True)
+    return set_to
+
+
+def precision_of(out: Path) -> str:
+    return str(json.loads((out / "results.json").read_text())["options"]["precision"])
+
+
+@pytest.mark.parametrize(("quick", "precision"), [(True, "bf16"), (False, "fp32"), (None, "fp32")])
+def test_the_precision_is_chosen_by_the_device_told_and_recorded(
+    photos: Path,
+    tmp_path: Path,
+    quick_bf16: Callable[[bool | None], None],
+    capsys: pytest.CaptureFixture[str],
+    quick: bool | None,
+    precision: str,
+) -> None:
+    quick_bf16(quick)
+    assert discover(photos, tmp_path / "out") == 0
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"lostreg: {precision}, ")]
+    assert precision_of(tmp_path / "out") == precision
+    assert discover(photos, tmp_path / "named", "--precision", "fp32") == 0
+    assert "lostreg: fp32" not in capsys.readouterr().err
+    assert precision_of(tmp_path / "named") == "fp32"
+
+
+@pytest.mark.parametrize(("begun", "quick"), [("fp32", True), ("bf16", False)])
+def test_a_run_goes_on_in_the_precision_it_was_begun_in(
+    photos: Path,
+    tmp_path: Path,
+    quick_bf16: Callable[[bool | None], None],
+    capsys: pytest.CaptureFixture[str],
+    begun: str,
+    quick: bool,
+) -> None:
+    out = tmp_path / "out"
+    chosen = "bf16" if quick else "fp32"
+    assert discover(photos, out, "--precision", begun) == 0
+    (photos / "cmyk.jpg").rename(photos / "one more.jpg")
+    quick_bf16(quick)
+    capsys.readouterr()
+    for options in ([], ["--precision", "auto"]):
+        assert discover(photos, out, *options) == 0
+        captured = capsys.readouterr()
+        assert f"lostreg: {begun}, in which the run in {out} was begun" in captured.err
+        assert f"lostreg: {chosen}, " not in captured.err
+        assert "of these had been done before" in captured.out
+        assert precision_of(out) == begun
+    assert discover(photos, out, "--precision", chosen) == 2
+    refused = f'holds a run with other settings: precision was "{begun}" and is now "{chosen}"'
+    assert refused in capsys.readouterr().err
+    assert discover(photos, out, "--overwrite") == 0
+    assert precision_of(out) == chosen
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"options": []}', '{"options": {"precision": ["bf16"]}}'])
+def test_results_without_a_precision_are_no_run_to_go_on_with(
+    photos: Path,
+    tmp_path: Path,
+    quick_bf16: Callable[[bool | None], None],
+    capsys: pytest.CaptureFixture[str],
+    content: str,
+) -> None:
+    del quick_bf16
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(content)
+    assert discover(photos, tmp_path / "out") == 2
+    assert "use --overwrite or another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["predict", "artifacts"])
+def test_other_commands_choose_the_precision_where_they_are_asked_to(
+    photos: Path,
+    tmp_path: Path,
+    quick_bf16: Callable[[bool | None], None],
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    del quick_bf16
+    options = {"predict": [], "artifacts": ["--out", str(tmp_path / "out")]}[command]
+    for precision, told in (("auto", True), ("fp32", False)):
+        assert main([command, str(photos / "a.jpg"), *options, "--precision", precision, *FAST]) == 0
+        assert ("lostreg: bf16, " in capsys.readouterr().err) == told
 
 
 def test_out_may_lie_among_the_photos(

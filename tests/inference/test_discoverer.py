@@ -2,6 +2,8 @@ import dataclasses
 import io
 import json
 import os
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lostreg.errors import BackboneError, ImageError, OptionError
+from lostreg.errors import BackboneError, ImageError, LostregWarning, OptionError
 from lostreg.images.decode import read_image
-from lostreg.inference.discoverer import Discoverer, resolve_device
+from lostreg.inference.discoverer import Discoverer, _has_quick_bf16, resolve_device
 from lostreg.inference.options import Options
 from lostreg.inference.study import Study
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
@@ -241,7 +243,7 @@ def test_options_are_plain_values_that_say_what_was_chosen(backbone: Backbone) -
         ({"bias": float("inf")}, "bias must be a finite number or 'auto', not inf"),
         ({"bias": "automatic"}, "bias must be a finite number or 'auto', not 'automatic'"),
         ({"bias": True}, "bias must be a finite number or 'auto', not True"),
-        ({"precision": "int8"}, "precision must be one of fp32, bf16, fp16, not 'int8'"),
+        ({"precision": "int8"}, "precision must be one of auto, fp32, bf16, fp16, not 'int8'"),
         ({"layer": 2}, r"layer must be in \[-2, 1\] for dinov2_vits14_reg, not 2"),
         ({"layer": -3}, r"layer must be in \[-2, 1\] for dinov2_vits14_reg, not -3"),
         ({"bias": "auto", "normalize": False}, "'auto' is defined on normalised features"),
@@ -316,6 +318,46 @@ def test_another_precision_leaves_a_shared_backbone_alone(backbone: Backbone) ->
     assert half.discover(scene(1)).xyxy.shape == (1, 4)
     assert full.backbone.dtype == torch.float32
     assert all(torch.equal(value, before[name]) for name, value in backbone.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": True}, "bf16"),
+        ({"architecture": "x86_64", "amx_bf16": True}, "bf16"),
+        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": False}, "fp32"),
+        ({"architecture": "arm64", "bf16": True}, "fp32"),
+        (None, "fp32"),  # before PyTorch said it
+    ],
+    ids=str,
+)
+def test_automatic_precision_is_bf16_where_the_processor_is_quick_at_it(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, object] | None, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    with warnings.catch_warnings(action="error"):
+        discoverer = Discoverer(backbone, device="cpu", precision="auto")
+    assert discoverer.options.record()["precision"] == precision
+    assert discoverer.backbone.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    assert Discoverer(backbone, device="cpu").options.precision == "fp32"
+    slow = capabilities is not None and capabilities["architecture"] == "x86_64" and precision == "fp32"
+    with pytest.warns(LostregWarning, match="no instructions for bf16") if slow else nullcontext():
+        assert Discoverer(backbone, device="cpu", precision="bf16").options.precision == "bf16"
+
+
+def test_gpus_are_quick_at_bf16_from_ampere_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {"cuda:0": (7, 5), "cuda:1": (8, 0), "cuda:2": (12, 0)}
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[str(device)])
+    assert [_has_quick_bf16(torch.device(name)) for name in capabilities] == [False, True, True]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    assert _has_quick_bf16(torch.device("cuda:0")) is True
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert _has_quick_bf16(torch.device("cuda:0")) is False
+    assert _has_quick_bf16(torch.device("mps")) is None
 
 
 def test_a_gpu_takes_more_images_at_once(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
