@@ -44,7 +44,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda", 0)
 PAIRS = [(feature, layer) for feature in FEATURES for layer in range(DEPTH)]
 EQUAL = [(3, 4)] * 4
 SINGLE = 1e-4  # of the largest value: float32 summed in other orders, through every norm of a random model
@@ -357,6 +357,25 @@ def test_starting_a_pack_waits_for_nothing(
     torch.cuda.set_sync_debug_mode("default")
     (masks,) = {len(of_run[0].masks) for of_run in job.candidates(started)[:1]}
     assert masks >= 1
+
+
+def test_pictures_of_a_stream_lie_in_pinned_memory(even: Backbone) -> None:
+    pinned = []
+
+    class Job:
+        backbone = on_device(even).backbone
+
+        def start(self, pictures: Sequence[PatchedPicture]) -> None:
+            pinned.extend(torch.from_numpy(one.patches).is_pinned() for one in pictures)
+
+        def finish(self, started: None, pictures: Sequence[PatchedPicture]) -> list[PatchedPicture]:
+            return list(pictures)
+
+    photos = [rectangles(number, (10, 12))[0] for number in range(5)]
+    found = list(on_device(even).stream_of(Job()).outcomes(photos))  # type: ignore[arg-type]
+    assert pinned == [True] * 5
+    for photo, one in zip(photos, found, strict=True):
+        np.testing.assert_array_equal(one.pixels, photo)  # type: ignore[union-attr]
 
 
 def used_memory(discoverer: Discoverer, images: Sequence[np.ndarray]) -> tuple[list[Any], int]:
