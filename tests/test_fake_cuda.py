@@ -216,8 +216,8 @@ PHOTOS = {
     "equal": [(480, 640)] * 32,
     "mixed": [(333, 500), (350, 500), (375, 500), (480, 640), (500, 333), (500, 375), (500, 500), (640, 480)],
 }
-# The most operations that a pack may be asked of the GPU, where Triton is absent. Lower a number when the code asks less;
-# never raise one. Pixels come in a copy an image, from memory into which threads have read them.
+# The most operations that a pack may be asked of the GPU, where Triton is absent. Lower a number when the code asks
+# less; never raise one. Pixels come in a copy an image, from memory into which threads have read them.
 _LOST = {"equal": {"LOST, auto": 167, "LOST, -0.5": 59}, "mixed": {"LOST, auto": 760, "LOST, -0.5": 376}}
 BUDGETS = {
     ("equal", "fp32"): {"transfer": 32, "keys of layer 0": 13, "block": 12, **_LOST["equal"]},
