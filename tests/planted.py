@@ -153,6 +153,7 @@ def cut(images: Sequence[np.ndarray], backbone: Backbone) -> list[PatchedPicture
 
 
 def pixels_of(pictures: Sequence[PatchedPicture], backbone: Backbone) -> list[Tensor]:
-    """What `Forward.start` takes."""
+    """What `Forward.start` takes, image by image."""
     patches = transfer(pictures, backbone.device)
-    return list(normalised(backbone, patches, [picture.size for picture in pictures]))
+    runs = normalised(backbone, patches, [picture.size for picture in pictures])
+    return [image for run in runs for image in run]
