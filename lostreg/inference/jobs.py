@@ -159,6 +159,8 @@ class ObjectsJob(Generic[Outcome]):
             for candidates in self.candidates(started):
                 run = pictures[len(outcomes) : len(outcomes) + len(candidates[0].masks)]
                 outcomes += self._convert(candidates, list(run))
+        if self._beside is not None:
+            self._beside.synchronize()  # nothing reads the features any more: their memory may be taken
         return outcomes
 
     @cached_property
