@@ -35,7 +35,6 @@ _DEVICE_CHUNK: Final = 1 << 17
 AttentionKind = Literal["fused", "tiled"]
 _SHORTEST_TILED: Final = 256  # tokens of an image; with fewer the fused kernel is as quick
 _TILE_SCORES: Final = 1 << 23  # scores that are held at once
-_SAMPLING: Final = 16
 
 
 @dataclass(frozen=True)
@@ -334,8 +333,8 @@ def _tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     length = q.shape[2]
     queries, keys = q.flatten(0, 1) * q.shape[3] ** -0.5, k.flatten(0, 1)  # (P, N, D), P = images * heads
-    # m_i = max_j q_i k_j over the first keys, the prefix's among them, and every 16th of the others
-    sampled = torch.cat([keys[:, :_SAMPLING], keys[:, _SAMPLING::_SAMPLING]], dim=1)
+    # m_i = max_j q_i k_j over the first keys, the prefix's among them, and every 16th of the others, some 128 at most
+    sampled = torch.cat([keys[:, :16], keys[:, 16 :: max(16, length // 128)]], dim=1)
     largest = torch.bmm(sampled, queries.transpose(1, 2)).amax(dim=1)
     # q_i k_j - m_i = (q_i, -m_i) (k_j, 1)
     queries = torch.cat([queries, -largest.unsqueeze(2)], dim=2)

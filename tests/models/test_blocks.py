@@ -14,6 +14,7 @@ from random_models import DEPTH, GRIDS, LAYERS, NARROW, OTHERS, SOME, assert_clo
 from timm.layers.mlp import GatedMlp
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lostreg.errors import BackboneError
 from lostreg.models import blocks
@@ -202,6 +203,28 @@ def test_a_prefix_that_draws_all_attention_costs_no_exactness() -> None:
     views = (tensor.view(1, 400, 2, 64).transpose(1, 2) for tensor in (q, k, v))
     attended = blocks._tiled_attention(*views).transpose(1, 2).flatten(2).flatten(0, 1)
     assert relative_error(attended, explicit(q, k, v, lengths)) < 0.005
+
+
+def test_what_tiles_hold_grows_with_the_tokens_and_not_their_square() -> None:
+    """Counted: the largest tensor that any operation returns."""
+    largest = []
+    for length in (4096, 8192):
+        sizes: list[int] = []
+
+        class Sizes(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, function: Any, types: Any, arguments: Any = (), options: Any = None, sizes: list[int] = sizes
+            ) -> Any:
+                result = function(*arguments, **(options or {}))
+                if isinstance(result, Tensor):
+                    sizes.append(result.numel())
+                return result
+
+        q = torch.randn(1, 2, length, 8).bfloat16()
+        with Sizes(), mock.patch.object(blocks, "_TILE_SCORES", 1 << 20):
+            blocks._tiled_attention(q, q, q)
+        largest.append(max(sizes))
+    assert largest[1] <= 2.2 * largest[0]
 
 
 @pytest.mark.usefixtures("tiled")
