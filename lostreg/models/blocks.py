@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import torch
 from timm.layers.mlp import GluMlp, Mlp, SwiGLU
@@ -36,6 +36,10 @@ _HALF: Final = (torch.bfloat16, torch.float16)
 # Tokens that go through an MLP at once: its hidden layer, four times as wide, then has a bounded size.
 _CPU_CHUNK: Final = 1 << 12
 _DEVICE_CHUNK: Final = 1 << 17
+
+AttentionKind = Literal["fused", "tiled"]
+_SHORTEST_TILED: Final = 256  # tokens of an image; with fewer the fused kernel is as quick
+_TILE_SCORES: Final = 1 << 23  # scores that are held at once
 
 
 @dataclass(frozen=True)
@@ -298,10 +302,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
         attended = _attend_any_lengths(varlen_attn, q, k, v, packing)
         if attended is not None:
             return attended
+    tiled = attention_kind(q.device, q.dtype) == "tiled"
     parts = []
     for tokens, count in packing.runs:
         first, second, third = (t[tokens].view(count, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
-        attended = functional.scaled_dot_product_attention(first, second, third)
+        if tiled and first.shape[2] >= _SHORTEST_TILED:
+            attended = _tiled_attention(first, second, third)
+        else:
+            attended = functional.scaled_dot_product_attention(first, second, third)
         parts.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -335,6 +343,58 @@ def _flash_options(kernel: Callable[..., Any]) -> dict[str, int]:
     then does not depend on the others either. Before PyTorch 2.12 there is no such option, and no cuDNN.
     """
     return {"num_splits": 1} if "num_splits" in inspect.signature(kernel).parameters else {}
+
+
+def attention_kind(device: torch.device, dtype: torch.dtype) -> AttentionKind:
+    """How `attend` computes what has several hundred tokens: ``fused``, by PyTorch's kernel, or ``tiled``.
+
+    Nothing is measured: one machine and one PyTorch always choose the same, so that results can be had again.
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16 or not hasattr(torch.cpu, "get_capabilities"):
+        return "fused"
+    # The fused kernel of CPUs multiplies in bf16 by oneDNN only where it packs keys and values, which it does for AMX
+    # alone. Without, it calls MKL, whose products of bf16 are no quicker than fp32's on an AMD EPYC with AVX512-BF16.
+    # `torch.bmm` leaves bf16 to oneDNN, which uses these instructions.
+    capabilities = torch.cpu.get_capabilities()
+    return "tiled" if capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16") else "fused"
+
+
+def _tiled_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention as two products of matrices with a softmax between them, some scores at a time.
+
+    A softmax does not change when one number is taken from all scores of a row. Scores are rounded to half precision
+    before it, and those of trained models reach hundreds, where that costs a unit: so about the row's largest score is
+    taken off within the first product, in float32, and the scores that weigh most are rounded the least.
+
+    Args:
+        q: queries, shape (images, heads, N, head_dim).
+        k: keys, of the same shape.
+        v: values, of the same shape.
+
+    Returns:
+        Of the same shape.
+    """
+    length = q.shape[2]
+    queries, keys = q.flatten(0, 1) * q.shape[3] ** -0.5, k.flatten(0, 1)  # (P, N, D), P = images * heads
+    # m_i = max_j q_i k_j over the first keys, the prefix's among them, and every 16th of the others, some 128 at most
+    sampled = torch.cat([keys[:, :16], keys[:, 16 :: max(16, length // 128)]], dim=1)
+    largest = torch.bmm(sampled, queries.transpose(1, 2)).amax(dim=1)
+    # q_i k_j - m_i = (q_i, -m_i) (k_j, 1)
+    queries = torch.cat([queries, -largest.unsqueeze(2)], dim=2)
+    keys = functional.pad(keys.transpose(1, 2), (0, 0, 0, 1), value=1.0)  # (P, D + 1, N)
+    values = v.flatten(0, 1).transpose(1, 2).contiguous().transpose(1, 2)  # (P, N, D) in the layout oneDNN prefers
+    attended = torch.empty_like(values, memory_format=torch.contiguous_format)
+    together = max(1, _TILE_SCORES // length**2)
+    rows = max(1, _TILE_SCORES // (together * length))
+    for pairs in _slices(len(keys), together):
+        for tile in _slices(length, rows):
+            weights = torch.bmm(queries[pairs, tile], keys[pairs]).softmax(dim=2)
+            attended[pairs, tile] = torch.bmm(weights, values[pairs])
+    return attended.view(q.shape)
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def _takes_any_lengths(q: Tensor) -> bool:
@@ -452,7 +512,7 @@ def _largest(activations: Tensor, packing: Packing, added: Tensor) -> Tensor:
 
 def _chunks(tokens: Tensor) -> Iterator[slice]:
     chunk = _CPU_CHUNK if tokens.device.type == "cpu" else _DEVICE_CHUNK
-    return (slice(start, min(start + chunk, len(tokens))) for start in range(0, len(tokens), chunk))
+    return _slices(len(tokens), chunk)
 
 
 def _add_scaled(tokens: Tensor, update: Tensor, layer_scale: Any) -> None:

@@ -168,7 +168,7 @@ def discover_collection(
         if run.put_in_order() or count_lines(out / FAILED_FILE) != failed_lines:
             _write_failed(out, stream_predictions(out / PREDICTIONS_FILE))
         _check_drawn(out, drawn)
-        run.finish(summary.figures(min_score), discoverer.backbone.device)
+        run.finish(summary.figures(min_score), discoverer.backbone.device, discoverer.backbone.dtype)
     return summary
 
 

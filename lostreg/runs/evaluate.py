@@ -128,7 +128,7 @@ def evaluate(
             tally.add(prediction)
         run.put_in_order()
         evaluation = tally.evaluation(run.computed)
-        run.finish(evaluation.figures(), discoverer.backbone.device)
+        run.finish(evaluation.figures(), discoverer.backbone.device, discoverer.backbone.dtype)
     return evaluation
 
 

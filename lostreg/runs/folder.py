@@ -305,16 +305,17 @@ class Run(Generic[AnyLine]):
             f"{count_lines(path):,}; run the same command again, which computes what is lost anew"
         )
 
-    def finish(self, figures: dict[str, Any], device: torch.device) -> None:
+    def finish(self, figures: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
         """Write the results; the facts of an earlier run stay where it had done everything.
 
         Args:
             figures: what came out.
             device: where it was computed.
+            dtype: what the backbone computed in.
         """
         facts: dict[str, Any] = {name: self._earlier[name] for name in _FACTS if name in self._earlier}
         if self.computed or not self._earlier.get("complete"):
-            facts = run_facts(self.computed, time.perf_counter() - self._start, device)
+            facts = run_facts(self.computed, time.perf_counter() - self._start, device, dtype)
         write_json(self._results, {"complete": True, **figures, **self._settings, **facts})
 
 

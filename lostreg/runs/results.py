@@ -15,6 +15,7 @@ from lostreg.datasets import Benchmark
 from lostreg.defaults import RESULTS_FILE
 from lostreg.errors import PredictionsError
 from lostreg.jsonio import read_json
+from lostreg.models.blocks import attention_kind
 
 AFRESH: Final = "use --overwrite or another --out"
 _PACKAGES: Final = (
@@ -52,19 +53,21 @@ def benchmark_settings(benchmark: Benchmark, options: dict[str, Any], extra: dic
     }
 
 
-def run_facts(computed: int, seconds: float, device: torch.device) -> dict[str, Any]:
+def run_facts(computed: int, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What belongs to one run and not to its results: speed, time, versions, machine.
 
     Args:
         computed: images that this run computed.
         seconds: what that took.
         device: where.
+        dtype: what the backbone computed in.
     """
     return {
         "run": {
             "computed": computed,
             "seconds": round(seconds, 3),
             "images_per_s": round(computed / seconds, 3) if seconds else None,
+            "attention": attention_kind(device, dtype),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
         "versions": {"python": platform.python_version(), **package_versions()},

@@ -178,7 +178,7 @@ def sweep(
         run.put_in_order()
         in_order = [lines[image_id] for image_id in examples]
         rows = [_row(in_order, pair, values) for pair in pairs]
-        run.finish(_figures(rows, in_order), discoverer.backbone.device)
+        run.finish(_figures(rows, in_order), discoverer.backbone.device, discoverer.backbone.dtype)
     return rows
 
 

@@ -7,16 +7,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_models import DEPTH, GRIDS, LAYERS, NARROW, OTHERS, SOME, assert_close, built, patches, picture
 from timm.layers.mlp import GatedMlp
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lostreg.errors import BackboneError, LostregWarning
 from lostreg.methods.lost import lost_boxes
@@ -130,10 +132,12 @@ def explicit(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
     return torch.cat(images)
 
 
-def random_heads(lengths: Sequence[int], heads: int, groups: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def random_heads(
+    lengths: Sequence[int], heads: int, groups: int, seed: int = 0, width: int = 8
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     counts = (heads, heads // groups, heads // groups)
-    q, k, v = (torch.randn(sum(lengths), count, 8, generator=generator) * 2 for count in counts)
+    q, k, v = (torch.randn(sum(lengths), count, width, generator=generator) * 2 for count in counts)
     return q, k, v
 
 
@@ -148,6 +152,155 @@ def test_tokens_attend_to_those_of_the_same_image(lengths: list[int], heads: tup
 
 REQUIRED = ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k")
 OPTIONS = {"PyTorch 2.10": ("is_causal", "return_aux"), "PyTorch 2.12": ("scale", "window_size", "num_splits")}
+
+
+def relative_error(attended: Tensor, expected: Tensor) -> float:
+    return float((attended.double() - expected).norm() / expected.norm())
+
+
+@pytest.fixture
+def tiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as on a CPU with AVX512-BF16 and without AMX, for images of any length and whatever the precision."""
+    monkeypatch.setattr(blocks, "attention_kind", lambda device, dtype: "tiled")
+    monkeypatch.setattr(blocks, "_SHORTEST_TILED", 1)
+
+
+@pytest.mark.usefixtures("tiled")
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    st.sampled_from([(1, 1), (4, 1), (4, 2), (6, 3)]),
+    st.sampled_from([1, 70, 900, 1 << 23]),
+    st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tiles_of_any_size_give_the_attention_of_the_formula(
+    lengths: list[int], heads: tuple[int, int], scores: int, seed: int
+) -> None:
+    q, k, v = random_heads(lengths, *heads, seed=seed)
+    packing = Packing(tuple(lengths), CPU)
+    with mock.patch.object(blocks, "_TILE_SCORES", scores):
+        attended = attend(q, k, v, packing)
+        assert_close(attended.double(), explicit(q, k, v, lengths), tolerance=2e-5)
+        halves = [tensor.bfloat16() for tensor in (q, k, v)]
+        attended = attend(*halves, packing)
+        assert torch.equal(attended, attend(*halves, packing))
+    assert attended.dtype == torch.bfloat16
+    assert relative_error(attended, explicit(*halves, lengths)) < 0.02
+
+
+@pytest.mark.parametrize("offset", [0, 30, 300])
+@pytest.mark.parametrize("width", [32, 64, 80])
+def test_tiles_are_nearly_as_exact_as_the_fused_kernel_however_large_the_scores(offset: int, width: int) -> None:
+    """Scores of some hundreds, as trained models have them: in bf16 they are whole numbers."""
+    lengths = (300, 300)
+    q, k, v = (tensor.bfloat16() for tensor in random_heads(lengths, 2, 1, width=width))
+    q[..., 0], k[..., 0] = 8, offset * width**0.5 / 8  # adds about the offset to each score and changes no attention
+    expected = explicit(q, k, v, lengths)
+    packed = (tensor.view(2, 300, 2, width).transpose(1, 2) for tensor in (q, k, v))
+    attended = blocks._tiled_attention(*packed).transpose(1, 2).flatten(2).flatten(0, 1)
+    with mock.patch.object(blocks, "attention_kind", return_value="fused"):
+        fused = relative_error(attend(q, k, v, Packing(lengths, CPU)), expected)
+    assert relative_error(attended, expected) < max(2.5 * fused, 0.005)
+
+
+def test_a_prefix_that_draws_all_attention_costs_no_exactness() -> None:
+    """A register's key that is far larger than any patch's is among those that the scores are measured from."""
+    lengths = (400,)
+    q, k, v = (tensor.bfloat16() for tensor in random_heads(lengths, 2, 1, width=64))
+    q[..., 0] = 8
+    k[3:5, :, 0] = 150
+    views = (tensor.view(1, 400, 2, 64).transpose(1, 2) for tensor in (q, k, v))
+    attended = blocks._tiled_attention(*views).transpose(1, 2).flatten(2).flatten(0, 1)
+    assert relative_error(attended, explicit(q, k, v, lengths)) < 0.005
+
+
+def test_what_tiles_hold_grows_with_the_tokens_and_not_their_square() -> None:
+    """Counted: the largest tensor that any operation returns."""
+    largest = []
+    for length in (4096, 8192):
+        sizes: list[int] = []
+
+        class Sizes(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, function: Any, types: Any, arguments: Any = (), options: Any = None, sizes: list[int] = sizes
+            ) -> Any:
+                result = function(*arguments, **(options or {}))
+                if isinstance(result, Tensor):
+                    sizes.append(result.numel())
+                return result
+
+        q = torch.randn(1, 2, length, 8).bfloat16()
+        with Sizes(), mock.patch.object(blocks, "_TILE_SCORES", 1 << 20):
+            blocks._tiled_attention(q, q, q)
+        largest.append(max(sizes))
+    assert largest[1] <= 2.2 * largest[0]
+
+
+@pytest.mark.usefixtures("tiled")
+def test_tiled_features_are_the_fused_ones_to_rounding(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    extractor = FeatureExtractor(backbone, WANTED)
+    calls: list[tuple[int, ...]] = []
+    real = blocks._tiled_attention
+    monkeypatch.setattr(blocks, "_tiled_attention", lambda q, k, v: calls.append(q.shape) or real(q, k, v))
+    features = run(extractor, GRIDS)
+    assert len(calls) == DEPTH * 6  # GRIDS has six runs of equal lengths
+    monkeypatch.setattr(blocks, "attention_kind", lambda device, dtype: "fused")
+    for pair, tiles, fused in zip(WANTED, features, run(extractor, GRIDS), strict=True):
+        assert_close(torch.cat(tiles), torch.cat(fused), str(pair))
+
+
+def test_the_same_image_among_the_same_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "attention_kind", lambda device, dtype: "tiled")
+    lengths = (260, 300, 300, 20)
+    heads = [tensor.bfloat16() for tensor in random_heads(lengths, 3, 1, width=32)]
+    first = attend(*heads, Packing(lengths, CPU))
+    attend(*(tensor[:300] for tensor in heads), Packing((300,), CPU))
+    assert torch.equal(first, attend(*heads, Packing(lengths, CPU)))
+
+
+def test_short_images_go_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    real = blocks._tiled_attention
+    monkeypatch.setattr(blocks, "attention_kind", lambda device, dtype: "tiled")
+    monkeypatch.setattr(blocks, "_tiled_attention", lambda q, k, v: lengths.append(q.shape[2]) or real(q, k, v))
+    heads = [tensor.bfloat16() for tensor in random_heads((256, 255, 257), 1, 1)]
+    attend(*heads, Packing((256, 255, 257), CPU))
+    assert lengths == [256, 257]
+
+
+ZEN = {"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "capabilities", "expected"),
+    [
+        ("cpu", torch.bfloat16, ZEN, "tiled"),
+        ("cpu", torch.float32, ZEN, "fused"),
+        ("cpu", torch.float16, ZEN, "fused"),
+        ("cuda", torch.bfloat16, ZEN, "fused"),
+        ("mps", torch.bfloat16, ZEN, "fused"),
+        ("cpu", torch.bfloat16, {**ZEN, "amx_bf16": True}, "fused"),
+        ("cpu", torch.bfloat16, {**ZEN, "avx512_bf16": False}, "fused"),
+        ("cpu", torch.bfloat16, {"architecture": "arm64", "bf16": True}, "fused"),
+        ("cpu", torch.bfloat16, None, "fused"),  # PyTorch before it told
+    ],
+)
+def test_what_the_cpu_can_do_decides_how_attention_is_computed(
+    device: str,
+    dtype: torch.dtype,
+    capabilities: dict[str, Any] | None,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if capabilities is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert blocks.attention_kind(torch.device(device), dtype) == expected
+
+
+class SlowVarlen:
+    """Stands in for PyTorch's kernel for sequences of several lengths, which wants a GPU: its signature, by hand."""
 
 
 class SlowVarlen:

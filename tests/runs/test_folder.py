@@ -17,7 +17,7 @@ from lostreg.errors import PredictionsError
 from lostreg.jsonio import write_json
 from lostreg.runs import results
 from lostreg.runs.folder import locked
-from lostreg.runs.results import benchmark_settings, check_same_run, describe_device, package_versions
+from lostreg.runs.results import benchmark_settings, check_same_run, describe_device, package_versions, run_facts
 
 
 def two(*, moved: float = 0.0) -> Benchmark:
@@ -165,6 +165,15 @@ def test_a_folder_without_settings_is_not_gone_on_with(tmp_path: Path, content: 
 def test_versions_of_what_is_not_installed_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "_PACKAGES", ("lostreg", "no-such-package", "torch"))
     assert package_versions() == {"lostreg": lostreg.__version__, "torch": metadata.version("torch")}
+
+
+def test_a_run_says_how_attention_was_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = {"avx512_bf16": True, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    kinds = [
+        run_facts(1, 1.0, torch.device("cpu"), dtype)["run"]["attention"] for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert kinds == ["fused", "tiled"]
 
 
 def test_a_device_is_described_with_what_decides_its_speed() -> None:
