@@ -138,6 +138,7 @@ def discover_collection(
         out,
         collection.names,
         settings,
+        discoverer.backbone.device,
         parse_prediction,
         memory=PREDICTIONS_FILE,
         beside=[MAPS_FILE],
@@ -168,7 +169,7 @@ def discover_collection(
         if run.put_in_order() or count_lines(out / FAILED_FILE) != failed_lines:
             _write_failed(out, stream_predictions(out / PREDICTIONS_FILE))
         _check_drawn(out, drawn)
-        run.finish(summary.figures(min_score), discoverer.backbone.device)
+        run.finish(summary.figures(min_score))
     return summary
 
 

@@ -105,6 +105,7 @@ def evaluate(
         Path(out),
         list(examples),
         settings,
+        discoverer.backbone.device,
         parse_prediction,
         memory=PREDICTIONS_FILE,
         beside=[MAPS_FILE],
@@ -128,7 +129,7 @@ def evaluate(
             tally.add(prediction)
         run.put_in_order()
         evaluation = tally.evaluation(run.computed)
-        run.finish(evaluation.figures(), discoverer.backbone.device)
+        run.finish(evaluation.figures())
     return evaluation
 
 

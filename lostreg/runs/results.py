@@ -52,13 +52,12 @@ def benchmark_settings(benchmark: Benchmark, options: dict[str, Any], extra: dic
     }
 
 
-def run_facts(computed: int, seconds: float, device: torch.device) -> dict[str, Any]:
-    """What belongs to one run and not to its results: speed, time, versions, machine.
+def run_facts(computed: int, seconds: float) -> dict[str, Any]:
+    """What belongs to one run and not to its results: speed, time, versions.
 
     Args:
         computed: images that this run computed.
         seconds: what that took.
-        device: where.
     """
     return {
         "run": {
@@ -68,7 +67,6 @@ def run_facts(computed: int, seconds: float, device: torch.device) -> dict[str, 
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
         "versions": {"python": platform.python_version(), **package_versions()},
-        "device": describe_device(device),
     }
 
 
@@ -138,7 +136,16 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_device(device: torch.device) -> str:
-    """A line on the machine: the GPU's name, or the processor's and how many threads PyTorch uses."""
+    """A line on what may round products otherwise: the GPU's name, or the processor's and PyTorch's threads."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"{device.type}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{device.type}: {processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
+    """The CPU's model, where Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -166,7 +166,14 @@ def sweep(
     lines: dict[ImageId, _Line] = {}
     parse = partial(_parse, names={_name(pair) for pair in pairs}, count=len(values))
     with Run(
-        Path(out), list(examples), settings, parse, memory=LINES_FILE, results=RESULTS_FILE, overwrite=overwrite
+        Path(out),
+        list(examples),
+        settings,
+        discoverer.backbone.device,
+        parse,
+        memory=LINES_FILE,
+        results=RESULTS_FILE,
+        overwrite=overwrite,
     ) as run:
         lines |= {line.image_id: line for line in run.resume()}
         known = len(lines)
@@ -178,7 +185,7 @@ def sweep(
         run.put_in_order()
         in_order = [lines[image_id] for image_id in examples]
         rows = [_row(in_order, pair, values) for pair in pairs]
-        run.finish(_figures(rows, in_order), discoverer.backbone.device)
+        run.finish(_figures(rows, in_order))
     return rows
 
 
