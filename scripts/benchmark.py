@@ -58,7 +58,7 @@ from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.jsonio import write_json
 from lostreg.methods.lost import Bias, lost_boxes
 from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
-from lostreg.runs.results import describe_device, package_versions
+from lostreg.runs.results import describe_device, package_versions, processor_name
 from lostreg.runs.sweep import with_trials
 
 DTYPES: Final[dict[Precision, torch.dtype]] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -706,15 +706,6 @@ def peak_bytes(device: torch.device) -> int:
 def search(features: torch.Tensor, grid: tuple[int, int]) -> None:
     """LOST with the automatic bias, from features on the device to boxes on the host."""
     lost_boxes(features, grid, "auto")
-
-
-def processor_name() -> str:
-    """The CPU's model, where Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

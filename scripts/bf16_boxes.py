@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from benchmark import processor_name
 from mask_quality import gain
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from lostreg.jsonio import write_json
 from lostreg.methods.lost import Candidates
 from lostreg.metrics import Corloc, is_hit
 from lostreg.models.table import FEATURES, Feature
-from lostreg.runs.results import describe_device, package_versions
+from lostreg.runs.results import describe_device, package_versions, processor_name
 
 COMPARED: Final[tuple[Feature, ...]] = ("k", "v", "out")
 Boxes = tuple[NDArray[np.float32], ...]  # of shape (1, 4)

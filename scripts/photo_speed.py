@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import processor_name
 
 from lostreg import Discoverer, __version__
 from lostreg.demo.panels import draw_degrees, draw_objects
@@ -24,6 +23,7 @@ from lostreg.demo.session import DemoSettings, Models, Visitor
 from lostreg.inference.discoverer import resolve_device
 from lostreg.inference.options import Options
 from lostreg.inference.stream import draw_sample
+from lostreg.runs.results import describe_device
 
 _BIASES = (-0.9, -0.8, -0.7, -0.5, 0.0)  # slider moves
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rounds": args.rounds,
         "objects": measure_objects(args.backbone, args.device, photos, args.rounds),
         "demo": measure_demo(args.backbone, args.device, photos),
-        "device": f"{resolve_device(args.device).type}: {processor_name()}, {torch.get_num_threads()} threads",
+        "device": describe_device(resolve_device(args.device)),
         "versions": {"lostreg": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

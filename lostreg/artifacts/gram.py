@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lostreg.methods.exact import exact_float32
 from lostreg.methods.lost import lost_boxes, prepare
 from lostreg.methods.similarity import Similarities
 
@@ -78,14 +79,15 @@ def view_gram(
     found = lost_boxes(features[None], grid, bias, k_patches, normalize=normalize)
     degrees = found.degrees.flatten().numpy()
     unit = prepare(features, normalize=True)
-    every = _view(unit)
-    kept = torch.from_numpy(~outliers).to(unit.device)
-    if not outliers.any() or int(kept.sum()) < 2:
-        return GramViews(every, None, degrees, None)
-    among = Similarities(prepare(features, normalize=normalize)[kept][None])
-    degrees_normal = np.full(len(degrees), -1, np.int64)
-    degrees_normal[~outliers] = among.counts_above(-found.bias[None].to(unit.device)).flatten().cpu().numpy()
-    return GramViews(every, _view(unit[kept]), degrees, degrees_normal)
+    with exact_float32(unit.device):
+        every = _view(unit)
+        kept = torch.from_numpy(~outliers).to(unit.device)
+        if not outliers.any() or int(kept.sum()) < 2:
+            return GramViews(every, None, degrees, None)
+        among = Similarities(prepare(features, normalize=normalize)[kept][None])
+        degrees_normal = np.full(len(degrees), -1, np.int64)
+        degrees_normal[~outliers] = among.counts_above(-found.bias[None].to(unit.device)).flatten().cpu().numpy()
+        return GramViews(every, _view(unit[kept]), degrees, degrees_normal)
 
 
 def _view(unit: Tensor) -> GramView:

@@ -9,8 +9,7 @@ Nothing here knows of models or files. Shapes: B images, K biases each, N = h*w 
 Similarities are float32, whatever the features were computed in. Ties go to the lowest patch index, always.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -24,6 +23,7 @@ from torch.nn import functional
 from lostreg.checks import shown, whole_number
 from lostreg.errors import OptionError
 from lostreg.methods.bias import check_bias, resolve_normalize, trial_biases
+from lostreg.methods.exact import exact_float32
 from lostreg.methods.objectness import near_one, object_scores
 from lostreg.methods.similarity import Similarities
 
@@ -288,22 +288,6 @@ def lost_maps(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: in
     if len(parts) == 1:
         return parts[0]
     return LostMaps(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(LostMaps)))
-
-
-@contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Products in float32, whatever autocast or TF32 the caller has on: signs of similarities decide the boxes."""
-    places = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    settings = [place for place in places if hasattr(place, "fp32_precision")]  # since PyTorch 2.9
-    before = [place.fp32_precision for place in settings]
-    for place in settings:
-        place.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for place, precision in zip(settings, before, strict=True):
-            place.fp32_precision = precision
 
 
 def lowest_degrees(degree: Tensor, k: int) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lostreg.defaults import OVERLAP
 from lostreg.images.boxes import pairwise_iou
-from lostreg.methods.lost import Candidates, LostMaps, LostResult, Objects, exact_float32, expand_seed, lowest_degrees
+from lostreg.methods.exact import exact_float32
+from lostreg.methods.lost import Candidates, LostMaps, LostResult, Objects, expand_seed, lowest_degrees
 from lostreg.methods.similarity import connections_to
 
 

@@ -25,6 +25,7 @@ from lostreg.runs.folder import Run
 from lostreg.runs.locate import is_file
 from lostreg.runs.maps import maps_of
 from lostreg.runs.predictions import Prediction, from_discovery, from_error, parse_prediction, stream_predictions
+from lostreg.runs.results import describe_device
 from lostreg.text import spreadsheet_text
 
 FAILED_FILE: Final = "failed.csv"
@@ -138,6 +139,7 @@ def discover_collection(
         out,
         collection.names,
         settings,
+        describe_device(discoverer.backbone.device, discoverer.backbone.dtype),
         parse_prediction,
         memory=PREDICTIONS_FILE,
         beside=[MAPS_FILE],
@@ -168,7 +170,7 @@ def discover_collection(
         if run.put_in_order() or count_lines(out / FAILED_FILE) != failed_lines:
             _write_failed(out, stream_predictions(out / PREDICTIONS_FILE))
         _check_drawn(out, drawn)
-        run.finish(summary.figures(min_score), discoverer.backbone.device, discoverer.backbone.dtype)
+        run.finish(summary.figures(min_score))
     return summary
 
 

@@ -18,7 +18,7 @@ from lostreg.progress import OnProgress, Progress
 from lostreg.runs.folder import Run
 from lostreg.runs.maps import maps_of
 from lostreg.runs.predictions import Prediction, from_discovery, from_error, parse_prediction
-from lostreg.runs.results import benchmark_settings
+from lostreg.runs.results import benchmark_settings, describe_device
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def evaluate(
         Path(out),
         list(examples),
         settings,
+        describe_device(discoverer.backbone.device, discoverer.backbone.dtype),
         parse_prediction,
         memory=PREDICTIONS_FILE,
         beside=[MAPS_FILE],
@@ -128,7 +129,7 @@ def evaluate(
             tally.add(prediction)
         run.put_in_order()
         evaluation = tally.evaluation(run.computed)
-        run.finish(evaluation.figures(), discoverer.backbone.device, discoverer.backbone.dtype)
+        run.finish(evaluation.figures())
     return evaluation
 
 

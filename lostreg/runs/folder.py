@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TextIO, TypeVar
 
 import filelock
-import torch
 
 from lostreg.datasets.base import ImageId
 from lostreg.defaults import RESULTS_FILE
@@ -23,7 +22,9 @@ from lostreg.images.decode import ImageSource
 from lostreg.jsonio import count_lines, keep_lines, remove_left, whole_file, write_json
 from lostreg.runs.results import AFRESH, check_same_run, run_facts
 
-_FACTS: Final = ("run", "versions", "device")
+_FACTS: Final = ("run", "versions")
+_DEVICE: Final = "device"
+_EARLIER_DEVICES: Final = "earlier_devices"  # of results whose images were not all computed on one
 _OF_THE_LIST: Final = ("root", "images", "fingerprint")  # settings that may differ where the list may change
 _RESUMED_AFTER: Final = "resumed_after"  # of unfinished results: lines that were there when this list was first met
 
@@ -78,6 +79,8 @@ class Run(Generic[AnyLine]):
         out: the folder; made if need be.
         images: ids, in order, each once.
         settings: what makes two runs the same, by section.
+        device: where images are computed, as `describe_device` says it; results name it, and a run that goes on
+            elsewhere says so.
         parse: makes what is remembered of a line; a `ValueError`, `TypeError` or `KeyError` says what is wrong with it.
         memory: name of the file with a line an image.
         beside: names of files whose lines go with those of the memory: they are written first, and an image that has
@@ -98,6 +101,7 @@ class Run(Generic[AnyLine]):
         out: Path,
         images: Sequence[ImageId],
         settings: dict[str, Any],
+        device: str,
         parse: Callable[[bytes], AnyLine],
         *,
         memory: str,
@@ -113,6 +117,8 @@ class Run(Generic[AnyLine]):
         self.todo: Sequence[ImageId] = ()
         self.computed = 0
         self._settings = settings
+        self._device = device
+        self._devices: dict[str, Any] = {}  # where the images were computed, as results have it
         self._parse = parse
         self._memory = out / memory
         self._beside = [out / name for name in beside]
@@ -176,10 +182,11 @@ class Run(Generic[AnyLine]):
                 yield line
         self._check_strangers(known - images, known & images)
         self.todo = [image_id for image_id in self.images if image_id not in done]
+        self._devices = self._name_devices()
         resumed_after = self._choose_batch()
         if self._written != list(self.images) or not self._earlier:
             marks = {_RESUMED_AFTER: resumed_after} if resumed_after else {}
-            write_json(self._results, {"complete": False, **marks, **self._settings})
+            write_json(self._results, {"complete": False, **marks, **self._settings, **self._devices})
         if dropped:
             _drop_lines(self._memory, dropped)
         # Lines beside those of the memory are kept for images that are gone, too: they may come back.
@@ -222,6 +229,21 @@ class Run(Generic[AnyLine]):
             )
         message = f"{count} images of the earlier run are gone: what was found in them is left out in the end"
         warnings.warn(message, LostregWarning, stacklevel=4)
+
+    def _name_devices(self) -> dict[str, Any]:
+        """The device that computes the missing images and, if others have computed what there is, those before it."""
+        device, before = self._earlier.get(_DEVICE), self._earlier.get(_EARLIER_DEVICES)
+        before = before if self._written and isinstance(before, list) else []
+        if not (self._written and device):
+            device = self._device
+        elif self.todo and device != self._device:
+            message = (
+                f"the earlier run computed on {device}, this one goes on with {self._device}: products are rounded "
+                "otherwise there, so that a few boxes may not be those of a run on one device"
+            )
+            warnings.warn(message, LostregWarning, stacklevel=4)
+            before, device = [*before, device], self._device
+        return {_DEVICE: device, **({_EARLIER_DEVICES: before} if before else {})}
 
     def _choose_batch(self) -> int:
         """Choose the list whose packs the missing images share; how many lines there were when it was first met."""
@@ -305,18 +327,16 @@ class Run(Generic[AnyLine]):
             f"{count_lines(path):,}; run the same command again, which computes what is lost anew"
         )
 
-    def finish(self, figures: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    def finish(self, figures: dict[str, Any]) -> None:
         """Write the results; the facts of an earlier run stay where it had done everything.
 
         Args:
             figures: what came out.
-            device: where it was computed.
-            dtype: what the backbone computed in.
         """
         facts: dict[str, Any] = {name: self._earlier[name] for name in _FACTS if name in self._earlier}
         if self.computed or not self._earlier.get("complete"):
-            facts = run_facts(self.computed, time.perf_counter() - self._start, device, dtype)
-        write_json(self._results, {"complete": True, **figures, **self._settings, **facts})
+            facts = run_facts(self.computed, time.perf_counter() - self._start)
+        write_json(self._results, {"complete": True, **figures, **self._settings, **facts, **self._devices})
 
 
 def _put_in_order(path: Path, images: Iterable[ImageId], *, last: bool) -> None:

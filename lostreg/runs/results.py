@@ -53,25 +53,21 @@ def benchmark_settings(benchmark: Benchmark, options: dict[str, Any], extra: dic
     }
 
 
-def run_facts(computed: int, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What belongs to one run and not to its results: speed, time, versions, machine.
+def run_facts(computed: int, seconds: float) -> dict[str, Any]:
+    """What belongs to one run and not to its results: speed, time, versions.
 
     Args:
         computed: images that this run computed.
         seconds: what that took.
-        device: where.
-        dtype: what the backbone computed in.
     """
     return {
         "run": {
             "computed": computed,
             "seconds": round(seconds, 3),
             "images_per_s": round(computed / seconds, 3) if seconds else None,
-            "attention": attention_kind(device, dtype),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         },
         "versions": {"python": platform.python_version(), **package_versions()},
-        "device": describe_device(device),
     }
 
 
@@ -140,8 +136,24 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def describe_device(device: torch.device) -> str:
-    """A line on the machine: the GPU's name, or the processor's and how many threads PyTorch uses."""
+def describe_device(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """A line on what may round products otherwise: the GPU's name, or the processor's, PyTorch's threads and attention.
+
+    Args:
+        device: where images are computed.
+        dtype: what the backbone computes in.
+    """
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
-    return f"{device.type}: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    kind = attention_kind(device, dtype)
+    attention = "" if kind == "fused" else f", {kind} attention"
+    return f"{device.type}: {processor_name()}, {torch.get_num_threads()} threads{attention}"
+
+
+def processor_name() -> str:
+    """The CPU's model, where Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -35,7 +35,7 @@ from lostreg.models.features import resolve_layer
 from lostreg.models.table import Feature
 from lostreg.progress import OnProgress, Progress
 from lostreg.runs.folder import Run
-from lostreg.runs.results import benchmark_settings
+from lostreg.runs.results import benchmark_settings, describe_device
 
 LINES_FILE: Final = "sweep.jsonl"
 RESULTS_FILE: Final = "sweep.json"
@@ -166,7 +166,14 @@ def sweep(
     lines: dict[ImageId, _Line] = {}
     parse = partial(_parse, names={_name(pair) for pair in pairs}, count=len(values))
     with Run(
-        Path(out), list(examples), settings, parse, memory=LINES_FILE, results=RESULTS_FILE, overwrite=overwrite
+        Path(out),
+        list(examples),
+        settings,
+        describe_device(discoverer.backbone.device, discoverer.backbone.dtype),
+        parse,
+        memory=LINES_FILE,
+        results=RESULTS_FILE,
+        overwrite=overwrite,
     ) as run:
         lines |= {line.image_id: line for line in run.resume()}
         known = len(lines)
@@ -178,7 +185,7 @@ def sweep(
         run.put_in_order()
         in_order = [lines[image_id] for image_id in examples]
         rows = [_row(in_order, pair, values) for pair in pairs]
-        run.finish(_figures(rows, in_order), discoverer.backbone.device, discoverer.backbone.dtype)
+        run.finish(_figures(rows, in_order))
     return rows
 
 

@@ -1,7 +1,5 @@
 """LOST against the slow oracle, against pictures one can check by hand, and under transformations."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -390,35 +388,6 @@ def test_autocast_and_gradients_around_it_change_nothing() -> None:
     assert torch.equal(plain.bias, cast.bias)
     assert torch.equal(plain.scores, cast.scores)
     assert not plain.bias.requires_grad
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="needs PyTorch 2.9")
-def test_reduced_precision_of_products_is_off_while_it_matters_and_back_afterwards(monkeypatch) -> None:
-    seen = {}
-
-    def spy_on(name: str, product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def spy(*tensors: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
-            backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-            seen.setdefault(name, set()).add(tuple(backend.fp32_precision for backend in backends))
-            return product(*tensors, **options)
-
-        return spy
-
-    places = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    before = [place.fp32_precision for place in places]
-    try:
-        for place, reduced in zip(places, ("tf32", "bf16"), strict=True):
-            place.fp32_precision = reduced
-        with monkeypatch.context() as patched:
-            for owner, name in ((torch, "mm"), (torch, "bmm"), (torch.Tensor, "__matmul__")):
-                patched.setattr(owner, name, spy_on(name, getattr(owner, name)))
-            for batch in (1, 2):
-                lost_boxes(torch.randn(batch, 100, 32), (10, 10), "auto")
-        assert seen == {name: {("ieee", "ieee")} for name in ("mm", "bmm", "__matmul__")}
-        assert [place.fp32_precision for place in places] == ["tf32", "bf16"]
-    finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
 
 
 @pytest.mark.parametrize("bias", [0.0, "auto", torch.zeros(0), torch.zeros(0, 2)])

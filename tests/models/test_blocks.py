@@ -300,10 +300,6 @@ def test_what_the_cpu_can_do_decides_how_attention_is_computed(
 
 
 class SlowVarlen:
-    """Stands in for PyTorch's kernel for sequences of several lengths, which wants a GPU: its signature, by hand."""
-
-
-class SlowVarlen:
     """Stands in for PyTorch's kernel for sequences of several lengths, which wants a GPU, with one of its signatures.
 
     Args:

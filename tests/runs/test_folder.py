@@ -2,6 +2,8 @@
 
 import json
 import os
+import warnings
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,12 @@ import torch
 import lostreg
 from lostreg.checks import cut
 from lostreg.datasets import Benchmark, Example
-from lostreg.errors import PredictionsError
+from lostreg.errors import LostregWarning, PredictionsError
 from lostreg.jsonio import write_json
 from lostreg.runs import results
-from lostreg.runs.folder import locked
-from lostreg.runs.results import benchmark_settings, check_same_run, describe_device, package_versions, run_facts
+from lostreg.runs.folder import Run, locked
+from lostreg.runs.predictions import Prediction, parse_prediction
+from lostreg.runs.results import benchmark_settings, check_same_run, describe_device, package_versions, processor_name
 
 
 def two(*, moved: float = 0.0) -> Benchmark:
@@ -167,16 +170,107 @@ def test_versions_of_what_is_not_installed_are_left_out(monkeypatch: pytest.Monk
     assert package_versions() == {"lostreg": lostreg.__version__, "torch": metadata.version("torch")}
 
 
-def test_a_run_says_how_attention_was_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    capabilities = {"avx512_bf16": True, "amx_bf16": False}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    kinds = [
-        run_facts(1, 1.0, torch.device("cpu"), dtype)["run"]["attention"] for dtype in (torch.float32, torch.bfloat16)
-    ]
-    assert kinds == ["fused", "tiled"]
-
-
-def test_a_device_is_described_with_what_decides_its_speed() -> None:
+def test_a_device_is_described_with_what_may_round_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     told = describe_device(torch.device("cpu"))
-    assert told.startswith("cpu: ")
-    assert told.endswith(f", {torch.get_num_threads()} threads")
+    assert told == f"cpu: {processor_name()}, {torch.get_num_threads()} threads"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert describe_device(torch.device("cuda:1")) == "cuda: GPU 1"
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ("processor\t: 0\nmodel name\t: Some CPU @ 2.0GHz: 4\nmodel name\t: Another\n", "Some CPU @ 2.0GHz: 4"),
+        ("processor\t: 0\n", "arm64"),  # of which Linux tells no model
+        (OSError(), "arm"),
+    ],
+)
+def test_a_processor_has_the_name_that_the_system_tells(
+    monkeypatch: pytest.MonkeyPatch, content: str | OSError, name: str
+) -> None:
+    def read(*_: object, **__: object) -> str:
+        if isinstance(content, OSError):
+            raise content
+        return content
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    monkeypatch.setattr("platform.processor", lambda: "arm")
+    assert processor_name() == name
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs over the images a to e on a device, of which so many are computed; what it warns of."""
+
+    def run(device: str, computed: int, images: str = "abcde") -> list[str]:
+        monkeypatch.setattr("lostreg.runs.folder.describe_device", lambda _: device)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", LostregWarning)
+            with Run(
+                tmp_path,
+                list(images),
+                {"options": {"bias": 0.0}},
+                torch.device("cpu"),
+                parse_prediction,
+                memory="predictions.jsonl",
+            ) as run:
+                list(run.resume())
+                for image in run.todo[:computed]:
+                    run.append(Prediction(image, ()))
+                if run.computed == len(run.todo):
+                    run.put_in_order()
+                    run.finish({})
+        return [str(warning.message) for warning in told]
+
+    return run
+
+
+def devices(folder: Path) -> tuple[object, object]:
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return found["device"], found.get("earlier_devices")
+
+
+def test_a_run_that_goes_on_elsewhere_tells_and_records_it(on: Callable[..., list[str]], tmp_path: Path) -> None:
+    assert on("cuda: A", 2) == []
+    assert devices(tmp_path) == ("cuda: A", None)
+    (told,) = on("cuda: B", 1)
+    assert told.startswith("the earlier run computed on cuda: A, this one goes on with cuda: B")
+    assert devices(tmp_path) == ("cuda: B", ["cuda: A"])
+    assert on("cuda: B", 1) == []
+    assert devices(tmp_path) == ("cuda: B", ["cuda: A"])
+    (told,) = on("cuda: A", 1)
+    assert told.startswith("the earlier run computed on cuda: B, this one goes on with cuda: A")
+    assert json.loads((tmp_path / "results.json").read_text())["complete"] is True
+    assert devices(tmp_path) == ("cuda: A", ["cuda: A", "cuda: B"])
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_where_nothing_is_left_to_compute_the_device_stays(
+    on: Callable[..., list[str]], tmp_path: Path, killed: bool
+) -> None:
+    on("cuda: A", 2)
+    on("cuda: B", 3)
+    if killed:  # before its results were written
+        path = tmp_path / "results.json"
+        write_json(path, {**json.loads(path.read_text()), "complete": False})
+    assert on("cuda: C", 0) == []
+    assert devices(tmp_path) == ("cuda: B", ["cuda: A"])
+
+
+def test_a_run_of_which_nothing_is_there_is_that_of_its_own_device(
+    on: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    on("cuda: A", 0)
+    assert on("cuda: B", 5) == []
+    assert devices(tmp_path) == ("cuda: B", None)
+
+
+@pytest.mark.parametrize("earlier", [{}, {"device": None}, {"device": "cuda: B", "earlier_devices": 7}])
+def test_results_that_name_no_devices_go_on(
+    on: Callable[..., list[str]], tmp_path: Path, earlier: dict[str, object]
+) -> None:
+    on("cuda: A", 3)
+    write_json(tmp_path / "results.json", {"complete": False, "options": {"bias": 0.0}, **earlier})
+    assert on("cuda: B", 2) == []
+    assert devices(tmp_path) == ("cuda: B", None)
