@@ -171,8 +171,12 @@ def test_versions_of_what_is_not_installed_are_left_out(monkeypatch: pytest.Monk
 
 
 def test_a_device_is_described_with_what_may_round_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = describe_device(torch.device("cpu"))
-    assert told == f"cpu: {processor_name()}, {torch.get_num_threads()} threads"
+    plain = f"cpu: {processor_name()}, {torch.get_num_threads()} threads"
+    assert describe_device(torch.device("cpu")) == plain
+    capabilities = {"avx512_bf16": True, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert describe_device(torch.device("cpu"), torch.bfloat16) == f"{plain}, tiled attention"
+    assert describe_device(torch.device("cpu"), torch.float32) == plain
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     assert describe_device(torch.device("cuda:1")) == "cuda: GPU 1"
 
@@ -200,18 +204,17 @@ def test_a_processor_has_the_name_that_the_system_tells(
 
 
 @pytest.fixture
-def on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
+def on(tmp_path: Path) -> Callable[..., list[str]]:
     """Runs over the images a to e on a device, of which so many are computed; what it warns of."""
 
     def run(device: str, computed: int, images: str = "abcde") -> list[str]:
-        monkeypatch.setattr("lostreg.runs.folder.describe_device", lambda _: device)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always", LostregWarning)
             with Run(
                 tmp_path,
                 list(images),
                 {"options": {"bias": 0.0}},
-                torch.device("cpu"),
+                device,
                 parse_prediction,
                 memory="predictions.jsonl",
             ) as run:
