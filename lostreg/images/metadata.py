@@ -2,8 +2,8 @@
 
 A decoder that meets a tag of the wrong type, or a comment with a wrong checksum, may refuse sound pixels. So metadata
 are renamed in memory to what every decoder skips, and the orientation is read by a table of our own. It is the one that
-OpenCV sees, through which detectors are trained on what is found here: EXIF's alone and not XMP's, a 16-bit number
-whatever type its tag has.
+OpenCV sees (since 4.13, in WebP too), through which detectors are trained on what is found here: EXIF's alone and not
+XMP's, a 16-bit number whatever type its tag has.
 """
 
 import re

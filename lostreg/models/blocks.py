@@ -173,7 +173,8 @@ def check_compiler(device: torch.device) -> None:
 
 def normed(norm: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """A norm in the precision of its own parameters, rounded to ``dtype`` afterwards and not before."""
-    own = next(norm.parameters(), tokens).dtype
+    weight = getattr(norm, "weight", None)  # not `next(norm.parameters(), tokens)`: PyTorch 2.6 cannot compile that
+    own = (tokens if weight is None else weight).dtype
     exact = own == tokens.dtype == torch.float32
     if exact and dtype in _HALF and type(norm) in (nn.LayerNorm, LayerNorm) and kernels.usable(tokens):
         plain = cast("nn.LayerNorm", norm)
@@ -414,7 +415,7 @@ def _takes_any_lengths(q: Tensor) -> bool:
 
 
 def _is_post_norm(block: nn.Module) -> bool:
-    return isinstance(block, ResPostBlock | EvaBlockPostNorm)
+    return isinstance(block, (ResPostBlock, EvaBlockPostNorm))  # not `|`: PyTorch 2.6 cannot compile that
 
 
 def _attention_inputs(block: Any, tokens: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,10 @@ PIXELS = cv2.resize(np.random.default_rng(0).integers(0, 255, (6, 10, 3), dtype=
 CONTENTS = {kind: encoded(PIXELS, kind, quality=90) for kind in ("JPEG", "PNG")}
 
 
+# Older ones turn no WebP, and look for a second EXIF segment in no JPEG.
+OPENCV_LOOKS_EVERYWHERE = tuple(map(int, cv2.__version__.split(".")[:2])) >= (4, 13)
+
+
 def as_opencv_sees_it(content: bytes) -> np.ndarray:
     return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1]
 
@@ -69,8 +73,9 @@ def test_of_several_exif_segments_the_first_that_tells_counts(
 ) -> None:
     blocks = [exif_block() if one is None else turned_block(one) for one in (first, second)]
     content = with_exif(CONTENTS["JPEG"], *blocks)
-    np.testing.assert_array_equal(as_opencv_sees_it(content), turn(read_image(CONTENTS["JPEG"]).pixels, value))
-    np.testing.assert_array_equal(read_image(content).pixels, as_opencv_sees_it(content))
+    np.testing.assert_array_equal(read_image(content).pixels, turn(read_image(CONTENTS["JPEG"]).pixels, value))
+    if OPENCV_LOOKS_EVERYWHERE:
+        np.testing.assert_array_equal(read_image(content).pixels, as_opencv_sees_it(content))
 
 
 @pytest.mark.parametrize("between", [b"\0", b"AA", b"\xff\xff", b"\xff\0\x12", b"\xff\1", b"\xff\xd0"])
@@ -152,7 +157,8 @@ def webp_exif(block: bytes) -> bytes:
 )
 def test_webp_is_turned_where_opencv_turns_it(content: bytes, orientation: int) -> None:
     np.testing.assert_array_equal(read_image(content).pixels, turn(PIXELS, orientation))
-    np.testing.assert_array_equal(read_image(content).pixels, as_opencv_sees_it(content))
+    if OPENCV_LOOKS_EVERYWHERE:
+        np.testing.assert_array_equal(read_image(content).pixels, as_opencv_sees_it(content))
 
 
 def test_avif_is_turned_as_its_container_says_whatever_its_exif() -> None:
