@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lostreg.artifacts.attention import AttentionMaps, attention_maps
     from lostreg.artifacts.register_search import find_registers
     from lostreg.datasets import load_benchmark
-    from lostreg.inference.allocator import keep_freed_memory
+    from lostreg.images.allocator import keep_freed_memory
     from lostreg.inference.calibrate import calibrate
     from lostreg.inference.calibration import Calibration
     from lostreg.inference.discoverer import Discoverer
@@ -69,7 +69,7 @@ _HOMES = {
     "Discovery": "inference.discovery",
     "find_registers": "artifacts.register_search",
     "RegisterNeurons": "models.registers",
-    "keep_freed_memory": "inference.allocator",
+    "keep_freed_memory": "images.allocator",
     "Options": "inference.options",
     "Study": "inference.study",
 }

@@ -49,10 +49,10 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from lostreg.defaults import Precision
+from lostreg.images.allocator import keep_freed_memory
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import PatchedPicture, cut_patches
-from lostreg.inference.allocator import keep_freed_memory
 from lostreg.inference.discoverer import Discoverer, resolve_device
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.jsonio import write_json
@@ -299,7 +299,7 @@ def compare(
             }
             decoded = ask(mine[0], "decode", args.repeats)
             report["decoded_per_s"] = round(args.repeats * len(paths) / decoded, 1)
-        boxes = {contender.name: ask(contender, "boxes") for contender in mine}
+        boxes = {contender.name: ask(contender, "boxes") for contender in mine if not contender.options}
     report["ratios"] = {
         f"{first} / {second}": round(
             statistics.median(b / a for a, b in zip(seconds[first], seconds[second], strict=True)), 3

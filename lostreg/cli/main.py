@@ -107,7 +107,7 @@ def _main(argv: Sequence[str]) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from lostreg.inference.allocator import keep_freed_memory
+    from lostreg.images.allocator import keep_freed_memory
 
     keep_freed_memory()
     logging.getLogger("timm").setLevel(logging.ERROR)

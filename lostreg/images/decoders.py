@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import IO, Any, Final, cast
 
@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lostreg.errors import ImageError
+from lostreg.images.allocator import keep_freed_memory
 from lostreg.images.decode import read_image
 from lostreg.images.patches import PatchedPicture, cut_patches
 
@@ -158,7 +159,7 @@ class _Decoder:
         Raises:
             OSError, ValueError, EOFError: if it has ended.
         """
-        _write(self._requests, json.dumps({"path": path, **asdict(reading)}).encode() + b"\n")
+        _write(self._requests, json.dumps({"path": path, **vars(reading)}).encode() + b"\n")
         answer = bytearray(_ANSWER.size)
         _fill(self._answers, answer)
         rows, columns, height, width, *original = _ANSWER.unpack(answer)
@@ -176,6 +177,7 @@ class _Decoder:
 
 def serve() -> None:
     """Answer requests on standard input, one line of JSON each, on standard output, until there are no more."""
+    keep_freed_memory()
     cv2.setNumThreads(1)  # there are as many processes as cores
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
