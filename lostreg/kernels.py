@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from lostreg.errors import LostregWarning
+from lostreg.errors import LostregWarning, is_out_of_memory
 
 try:
     import triton
@@ -45,10 +45,14 @@ def usable(tensor: Tensor) -> bool:
 def _work_on(device: torch.device) -> bool:
     if triton is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    one = torch.zeros(1, 1, 1, device=device)
+    row = torch.zeros(1, 64, device=device)
     try:
-        count_above(one, one[0], one.long(), 0, 0)
+        count_above(row[None, :, :1], row[:, :1], row[None, :, :1].long(), 0, 0)
+        add_scaled(row, row.bfloat16(), row[0])
+        layer_norm(row, row[0], row[0], 1e-6, torch.bfloat16)
     except Exception as error:  # whatever compilers and drivers raise
+        if is_out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
         warnings.warn(f"Triton does not work here ({reason}): going on with PyTorch alone", LostregWarning, 2)
         return False

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "images": len(sources),
         "fingerprint": benchmark.fingerprint(),
         "features": features,
-        "device": describe_device(full.backbone.device),
+        "device": describe_device(half.backbone.device, half.backbone.dtype),
         "cpu": processor_name(),
         "threads": torch.get_num_threads(),
         "versions": package_versions(),

@@ -96,7 +96,7 @@ def _settings(args: argparse.Namespace, discoverer: "Discoverer", images: int) -
         "seed": args.seed,
         "annotations": args.annotations.name if args.annotations else None,
         **{name: value for name, value in discoverer.options.record().items() if name not in _OF_A_BACKBONE},
-        "device": describe_device(discoverer.backbone.device),
+        "device": describe_device(discoverer.backbone.device, discoverer.backbone.dtype),
         "versions": package_versions(),
     }
 

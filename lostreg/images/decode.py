@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, Union
@@ -320,7 +320,7 @@ def _decode(
         value = orientation.value if exif else 1
         needed = _decoding_bytes(image, stored, is_copied=value != 1 or target == stored) + len(content.getbuffer())
         is_large = needed >= _LARGE_BYTES
-        with _one_at_a_time if is_large else nullcontext():
+        with one_at_a_time if is_large else nullcontext():
             why = f"{stored[0]}x{stored[1]} pixels of mode {image.mode} in {image.format} take"
             _check_memory(needed, name, why)
             pixels = turn(_to_rgb(image, name), value)
@@ -328,7 +328,8 @@ def _decode(
     return pixels, width, height
 
 
-_one_at_a_time = threading.Lock()
+one_at_a_time: AbstractContextManager[object] = threading.Lock()
+"""Whoever decodes a large image holds it."""
 
 
 def _decoding_bytes(image: Image.Image, stored: tuple[int, int], *, is_copied: bool) -> int:

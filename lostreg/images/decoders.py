@@ -12,9 +12,11 @@ import struct
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, cast
 
@@ -22,7 +24,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from lostreg.errors import ImageError
+from lostreg.errors import ImageError, LostregWarning
+from lostreg.images import decode
 from lostreg.images.allocator import keep_freed_memory
 from lostreg.images.decode import read_image
 from lostreg.images.patches import PatchedPicture, cut_patches
@@ -72,6 +75,7 @@ class Decoders:
         self._mine = threading.local()
         self._lock = threading.Lock()
         self._started: list[_Decoder] | None = []  # None behind the end
+        self._has_told = False
 
     def __enter__(self) -> "Decoders":
         return self
@@ -96,26 +100,39 @@ class Decoders:
         decoder: _Decoder | None = self._mine.decoder
         if decoder is None:
             return None
-        path = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118 - nothing is made of its dots
         reading = self._reading if exif is None else replace(self._reading, exif=exif)
         try:
+            if not os.path.isabs(path):  # noqa: PTH117 - nothing is made of its dots
+                path = os.path.join(os.getcwd(), path)  # noqa: PTH109, PTH118
             return decoder.read(path, reading, self._allocate) if decoder.is_ready() else None
-        except (OSError, ValueError, EOFError):  # it has ended, or was ended
+        except (OSError, ValueError, EOFError, MemoryError) as error:  # it has ended, or what it says is not to be had
             self._mine.decoder = None
+            decoder.end()
+            self._tell(error)
             return None
 
     def _start(self) -> "_Decoder | None":
-        if not sys.executable or getattr(sys, "frozen", False):  # no Python to run, or a program in its place
+        name = Path(sys.executable or "").name.lower()
+        if not name.startswith(("python", "pypy")) or getattr(sys, "frozen", False):  # a program in Python's place
             return None
         with self._lock:
             if self._started is None:
                 return None
             try:
                 decoder = _Decoder()
-            except OSError:
+            except (OSError, ValueError) as error:
+                self._tell(error)
                 return None
             self._started.append(decoder)
         return decoder
+
+    def _tell(self, error: Exception) -> None:
+        """Say once that threads have to do it, unless this is the end."""
+        if not self._has_told and self._started is not None:
+            self._has_told = True
+            reason = str(error) or type(error).__name__
+            message = f"a process that decodes has ended ({reason}): threads go on, which may be slower"
+            warnings.warn(message, LostregWarning, stacklevel=2)
 
 
 class _Decoder:
@@ -126,13 +143,14 @@ class _Decoder:
     """
 
     def __init__(self) -> None:
+        places = [place or os.getcwd() for place in sys.path if isinstance(place, str)]  # noqa: PTH109
         self._process = subprocess.Popen(  # noqa: S603 - this Python, and a command of our own
             [sys.executable, "-P", "-c", _COMMAND],  # -P: no module is taken from wherever this happens to run
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(place or os.getcwd() for place in sys.path)},  # noqa: PTH109
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
             start_new_session=True,  # Ctrl-C is for whoever asks
         )
         self._requests = cast("IO[bytes]", self._process.stdin)
@@ -146,10 +164,13 @@ class _Decoder:
         """Whether it has started: nobody waits for that, where the system says it.
 
         Raises:
-            OSError, EOFError: if it has ended.
+            OSError, ValueError, EOFError: if it has ended.
         """
-        if not self._is_ready and (sys.platform == "win32" or select.select([self._answers], [], [], 0)[0]):
-            _fill(self._answers, bytearray(_READY))
+        if not self._is_ready and _has_something(self._answers):
+            answer = bytearray(len(_READY))
+            _fill(self._answers, answer)
+            if answer != _READY:
+                raise ValueError("it says something else")
             self._is_ready = True
         return self._is_ready
 
@@ -179,6 +200,7 @@ def serve() -> None:
     """Answer requests on standard input, one line of JSON each, on standard output, until there are no more."""
     keep_freed_memory()
     cv2.setNumThreads(1)  # there are as many processes as cores
+    decode.one_at_a_time = _Declined()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
     _write(answers, _READY)
@@ -212,6 +234,25 @@ def _refuse_large(width: int, height: int) -> None:
         raise ImageError("large")
 
 
+class _Declined:
+    """Stands where large images wait for each other: other processes know nothing of that."""
+
+    def __enter__(self) -> None:
+        raise ImageError("large")
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""
+
+
+def _has_something(pipe: IO[bytes]) -> bool:
+    """Whether there is something to read, or an end; True where the system does not say."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def _fill(pipe: IO[bytes], buffer: Any) -> None:
     """Read a buffer full.
 
@@ -222,7 +263,7 @@ def _fill(pipe: IO[bytes], buffer: Any) -> None:
     while view:
         count = pipe.readinto(view)  # type: ignore[attr-defined]
         if not count:
-            raise EOFError
+            raise EOFError("it has ended")
         view = view[count:]
 
 

@@ -155,12 +155,13 @@ class ObjectsJob(Generic[Outcome]):
     def finish(self, started: Search, pictures: Sequence[PatchedPicture]) -> list[Outcome]:
         """One outcome a picture, in their order."""
         outcomes: list[Outcome] = []
-        with nullcontext() if self._beside is None else torch.cuda.stream(self._beside):
+        beside = self._beside
+        with nullcontext() if beside is None else torch.cuda.stream(beside):
             for candidates in self.candidates(started):
                 run = pictures[len(outcomes) : len(outcomes) + len(candidates[0].masks)]
                 outcomes += self._convert(candidates, list(run))
-        if self._beside is not None:
-            self._beside.synchronize()  # nothing reads the features any more: their memory may be taken
+        if beside is not None:
+            beside.synchronize()  # nothing reads the features any more: their memory may be taken
         return outcomes
 
     @cached_property

@@ -1,5 +1,6 @@
 """Images in, outcomes out, in order: decoded ahead, packed with their neighbours, halved where memory runs out."""
 
+import math
 import os
 import random
 import threading
@@ -7,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final, Generic, Protocol, TypeVar, cast
@@ -30,6 +31,7 @@ _PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a
 _OTHER_PACK_PATCHES: Final = 1 << 14
 _DECODED_APART: Final = ("cuda",)  # devices that are quicker than what threads can decode
 _DECODED_BYTES: Final = 1 << 30  # that wait for their turn
+_PINNED_BYTES: Final = 1 << 25  # of an image
 _UNCHECKED_BYTES: Final = 2 << 30  # an image that needs less is tried without asking for free memory
 _LONG: Final = 1 << 16  # patches
 _SLOW: Final = "time grows with their square, and this may take hours; --max-side bounds it"
@@ -169,21 +171,28 @@ class ImageStream(Generic[Outcome]):
                 image, max_side=self.max_side, exif=self.exif, max_pixels=self.max_pixels, check_size=self._check_size
             )
             picture = cut_patches(read, self._patch_size)
+            if self._pins(picture.patches.shape):
+                patches = self._empty(picture.patches.shape)
+                np.copyto(patches, picture.patches)
+                picture = replace(picture, patches=patches)
         except MemoryError as error:
             raise ImageUnavailableError(f"{name_of(image)}: not enough memory to decode it") from error
-        if self.backbone.device.type != "cuda":
-            return picture
-        patches = self._empty(picture.patches.shape)
-        np.copyto(patches, picture.patches)
-        return replace(picture, patches=patches)
+        return picture
 
     def _empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Room for patches, where a GPU can take them from without anybody waiting."""
-        if self.backbone.device.type == "cuda":
-            with suppress(RuntimeError):  # no more can be pinned
+        """Room for patches, if possible where a GPU can take them from without anybody waiting."""
+        if self._pins(shape):
+            try:
                 pinned: NDArray[np.uint8] = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
                 return pinned
+            except RuntimeError as error:
+                if not is_out_of_memory(error):  # no more can be pinned
+                    raise
         return np.empty(shape, dtype=np.uint8)
+
+    def _pins(self, shape: tuple[int, ...]) -> bool:
+        """Whether patches of a shape are read into pinned memory, of which PyTorch gives nothing back."""
+        return self.backbone.device.type == "cuda" and math.prod(shape) <= _PINNED_BYTES
 
     @property
     def _patch_size(self) -> int:
@@ -274,11 +283,13 @@ class ImageStream(Generic[Outcome]):
     def _finish(self, started: "_Started") -> list[Outcome | ImageError]:
         outcomes: dict[int, Outcome | ImageError] = dict(started.outcomes)
         for part in started.parts:
-            outcomes.update(zip(part.indices, self._wait(part.started, part.pictures), strict=True))
+            outcomes.update(zip(part.indices, self._wait(part), strict=True))
         return [outcomes[index] for index in sorted(outcomes)]
 
-    def _wait(self, started: Any, pictures: list[PatchedPicture]) -> Sequence[Outcome | ImageError]:
+    def _wait(self, part: "_Part") -> Sequence[Outcome | ImageError]:
         """A part's outcomes; where memory runs out only now, the part is done again in halves."""
+        pictures, started = part.pictures, part.started
+        part.started = None  # so that nobody else holds on to it
         try:
             return self.job.finish(started, pictures)
         except (MemoryError, RuntimeError) as error:
@@ -291,12 +302,12 @@ class ImageStream(Generic[Outcome]):
         self._halve(pictures)
         half = -(-len(pictures) // 2)
         found: list[Outcome | ImageError] = []
-        for part in (pictures[:half], pictures[half:]):
-            begun = self._try(list(range(len(part))), part)
+        for several in (pictures[:half], pictures[half:]):
+            begun = self._try(list(range(len(several))), several)
             if begun is None:
-                found += [self._too_large(name_of(one.source), one) for one in part]
+                found += [self._too_large(name_of(one.source), one) for one in several]
             else:
-                found += self._wait(begun.started, part)
+                found += self._wait(begun)
         return found
 
     def _free(self) -> None:
@@ -340,7 +351,7 @@ class _Decoded:
         return self.picture.grid[0] * self.picture.grid[1]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
     """Images of a pack that went to the device together: their places in it, and what is on its way back."""
 

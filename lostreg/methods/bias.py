@@ -83,7 +83,11 @@ def limits(similarities: Similarities, steps: Sequence[float]) -> Tensor:
     return (mean[:, None] + distances).clamp(-1 + _EQUAL, 1 - _EQUAL)
 
 
-@lru_cache(maxsize=32)
 def on_device(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    """As float32, shape (K,), made once: a copy to a GPU waits for all that is queued there."""
+    """As float32, shape (K,); for a GPU made once, as a copy to it waits for all that is queued there."""
+    return torch.tensor(numbers) if device.type == "cpu" else _copied(numbers, device)
+
+
+@lru_cache(maxsize=32)
+def _copied(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, device=device)

@@ -25,6 +25,7 @@ from lostreg.runs.results import AFRESH, check_same_run, run_facts
 _FACTS: Final = ("run", "versions")
 _DEVICE: Final = "device"
 _EARLIER_DEVICES: Final = "earlier_devices"  # of results whose images were not all computed on one
+_WHERE: Final = (_DEVICE, _EARLIER_DEVICES)
 _OF_THE_LIST: Final = ("root", "images", "fingerprint")  # settings that may differ where the list may change
 _RESUMED_AFTER: Final = "resumed_after"  # of unfinished results: lines that were there when this list was first met
 
@@ -119,6 +120,7 @@ class Run(Generic[AnyLine]):
         self._settings = settings
         self._device = device
         self._devices: dict[str, Any] = {}  # where the images were computed, as results have it
+        self._marks: dict[str, Any] = {}  # of unfinished results
         self._parse = parse
         self._memory = out / memory
         self._beside = [out / name for name in beside]
@@ -184,9 +186,10 @@ class Run(Generic[AnyLine]):
         self.todo = [image_id for image_id in self.images if image_id not in done]
         self._devices = self._name_devices()
         resumed_after = self._choose_batch()
+        self._marks = {_RESUMED_AFTER: resumed_after} if resumed_after else {}
         if self._written != list(self.images) or not self._earlier:
-            marks = {_RESUMED_AFTER: resumed_after} if resumed_after else {}
-            write_json(self._results, {"complete": False, **marks, **self._settings, **self._devices})
+            earlier: dict[str, Any] = {name: self._earlier[name] for name in _WHERE if name in self._earlier}
+            self._write_unfinished(earlier if self._written else self._devices)
         if dropped:
             _drop_lines(self._memory, dropped)
         # Lines beside those of the memory are kept for images that are gone, too: they may come back.
@@ -229,6 +232,9 @@ class Run(Generic[AnyLine]):
             )
         message = f"{count} images of the earlier run are gone: what was found in them is left out in the end"
         warnings.warn(message, LostregWarning, stacklevel=4)
+
+    def _write_unfinished(self, devices: dict[str, Any]) -> None:
+        write_json(self._results, {"complete": False, **self._marks, **self._settings, **devices})
 
     def _name_devices(self) -> dict[str, Any]:
         """The device that computes the missing images and, if others have computed what there is, those before it."""
@@ -283,6 +289,8 @@ class Run(Generic[AnyLine]):
         Raises:
             PredictionsError: if one of the files is gone.
         """
+        if not self.computed and _EARLIER_DEVICES in self._devices:  # it goes on elsewhere, from now on
+            self._write_unfinished(self._devices)
         for path, file, entry in zip(self._lines, self._files, (*beside, line), strict=True):
             if entry is not None:
                 file.write(entry.to_line() + "\n")

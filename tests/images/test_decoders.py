@@ -13,6 +13,8 @@ import pytest
 from conftest import disc_picture
 from PIL import Image
 
+from lostreg.errors import LostregWarning
+from lostreg.images import decode
 from lostreg.images import decoders as module
 from lostreg.images.decode import read_image
 from lostreg.images.decoders import Decoders, Reading
@@ -95,8 +97,62 @@ def test_a_process_that_is_killed_is_done_without(decoders: Decoders, pictures: 
     assert ready(decoders, pictures / "plain.jpg")
     (one,) = decoders._started or []
     os.kill(one._process.pid, signal.SIGKILL)
+    with pytest.warns(LostregWarning, match="a process that decodes has ended .*: threads go on"):
+        assert decoders.read(str(pictures / "plain.jpg")) is None
     assert decoders.read(str(pictures / "plain.jpg")) is None
-    assert decoders.read(str(pictures / "plain.jpg")) is None
+
+
+def test_a_picture_without_room_is_left_to_the_caller_and_so_are_the_others(pictures: Path) -> None:
+    def refuse(shape: tuple[int, ...]) -> np.ndarray:
+        raise MemoryError
+
+    with Decoders(READING, empty) as decoders:
+        assert ready(decoders, pictures / "plain.jpg")
+        decoders._allocate = refuse
+        with pytest.warns(LostregWarning, match="MemoryError"):
+            assert decoders.read(str(pictures / "plain.jpg")) is None
+        decoders._allocate = empty
+        assert decoders.read(str(pictures / "plain.jpg")) is None
+
+
+def test_what_takes_much_memory_is_left_to_threads_that_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(disc_picture()).save(tmp_path / "small.jpg")
+    Image.new("RGB", (4000, 4000)).save(tmp_path / "large.webp", method=0)  # its decoder takes 19 bytes a pixel
+    request = {"max_side": 120, "exif": True, "max_pixels": 10**8, "patch_size": 14}
+    monkeypatch.setattr(decode, "one_at_a_time", module._Declined())
+    assert module._read({"path": str(tmp_path / "large.webp"), **request}) is None
+    assert module._read({"path": str(tmp_path / "small.jpg"), **request}) is not None
+
+
+def test_a_process_that_says_something_else_is_done_without(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_COMMAND", "print('hello, this is a plugin', flush=True); input()")
+    with Decoders(READING, empty) as decoders:
+        assert decoders.read(str(pictures / "plain.jpg")) is None
+        (one,) = decoders._started or []
+        while not module._has_something(one._answers):
+            time.sleep(0.02)
+        with pytest.warns(LostregWarning, match="it says something else"):
+            assert decoders.read(str(pictures / "plain.jpg")) is None
+
+
+def test_places_of_modules_that_are_no_strings_do_not_matter(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("none")])
+    with Decoders(READING, empty) as decoders:
+        assert ready(decoders, pictures / "plain.jpg")
+
+
+def test_without_a_current_folder_whole_paths_are_read(
+    decoders: Decoders, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ready(decoders, pictures / "plain.jpg")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert decoders.read(str(pictures / "plain.jpg")) is not None
+    with pytest.warns(LostregWarning):
+        assert decoders.read("plain.jpg") is None
 
 
 def test_none_is_left_at_the_end(pictures: Path) -> None:
@@ -107,7 +163,8 @@ def test_none_is_left_at_the_end(pictures: Path) -> None:
     assert decoders.read(str(pictures / "plain.jpg")) is None
 
 
-@pytest.mark.parametrize("executable", ["", None, "/no/such/python"])
+@pytest.mark.filterwarnings("ignore:a process that decodes")
+@pytest.mark.parametrize("executable", ["", None, "/no/such/python", "/usr/bin/maya"])
 def test_without_a_python_to_run_threads_decode(
     executable: str | None, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +179,8 @@ def test_a_process_that_cannot_start_lostreg_is_done_without(pictures: Path, mon
         assert decoders.read(str(pictures / "plain.jpg")) is None
         (one,) = decoders._started or []
         one._process.wait()
-        assert decoders.read(str(pictures / "plain.jpg")) is None
+        with pytest.warns(LostregWarning, match="it has ended"):
+            assert decoders.read(str(pictures / "plain.jpg")) is None
         assert decoders._mine.decoder is None
 
 

@@ -261,6 +261,14 @@ def test_where_nothing_is_left_to_compute_the_device_stays(
     assert devices(tmp_path) == ("cuda: B", ["cuda: A"])
 
 
+def test_a_device_that_has_computed_nothing_is_not_named(on: Callable[..., list[str]], tmp_path: Path) -> None:
+    on("cuda: A", 2)
+    assert len(on("cuda: B", 0)) == 1
+    assert devices(tmp_path) == ("cuda: A", None)
+    assert on("cuda: A", 3) == []
+    assert devices(tmp_path) == ("cuda: A", None)
+
+
 def test_a_run_of_which_nothing_is_there_is_that_of_its_own_device(
     on: Callable[..., list[str]], tmp_path: Path
 ) -> None:
