@@ -110,6 +110,7 @@ CONTENDERS: Final = (
     Contender("lostreg fp32, 5 objects", "lostreg", options={"max_objects": 5, "min_score": 0.0}),
     Contender("lostreg fp32, refined masks", "lostreg", options={"refine": True}),
 )
+LARGE: Final = "dinov2_vitl14_reg"  # of which fewer processes fit into memory
 REFERENCE: Final = "lostreg fp32"  # whose boxes the others' are compared with
 # What is divided by what; the first of each pair is the better the larger.
 RATIOS: Final = (
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, images, limit in (
                 ("dinov2_vits14_reg", "480x640", args.count),
                 ("dinov2_vits14_reg", "mix", args.count),
-                ("dinov2_vitl14_reg", "mix", max(2, args.count // (4 if device.type == "cuda" else 6))),
+                (LARGE, "mix", max(2, args.count // (4 if device.type == "cuda" else 6))),
                 ("imgfocus_vits14", "photographs", args.count),
             )
             if images in sets and (not args.backbone or name in args.backbone)
@@ -268,7 +269,12 @@ def compare(
     batch_size = args.batch_size or (32 if device.type == "cuda" else 8)
     patch = find_spec(name).patch_size
     grids = [grid_of(path, patch) for path in paths]
-    contenders = [contender for contender in CONTENDERS if contender.name in {REFERENCE, *args.contender}]
+    is_small = name != LARGE
+    contenders = [
+        contender
+        for contender in CONTENDERS
+        if contender.name in {REFERENCE, *args.contender} and (is_small or not contender.options)
+    ]
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     report: dict[str, Any] = {
         "count": len(paths),
