@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+from dispatch import needs_simulated_pinning
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_models import DEPTH, GRIDS, LAYERS, NARROW, OTHERS, SOME, assert_close, built, patches, picture
@@ -433,6 +434,7 @@ def test_only_nvidias_gpus_since_ampere_with_flash_attention_take_any_lengths(
     assert not blocks._takes_any_lengths(q)  # type: ignore[arg-type]
 
 
+@needs_simulated_pinning
 def test_where_images_end_reaches_a_gpu_without_holding_up_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy from memory that is not pinned waits for what is queued on the device."""
     pinned: list[bool] = []

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dispatch import needs_simulated_pinning
 from random_models import DEPTH, GRIDS, NARROW, OTHERS, PLAIN, SOME, assert_close, built, images_for, patches, picture
 from reference_forward import Reference, reference
 from torch import Tensor
@@ -483,6 +484,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@needs_simulated_pinning
 def test_a_run_of_images_costs_as_many_operations_as_one_image() -> None:
     """On a GPU, each would be queued by the host."""
     plain = built("dinov2_vits14_reg", depth=1, **NARROW)
