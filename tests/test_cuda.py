@@ -7,6 +7,7 @@ what decides: products round differently on each device, and nothing is promised
 import gc
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,19 @@ def used_memory(discoverer: Discoverer, images: Sequence[np.ndarray]) -> tuple[l
     return found, torch.cuda.max_memory_reserved(DEVICE)
 
 
+@contextmanager
+def memory_limit(most: float) -> Iterator[None]:
+    """PyTorch takes no more than so many bytes from the GPU."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    torch.cuda.set_per_process_memory_fraction(most / total, DEVICE)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+
+
 def test_memory_that_runs_out_halves_packs_and_changes_no_box(even: Backbone) -> None:
     photos = [rectangles(number, (40, 40)) for number in range(32)]
     images = [pixels for pixels, _ in photos]
@@ -396,15 +410,9 @@ def test_memory_that_runs_out_halves_packs_and_changes_no_box(even: Backbone) ->
     expected, most = used_memory(on_device(even, **options), images)
     assert most > least + (64 << 20), "the pack is too small to run out of memory"
     discoverer = on_device(even, **options)
-    gc.collect()
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(DEVICE).total_memory
-    torch.cuda.set_per_process_memory_fraction((least + (most - least) / 3) / total, DEVICE)
-    try:
-        with pytest.warns(LostregWarning, match="out of memory on cuda.* with 32 images together"):
-            found, used = used_memory(discoverer, images)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+    message = "out of memory on cuda.* with 32 images together"
+    with memory_limit(least + (most - least) / 3), pytest.warns(LostregWarning, match=message):
+        found, used = used_memory(discoverer, images)
     assert used <= least + (most - least) / 3
     for (_, boxes), one, before in zip(photos, found, expected, strict=True):
         assert sorted(one.xyxy.tolist()) == sorted(boxes)
@@ -418,14 +426,7 @@ def test_an_image_that_no_memory_holds_is_an_error_of_its_own(even: Backbone) ->
     discoverer = on_device(even, bias="auto", batch_size=4, max_side=None)
     _, least = used_memory(discoverer, images[:1])
     _, most = used_memory(discoverer, images)
-    gc.collect()
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(DEVICE).total_memory
-    torch.cuda.set_per_process_memory_fraction((least + (most - least) / 4) / total, DEVICE)
-    try:
-        with pytest.warns(LostregWarning, match="out of memory"):
-            outcomes = list(discoverer.outcomes(images))
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)
+    with memory_limit(least + (most - least) / 4), pytest.warns(LostregWarning, match="out of memory"):
+        outcomes = list(discoverer.outcomes(images))
     assert [isinstance(outcome, Exception) for outcome in outcomes] == [False, False, False, True]
     assert "150x150 patches" in str(outcomes[3])

@@ -33,12 +33,10 @@ from lostreg.images.patches import PatchedPicture, cut_patches
 if sys.platform == "linux":
     import fcntl
 
-_MOST_PIXELS: Final = 1 << 25  # of a file; larger ones are decoded one at a time, by threads
-_MOST_KEPT: Final = 1 << 22  # of them after scaling; for larger ones free memory is looked at
+_MOST_PIXELS: Final = 1 << 22  # of what is cut; for more, free memory is looked at
 _PIPE_BYTES: Final = 1 << 20
 _COMMAND: Final = "from lostreg.images.decoders import serve; serve()"
 _ANSWER: Final = struct.Struct("<6q")  # rows and columns of patches, height and width as cut, width and height
-
 _READY: Final = b"ready"
 
 Allocate = Callable[[tuple[int, ...]], NDArray[np.uint8]]
@@ -215,13 +213,12 @@ def serve() -> None:
 
 def _read(request: dict[str, Any]) -> PatchedPicture | None:
     """What is asked for; None for any other image than one that is small and sound."""
-    most = min(request["max_pixels"], _MOST_PIXELS)
     try:
         picture = read_image(
             request["path"],
             max_side=request["max_side"],
             exif=request["exif"],
-            max_pixels=most,
+            max_pixels=request["max_pixels"],
             check_size=_refuse_large,
         )
         return cut_patches(picture, request["patch_size"])
@@ -230,7 +227,7 @@ def _read(request: dict[str, Any]) -> PatchedPicture | None:
 
 
 def _refuse_large(width: int, height: int) -> None:
-    if width * height > _MOST_KEPT:
+    if width * height > _MOST_PIXELS:
         raise ImageError("large")
 
 

@@ -140,8 +140,8 @@ class ImageStream(Generic[Outcome]):
                 if isinstance(source, _End):
                     break
                 number += 1
-                helpers = decoders if number > self.batch_size else None  # a short list is not worth a process
-                window.append((name_of(source), pool.submit(self._read, source, waiting, helpers)))
+                processes = decoders if number > self.batch_size else None  # a short list is not worth them
+                window.append((name_of(source), pool.submit(self._read, source, waiting, processes)))
             if not window:
                 return
             name, future = window.popleft()

@@ -9,7 +9,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, groupby
 from typing import Any, Final, Literal, NamedTuple, cast
 
@@ -336,6 +336,7 @@ def _attend_any_lengths(kernel: Callable[..., Any], q: Tensor, k: Tensor, v: Ten
     return cast("Tensor", attended).flatten(1)
 
 
+@cache
 def _flash_options(kernel: Callable[..., Any]) -> dict[str, int]:
     """What keeps `varlen_attn` to flash attention, by its signature.
 
@@ -407,7 +408,7 @@ def _takes_any_lengths(q: Tensor) -> bool:
         q.device.type == "cuda"
         and torch.version.hip is None
         and torch.backends.cuda.is_flash_attention_available()
-        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.dtype in _HALF
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 256
