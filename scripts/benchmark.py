@@ -48,7 +48,7 @@ from scipy import ndimage
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
-from lostreg.defaults import Precision
+from lostreg.defaults import BATCH_SIZE, CUDA_BATCH_SIZE, Precision
 from lostreg.images.allocator import keep_freed_memory
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write, and print the ratios."""
     args = parse_arguments(argv)
     device = resolve_device(args.device)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.bias_cost:
         return measure_biases(args, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -164,12 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )  # random weights: no boxes to judge
             run = compare(name, files, limit, device, args)
             result["runs"].append({"backbone": name, "images": images, **run})
+            write_json(args.out, result)
         for count in args.growth:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # with a peak of its own
                 result["growth"].append(process.submit(growth, count, str(device)).result())
             print("growth", result["growth"][-1], flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, result)
+            write_json(args.out, result)
     print(f"\nwritten to {args.out}")
     return 0
 
@@ -183,7 +184,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, help="images a set (default: 12, on CUDA 256)")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument(
-        "--repeats", type=int, help="of the images in a round: in fp32 a quarter, naive 1 (default: 1, on CUDA 16)"
+        "--repeats", type=int, help="of the images in a round: in fp32 a quarter, naive 1 (default: 1, on CUDA 32)"
     )
     parser.add_argument("--backbone", nargs="+", help="only these")
     names = [contender.name for contender in CONTENDERS]
@@ -201,7 +202,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.quick:
         args.count, args.rounds, args.growth = 8, 1, ()
     args.count = args.count or (256 if kind == "cuda" else 12)
-    args.repeats = args.repeats or (16 if kind == "cuda" else 1)
+    args.repeats = args.repeats or (32 if kind == "cuda" else 1)
     args.out = args.out or Path("eval/results") / f"{'bias-cost' if args.bias_cost else 'benchmark'}-{kind}.json"
     return args
 
@@ -266,7 +267,7 @@ def compare(
 ) -> dict[str, Any]:
     """Rounds in which each contender runs over some images once; then the boxes of all images in each precision."""
     paths = images[:limit]
-    batch_size = args.batch_size or (32 if device.type == "cuda" else 8)
+    batch_size = args.batch_size or (CUDA_BATCH_SIZE if device.type == "cuda" else BATCH_SIZE)
     patch = find_spec(name).patch_size
     grids = [grid_of(path, patch) for path in paths]
     is_small = name != LARGE
@@ -301,7 +302,8 @@ def compare(
         report["split"] = {contender.name: ask(contender, "split") for contender in mine}
         if device.type == "cuda":
             report["busy"] = {
-                contender.name: ask(contender, "busy", contender.repeats(args.repeats)) for contender in contenders
+                contender.name: ask(contender, "busy", -(-contender.repeats(args.repeats) // 4))
+                for contender in contenders
             }
             decoded = ask(mine[0], "decode", args.repeats)
             report["decoded_per_s"] = round(args.repeats * len(paths) / decoded, 1)
@@ -643,7 +645,6 @@ def measure_biases(args: argparse.Namespace, device: torch.device) -> int:
         "rounds": args.rounds,
         "runs": [bias_cost(precision, device, args.rounds) for precision in DTYPES],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
     print(json.dumps(result["runs"], indent=2))
     print(f"\nwritten to {args.out}")

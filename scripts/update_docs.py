@@ -107,6 +107,8 @@ def benchmark_details(results: Path) -> str:
             for bucket in found["bucketing"]
         ]
         parts.append(f"How full batches of one shape would be on the generated mix: {', '.join(fills)}.\n")
+        if not found["growth"]:
+            continue
         parts.append("Growth, `dinov2_vits14_reg` in fp32 (memory of LOST: above the features):\n")
         headings = ("patches", "LOST (s)", "LOST (MB)", "a whole Gram matrix (MB)", "image, from pixels to box (s)")
         keys = ("patches", "lost_seconds", "lost_peak_mb", "gram_mb", "image_seconds")

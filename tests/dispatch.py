@@ -217,5 +217,6 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dispatched]:
         for name in ("Event", "Stream", "current_stream"):
             patched.setattr(torch.cuda, name, _Stream)
         patched.setattr(torch.cuda, "stream", nullcontext)
+        patched.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
         patched.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
         yield dispatched

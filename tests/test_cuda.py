@@ -6,6 +6,7 @@ what decides: products round differently on each device, and nothing is promised
 
 import gc
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from planted import cut
 from random_features import CLEAR, exact_unit_vectors
 from random_models import DEPTH, GRIDS, NARROW, OTHERS, SOME, assert_close, built, patches, picture
@@ -26,6 +28,8 @@ from lostreg.artifacts.norms import token_norms
 from lostreg.artifacts.register_search import find_registers
 from lostreg.cli.main import main
 from lostreg.errors import LostregWarning
+from lostreg.images import decoders
+from lostreg.images.decoders import Asked, Decoders
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
@@ -377,6 +381,39 @@ def test_pictures_of_a_stream_lie_in_pinned_memory(even: Backbone) -> None:
     assert pinned == [True] * 5
     for photo, one in zip(photos, found, strict=True):
         np.testing.assert_array_equal(one.pixels, photo)  # type: ignore[union-attr]
+
+
+def test_processes_decode_into_pinned_memory_that_is_taken_again(
+    even: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = [rectangles(number, grid)[0] for number, grid in enumerate(TWO_RECTANGLES)]
+    paths = [tmp_path / f"{number}.png" for number in range(len(photos))]
+    for path, photo in zip(paths, photos, strict=True):
+        Image.fromarray(photo).save(path)
+    discoverer = on_device(even, bias="auto", batch_size=len(paths))
+    expected = list(discoverer.discover_many(photos))
+    ask, pinned = Decoders.ask, []
+
+    def patient(self: Decoders, *arguments: Any, **options: Any) -> Asked:
+        """Waits for a process to start, and for room."""
+        while (asked := ask(self, *arguments, **options)) is None:
+            time.sleep(0.01)
+        return asked
+
+    def result(asked: Asked) -> PatchedPicture:
+        picture = read(asked)
+        pinned.append(asked.picture is not None and torch.from_numpy(picture.patches).is_pinned())
+        return picture
+
+    read = Asked.result
+    monkeypatch.setattr(Decoders, "ask", patient)
+    monkeypatch.setattr(Asked, "result", result)
+    monkeypatch.setattr(decoders, "_SHARED_BYTES", 64 << 20)
+    rounds = 400
+    for number, one in enumerate(discoverer.discover_many(paths * rounds)):
+        np.testing.assert_array_equal(one.xyxy, expected[number % len(paths)].xyxy)
+        np.testing.assert_array_equal(one.masks, expected[number % len(paths)].masks)
+    assert pinned == [True] * len(paths) * (rounds - 1)  # the first batch is left to threads
 
 
 def used_memory(discoverer: Discoverer, images: Sequence[np.ndarray]) -> tuple[list[Any], int]:

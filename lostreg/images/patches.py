@@ -1,6 +1,7 @@
 """An image cut into patches, ready for a device."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,12 +53,15 @@ class PatchedPicture:
         return np.ascontiguousarray(whole[: self.size[0], : self.size[1]])
 
 
-def cut_patches(picture: Picture, patch_size: int) -> PatchedPicture:
+def cut_patches(
+    picture: Picture, patch_size: int, allocate: Callable[[tuple[int, ...]], NDArray[np.uint8]] | None = None
+) -> PatchedPicture:
     """Cut an image into patches, row by row, each with its pixels side by side in memory.
 
     Args:
         picture: a decoded image.
         patch_size: side of a patch in pixels.
+        allocate: makes the array of a shape that patches are written into, such as one of pinned memory.
     """
     pixels = picture.pixels
     height, width = pixels.shape[:2]
@@ -66,5 +70,7 @@ def cut_patches(picture: Picture, patch_size: int) -> PatchedPicture:
         padded = np.zeros((rows * patch_size, columns * patch_size, 3), dtype=np.uint8)
         padded[:height, :width] = pixels
         pixels = padded
-    patches = pixels.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 1, 3, 4)
-    return PatchedPicture(np.ascontiguousarray(patches), (height, width), picture.width, picture.height)
+    cut = pixels.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 1, 3, 4)
+    patches = np.empty(cut.shape, dtype=np.uint8) if allocate is None else allocate(cut.shape)
+    np.copyto(patches, cut)
+    return PatchedPicture(patches, (height, width), picture.width, picture.height)

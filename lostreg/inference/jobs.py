@@ -39,21 +39,21 @@ class FeaturesJob:
         self._extract = FeatureExtractor(backbone, wanted, compiled=compiled)
 
     def transfer(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
-        """Each image's patches on the device, (rows, columns, patch, patch, 3), uint8."""
+        """Patches on the device, see `lostreg.models.pixels.transfer`."""
         return transfer(pictures, self.backbone.device)
 
-    def forward(self, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    def forward(self, runs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Features of all patches of a pack.
 
         Args:
-            patches: as `transfer` gives them.
+            runs: as `transfer` gives them.
             sizes: (height, width) of each image in pixels.
 
         Returns:
             For each of the wanted features, shape (sum of all N, D), float32.
         """
-        pixels = normalised(self.backbone, patches, sizes)
-        return self._extract(pixels, [(image.shape[0], image.shape[1]) for image in patches])
+        pixels = normalised(self.backbone, runs, sizes)
+        return self._extract(pixels, [(run.shape[1], run.shape[2]) for run in runs for _ in range(len(run))])
 
     def start(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
         """Queue a pack's forward."""

@@ -50,7 +50,7 @@ class Options:
         precision: of the backbone's products; tokens are added up, normalised and scaled, and similarities taken, in
             float32 always. ``auto`` is ``bf16`` where the device is known to be quick at it (NVIDIA GPUs from Ampere
             on, AMD GPUs, CPUs with AVX512-BF16 or AMX), else ``fp32``.
-        batch_size: images that go through the backbone together at most, at least 1; None takes 8, on CUDA 32.
+        batch_size: images that go through the backbone together at most, at least 1; None takes 8, on CUDA 64.
         compile: whether the backbone's blocks are compiled (`torch.compile`): once, for images of all shapes. That
             takes up to minutes, and pays in long runs.
         max_side: longer images are scaled down to this side; boxes are in pixels of the original all the same.

@@ -6,11 +6,12 @@ import random
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
 import numpy as np
@@ -20,12 +21,13 @@ from numpy.typing import NDArray
 from lostreg.checks import whole_number, whole_seed
 from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError, is_out_of_memory
 from lostreg.images.decode import ImageSource, Item, name_of, read_image
-from lostreg.images.decoders import Decoders, Reading
+from lostreg.images.decoders import Asked, Decoders, Reading
 from lostreg.images.files import ImageFile
 from lostreg.images.memory import describe_bytes
 from lostreg.images.patches import PatchedPicture, cut_patches
 from lostreg.inference.memory import available_bytes, required_bytes
 from lostreg.models.backbone import Backbone
+from lostreg.models.pixels import pin
 
 _PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a CPU gains nothing from more
 _OTHER_PACK_PATCHES: Final = 1 << 14
@@ -125,63 +127,67 @@ class ImageStream(Generic[Outcome]):
         """Where a device would wait for threads that decode."""
         if self.backbone.device.type not in _DECODED_APART:
             return nullcontext()
-        return Decoders(Reading(self.max_side, self.exif, self.max_pixels, self._patch_size), self._empty)
+        reading = Reading(self.max_side, self.exif, self.max_pixels, self._patch_size)
+        return Decoders(reading, _decoders() - 1, partial(pin, self.backbone.device))  # a core feeds the device
 
     def _decoded(
         self, pool: ThreadPoolExecutor, decoders: Decoders | None, images: Iterator[ImageSource]
     ) -> Iterator["_Decoded"]:
         """Images in order, the next ones being decoded meanwhile: two batches of them, or as much as memory allows."""
-        window: deque[tuple[str, Future[PatchedPicture]]] = deque()
-        waiting = _ByteCount()
-        number = 0
-        while True:
-            while len(window) < 2 * self.batch_size and (not window or waiting.total < _DECODED_BYTES):
+        window: deque[tuple[ImageSource, Asked | Future[PatchedPicture]]] = deque()
+        waiting = _ByteCount()  # of what threads have decoded
+        for number in count():
+            while len(window) < 2 * self.batch_size and (
+                not window or (waiting.total < _DECODED_BYTES and (decoders is None or decoders.has_room()))
+            ):
                 source = next(images, _END)
                 if isinstance(source, _End):
                     break
-                number += 1
-                processes = decoders if number > self.batch_size else None  # a short list is not worth them
-                window.append((name_of(source), pool.submit(self._read, source, waiting, processes)))
+                by_thread = partial(pool.submit, self._read, source, waiting)
+                asked = None
+                if number + len(window) >= self.batch_size:  # a short list is not worth processes
+                    asked = self._ask(decoders, source, by_thread)
+                window.append((source, asked or by_thread()))
             if not window:
                 return
-            name, future = window.popleft()
+            source, reading = window.popleft()
             try:
-                picture = future.result()
+                picture = reading.result()
             except ImageError as error:
-                yield _Decoded(name, error)
-            else:
+                yield _Decoded(name_of(source), error)
+                continue
+            if isinstance(reading, Future) or reading.future is not None:
                 waiting.add(-picture.patches.nbytes)
-                yield _Decoded(name, picture)
+            if isinstance(source, str | os.PathLike | ImageFile):
+                picture = replace(picture, source=source.path if isinstance(source, os.DirEntry) else source)
+            yield _Decoded(name_of(source), picture)
 
-    def _read(self, image: ImageSource, waiting: "_ByteCount", decoders: Decoders | None = None) -> PatchedPicture:
-        picture = None
-        if isinstance(image, str | os.PathLike | ImageFile):
-            if decoders is not None:
-                path, exif = (image.path, image.exif) if isinstance(image, ImageFile) else (image, None)
-                picture = decoders.read(os.fsdecode(path), exif=exif)
-            picture = picture or self._read_here(image)
-            picture = replace(picture, source=image.path if isinstance(image, os.DirEntry) else image)
-        picture = picture or self._read_here(image)
-        waiting.add(picture.patches.nbytes)
-        return picture
+    def _ask(
+        self, decoders: Decoders | None, source: ImageSource, otherwise: Callable[[], Future[PatchedPicture]]
+    ) -> Asked | None:
+        """Have a process decode an image, where there is one and the image is a file."""
+        if decoders is None or not isinstance(source, str | os.PathLike | ImageFile):
+            return None
+        path, exif = (source.path, source.exif) if isinstance(source, ImageFile) else (source, None)
+        return decoders.ask(os.fsdecode(path), otherwise, exif=exif)
 
-    def _read_here(self, image: ImageSource) -> PatchedPicture:
+    def _read(self, image: ImageSource, waiting: "_ByteCount") -> PatchedPicture:
         try:
             read = read_image(
                 image, max_side=self.max_side, exif=self.exif, max_pixels=self.max_pixels, check_size=self._check_size
             )
-            picture = cut_patches(read, self._patch_size)
-            if self._pins(picture.patches.shape):
-                patches = self._empty(picture.patches.shape)
-                np.copyto(patches, picture.patches)
-                picture = replace(picture, patches=patches)
+            picture = cut_patches(read, self._patch_size, self._empty)
         except MemoryError as error:
             raise ImageUnavailableError(f"{name_of(image)}: not enough memory to decode it") from error
+        waiting.add(picture.patches.nbytes)
         return picture
 
     def _empty(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Room for patches, if possible where a GPU can take them from without anybody waiting."""
-        if self._pins(shape):
+        """Room for patches, if possible where a GPU can take them from without anybody waiting.
+
+        PyTorch gives nothing of pinned memory back, so large images have none.
+        """
+        if self.backbone.device.type == "cuda" and math.prod(shape) <= _PINNED_BYTES:
             try:
                 pinned: NDArray[np.uint8] = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
                 return pinned
@@ -189,10 +195,6 @@ class ImageStream(Generic[Outcome]):
                 if not is_out_of_memory(error):  # no more can be pinned
                     raise
         return np.empty(shape, dtype=np.uint8)
-
-    def _pins(self, shape: tuple[int, ...]) -> bool:
-        """Whether patches of a shape are read into pinned memory, of which PyTorch gives nothing back."""
-        return self.backbone.device.type == "cuda" and math.prod(shape) <= _PINNED_BYTES
 
     @property
     def _patch_size(self) -> int:
@@ -216,14 +218,16 @@ class ImageStream(Generic[Outcome]):
     def _packs(self, images: Iterable["_Decoded"]) -> Iterator[list["_Decoded"]]:
         """Neighbours of one batch that make up one sequence of bounded length; a long image is alone."""
         pack: list[_Decoded] = []
+        patches = 0
         for number, image in enumerate(images, start=1):
-            if pack and sum(member.patches for member in pack) + image.patches > self._pack_patches:
+            if pack and patches + image.patches > self._pack_patches:
                 yield pack
-                pack = []
+                pack, patches = [], 0
             pack.append(image)
+            patches += image.patches
             if number % self.batch_size == 0:
                 yield pack
-                pack = []
+                pack, patches = [], 0
         if pack:
             yield pack
 

@@ -184,17 +184,17 @@ class Candidates:
     def best(self) -> LostResult:
         """Of each image the object with the highest score, of equal ones the first."""
         images = np.arange(len(self.masks))
-        chosen = self.scores.argmax(axis=1)
+        chosen = images, self.scores.argmax(axis=1)
         height, width = self.masks.shape[2:]
-        picked = torch.from_numpy(chosen)[:, None]
-        seeds = self.maps.seeds.gather(1, picked).squeeze(1)
+        # By NumPy: PyTorch's threads would wait for cores that decode.
+        seeds, degrees, bias = (maps.numpy()[chosen] for maps in (self.maps.seeds, self.maps.degrees, self.maps.bias))
         return LostResult(
-            xyxy=torch.from_numpy(self.boxes()[images, chosen]),
-            scores=torch.from_numpy(self.scores[images, chosen]),
-            seeds=torch.stack([seeds // width, seeds % width], dim=1),
-            degrees=self.maps.degrees[torch.arange(len(chosen)), picked[:, 0]].view(-1, height, width),
-            masks=torch.from_numpy(self.masks[images, chosen]),
-            bias=self.maps.bias.gather(1, picked).squeeze(1),
+            xyxy=torch.from_numpy(self.boxes()[chosen]),
+            scores=torch.from_numpy(self.scores[chosen]),
+            seeds=torch.from_numpy(np.stack(np.divmod(seeds, width), axis=1)),
+            degrees=torch.from_numpy(degrees.reshape(-1, height, width)),
+            masks=torch.from_numpy(self.masks[chosen]),
+            bias=torch.from_numpy(bias),
         )
 
 

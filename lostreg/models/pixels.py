@@ -1,42 +1,90 @@
 """The pixels of images that are cut into patches, from the host to what a backbone is fed."""
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import cache, lru_cache
 from itertools import groupby
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.images.patches import PatchedPicture
 from lostreg.models.backbone import Backbone
 
 
+def pin(device: torch.device, memory: NDArray[np.uint8], wanted: bool) -> None:
+    """Make memory such that a GPU takes from it without anybody waiting, or ordinary again; elsewhere nothing.
+
+    Args:
+        device: the GPU.
+        memory: bytes that stay where they are until they are ordinary again.
+        wanted: which of the two.
+    """
+    if device.type != "cuda":
+        return
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device):
+        if wanted:
+            cudart.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)  # if it cannot be had, copies take longer
+        else:
+            torch.cuda.synchronize()
+            cudart.cudaHostUnregister(memory.ctypes.data)
+
+
 def transfer(pictures: Sequence[PatchedPicture], device: torch.device) -> list[Tensor]:
-    """Each image's patches on a device, (rows, columns, patch, patch, 3), uint8; from pinned memory they are queued."""
-    patches = (torch.from_numpy(picture.patches) for picture in pictures)
-    return [image.to(device, non_blocking=device.type == "cuda") for image in patches]
+    """The patches of neighbours of one grid together, on a device; but on a CPU each image alone, without a copy.
+
+    There it costs nothing, and the pixels of all images in float32 never exist at once. A GPU takes them from pinned
+    memory beside what it computes, and what is queued afterwards waits for them.
+
+    Args:
+        pictures: ordered by grid.
+        device: of the model.
+
+    Returns:
+        Shape (images, rows, columns, patch, patch, 3) each, uint8.
+    """
+    images = [torch.from_numpy(picture.patches) for picture in pictures]
+    if device.type == "cpu":
+        return [image[None] for image in images]
+    beside = _copying_stream(device)
+    with nullcontext() if beside is None else torch.cuda.stream(beside):
+        runs = []
+        for shape, group in groupby(images, Tensor.size):
+            run = list(group)
+            runs.append(torch.empty(len(run), *shape, dtype=torch.uint8, device=device))
+            for place, image in zip(runs[-1].unbind(), run, strict=True):
+                place.copy_(image, non_blocking=beside is not None)
+    if beside is not None:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(beside)
+        for together in runs:
+            together.record_stream(current)  # their memory is not taken again before it is done
+    return runs
 
 
-def normalised(backbone: Backbone, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
-    """What `Forward.start` takes: neighbours of one grid together, but on a CPU each image alone.
+@cache
+def _copying_stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    There it costs nothing, and the pixels of all images in float32 never exist at once.
+
+def normalised(backbone: Backbone, runs: Iterable[Tensor], sizes: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    """What `Forward.start` takes.
 
     Args:
         backbone: whose mean and deviation the pixels are normalised by.
-        patches: as `transfer` gives them.
+        runs: as `transfer` gives them.
         sizes: (height, width) of each image in pixels.
 
     Yields:
         Shape (images, N, patch * patch * 3), float32.
     """
-    alone = backbone.device.type == "cpu"
-    runs = [[image] for image in patches] if alone else [list(run) for _, run in groupby(patches, Tensor.size)]
     end = 0
     for run in runs:
         start, end = end, end + len(run)
-        together = run[0][None] if len(run) == 1 else torch.stack(run)
-        yield normalise_patches(together, sizes[start:end], backbone.mean, backbone.std)
+        yield normalise_patches(run, sizes[start:end], backbone.mean, backbone.std)
 
 
 def normalise_patches(

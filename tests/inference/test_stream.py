@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning
 from lostreg.images.decode import Picture, read_image
-from lostreg.images.decoders import Decoders
+from lostreg.images.decoders import Asked, Decoders
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference import stream
 from lostreg.inference.discoverer import Discoverer
@@ -294,7 +294,7 @@ class Crowded:
     def __call__(self, patches: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         self.tried.append(len(patches))
         images, largest = self._limits
-        if len(patches) > images or max(image.shape[0] * image.shape[1] for image in patches) > largest:
+        if len(patches) > images or max(run.shape[1] * run.shape[2] for run in patches) > largest:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return self._forward(patches, sizes)
 
@@ -445,17 +445,17 @@ def test_processes_decode_for_a_quick_device(
     paths[7].write_bytes(b"broken")
     expected = list(discoverer.outcomes(paths))
     asked: list[str] = []
-    read = Decoders.read
+    ask = Decoders.ask
 
-    def patient(self: Decoders, path: str, *, exif: bool | None = None) -> PatchedPicture | None:
-        """Waits for the process, as long as the file is one that it reads."""
-        while (picture := read(self, path, exif=exif)) is None and not path.endswith("7.png"):
+    def patient(self: Decoders, path: str, *more: Any, **options: Any) -> Asked | None:
+        """Waits for a process to start."""
+        while (answer := ask(self, path, *more, **options)) is None:
             time.sleep(0.02)
         asked.append(path)
-        return picture
+        return answer
 
     monkeypatch.setattr(stream, "_DECODED_APART", ("cpu",))
-    monkeypatch.setattr(Decoders, "read", patient)
+    monkeypatch.setattr(Decoders, "ask", patient)
     found = list(discoverer.outcomes(paths))
     assert sorted(asked) == sorted(str(path) for path in paths[discoverer.options.batch_size :])
     assert str(found.pop(7)) == str(expected.pop(7))

@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lostreg.images.decode import Picture
-from lostreg.images.patches import cut_patches
+from lostreg.images.patches import PatchedPicture, cut_patches
 from lostreg.models import blocks
 from lostreg.models.backbone import Backbone, build_backbone, find_spec, place_model, placed_copy
 from lostreg.models.features import FeatureExtractor, collect_features
 from lostreg.models.forward import Forward, Grid, Walk
-from lostreg.models.pixels import normalised
+from lostreg.models.pixels import normalised, transfer
 from lostreg.models.registers import RegisterNeurons
 from lostreg.models.table import BACKBONES, FEATURES
 
@@ -405,30 +405,28 @@ def test_copies_of_patches_and_prefixes_do_not_change_with_the_walk(plain: Backb
 SIZES = [(28, 42), (28, 41), (28, 42), (28, 42), (27, 42), (15, 29), (14, 14), (28, 28)]  # grids (2, 3), (1, 1), (2, 2)
 
 
-def uint8_patches(sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+def pictures_of(sizes: Sequence[tuple[int, int]]) -> list[PatchedPicture]:
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
-    return [torch.from_numpy(cut_patches(Picture(one, one.shape[1], one.shape[0]), 14).patches) for one in images]
+    return [cut_patches(Picture(one, one.shape[1], one.shape[0]), 14) for one in images]
 
 
 def test_images_of_one_grid_are_normalised_together_but_on_a_cpu() -> None:
     """To the bit as each alone; padding is zero after it, though sizes within a grid differ."""
-    taken = uint8_patches(SIZES)
+    taken = pictures_of(SIZES)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    runs = {
-        kind: list(normalised(SimpleNamespace(device=torch.device(kind), mean=mean, std=std), taken, SIZES))  # type: ignore[arg-type]
-        for kind in ("cpu", "cuda")
-    }
-    assert [len(run) for run in runs["cpu"]] == [1] * len(SIZES)
-    assert [len(run) for run in runs["cuda"]] == [6, 1, 1]
-    together = [image for run in runs["cuda"] for image in run]
-    for size, patches_of_one, (alone,), image in zip(SIZES, taken, runs["cpu"], together, strict=True):
+    backbone: Any = SimpleNamespace(mean=mean, std=std)
+    patches = transfer(taken, torch.device("cpu"))
+    assert [len(run) for run in patches] == [1] * len(SIZES)
+    by_grid = [torch.cat(patches[:6]), *patches[6:]]
+    together = [image for run in normalised(backbone, by_grid, SIZES) for image in run]
+    apart = [image for (image,) in normalised(backbone, patches, SIZES)]
+    for size, one, alone, image in zip(SIZES, taken, apart, together, strict=True):
         assert torch.equal(image, alone)
-        rows, columns = patches_of_one.shape[:2]
+        rows, columns = one.grid
         whole = image.view(rows, columns, 14, 14, 3).transpose(1, 2).reshape(rows * 14, columns * 14, 3)
         assert not whole[size[0] :].any()
         assert not whole[:, size[1] :].any()
-        assert whole[: size[0], : size[1]].all(dim=2).any()
 
 
 def test_a_run_of_images_starts_as_each_of_them_does(backbone: Backbone) -> None:
@@ -493,7 +491,7 @@ def test_a_run_of_images_costs_as_many_operations_as_one_image() -> None:
         backbone = dataclasses.replace(plain, model=placed_copy(plain.model, "cuda", torch.bfloat16))
         forward = Forward(backbone)
         for images in (2, 2, 32):  # once more, since the first finds nothing cached
-            taken = [torch.zeros(2, 3, 14, 14, 3, dtype=torch.uint8, device="cuda") for _ in range(images)]
+            taken = [torch.zeros(images, 2, 3, 14, 14, 3, dtype=torch.uint8, device="cuda")]
             with Operations() as operations:
                 walk = forward.start(normalised(backbone, taken, [(28, 41)] * images), [(2, 3)] * images)
                 walk.patches()
