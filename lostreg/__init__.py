@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lostreg.inference.calibration import Calibration
     from lostreg.inference.discoverer import Discoverer
     from lostreg.inference.discovery import Discovery
+    from lostreg.inference.learn import learn
+    from lostreg.inference.objectness import Objectness
     from lostreg.inference.options import Options
     from lostreg.inference.study import Study
     from lostreg.methods.lost import LostResult, lost_boxes
@@ -39,6 +41,7 @@ __all__ = [
     "Discovery",
     "LostResult",
     "LostregError",
+    "Objectness",
     "Options",
     "RegisterNeurons",
     "Study",
@@ -47,6 +50,7 @@ __all__ = [
     "calibrate",
     "find_registers",
     "keep_freed_memory",
+    "learn",
     "load_backbone",
     "load_benchmark",
     "lost_boxes",
@@ -61,6 +65,8 @@ _HOMES = {
     "load_backbone": "models.backbone",
     "Calibration": "inference.calibration",
     "calibrate": "inference.calibrate",
+    "learn": "inference.learn",
+    "Objectness": "inference.objectness",
     "load_benchmark": "datasets",
     "Discoverer": "inference.discoverer",
     "patch_features": "models.features",

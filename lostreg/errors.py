@@ -46,6 +46,10 @@ class CalibrationError(LostregError):
     """A bias file cannot be written or read, or nothing could be calibrated."""
 
 
+class ObjectnessError(LostregError):
+    """An objectness cannot be learned, read or written."""
+
+
 class RegistersError(LostregError):
     """A registers file cannot be written or read, or there is nothing that test-time registers could take up."""
 

@@ -56,7 +56,7 @@ from lostreg.images.patches import PatchedPicture, cut_patches
 from lostreg.inference.discoverer import Discoverer, resolve_device
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.jsonio import write_json
-from lostreg.methods.lost import Bias, lost_boxes
+from lostreg.methods.lost import Bias, Lost, lost_boxes
 from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
 from lostreg.runs.results import describe_device, package_versions, processor_name
 from lostreg.runs.sweep import with_trials
@@ -663,7 +663,7 @@ def bias_cost(precision: Precision, device: torch.device, rounds: int) -> dict[s
     keys = FeaturesJob(discoverer.backbone, [("k", -1)])
     biases: dict[str, Bias] = {"one bias": -0.5, "auto": "auto", "auto and 25 biases": with_trials(SWEPT)}
     jobs = {
-        name: ObjectsJob(keys, bias, 100, normalize=True, convert=lambda _, pictures: pictures)
+        name: ObjectsJob(keys, Lost(bias, 100), normalize=True, convert=lambda _, pictures: pictures)
         for name, bias in biases.items()
     }
     patches = keys.transfer([picture])

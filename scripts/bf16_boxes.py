@@ -27,7 +27,7 @@ from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.inference.postprocess import discoveries
 from lostreg.jsonio import write_json
-from lostreg.methods.lost import Candidates
+from lostreg.methods.lost import Candidates, Lost
 from lostreg.metrics import Corloc, is_hit
 from lostreg.models.table import FEATURES, Feature
 from lostreg.runs.results import describe_device, package_versions, processor_name
@@ -84,8 +84,7 @@ def first_boxes(discoverer: Discoverer, features: Sequence[Feature], sources: Se
 
     job = ObjectsJob(
         FeaturesJob(backbone, [(feature, options.layer) for feature in features]),
-        options.bias,
-        options.k_patches,
+        Lost(options.bias, options.k_patches),
         normalize=options.normalize,
         convert=convert,
     )

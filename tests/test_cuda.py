@@ -33,7 +33,7 @@ from lostreg.images.decoders import Asked, Decoders
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
-from lostreg.methods.lost import exact_float32, find_candidates, lost_boxes, lost_maps, prepare
+from lostreg.methods.lost import Lost, exact_float32, find_candidates, lost_boxes, lost_maps, prepare
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.similarity import Similarities
 from lostreg.models.backbone import Backbone
@@ -353,7 +353,7 @@ def test_starting_a_pack_waits_for_nothing(
     chosen = some_registers(even) if registers else None
     backbone = on_device(even, precision, registers=chosen).backbone
     job = ObjectsJob(
-        FeaturesJob(backbone, [("k", DEPTH - 1)]), bias, 100, normalize=True, convert=lambda found, _: list(found)
+        FeaturesJob(backbone, [("k", DEPTH - 1)]), Lost(bias, 100), normalize=True, convert=lambda found, _: list(found)
     )
     pack = pack_of(backbone, grids)
     job.finish(job.start(pack), pack)  # whatever is made once is there

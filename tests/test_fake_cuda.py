@@ -19,7 +19,7 @@ from lostreg.artifacts.norms import token_norms
 from lostreg.artifacts.register_search import _activations
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.jobs import FeaturesJob, LookJob, ObjectsJob
-from lostreg.methods.lost import Bias, Candidates, lost_boxes, lost_maps, prepare
+from lostreg.methods.lost import Bias, Candidates, Lost, lost_boxes, lost_maps, prepare
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.objectness import score_factors
 from lostreg.methods.similarity import Similarities, connections_to
@@ -144,7 +144,7 @@ def test_objects_mix_no_devices(bias: Bias, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("lostreg.methods.multi_object.connections_to", recorded)
     with fake_gpu(monkeypatch):
-        job = ObjectsJob(FeaturesJob(backbone, [("k", 1)]), bias, 10, normalize=True, convert=objects_of)
+        job = ObjectsJob(FeaturesJob(backbone, [("k", 1)]), Lost(bias, 10), normalize=True, convert=objects_of)
         search = job.start(pack)
         on_host = [tensor for (maps,) in search.maps for tensor in vars(maps).values()]
         outcomes = job.finish(search, pack)
@@ -252,7 +252,7 @@ def stages(backbone: Backbone, photos: Sequence[tuple[int, int]], monkeypatch: p
         count, waits = dispatched.take()
         taken["block"] = (count - taken["keys of layer 0"][0], waits)  # the waits of both
         for bias in ("auto", -0.5):
-            job = ObjectsJob(long, bias, 100, normalize=True, convert=lambda found, _: found)
+            job = ObjectsJob(long, Lost(bias, 100), normalize=True, convert=lambda found, _: found)
             job.search(features, grids)
             dispatched.take()
             job.search(features, grids)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lostreg.models.registers import RegisterNeurons
 
 REGISTERS_FILE = "registers.json"
+OBJECTNESS_FILE = "objectness.safetensors"
 _RESULTS = ("results.json", "sweep.json")
 
 
@@ -61,6 +62,46 @@ def with_registers(
     if kept:
         found.save(kept)
     return discoverer.with_registers(found)
+
+
+def with_objectness(
+    args: argparse.Namespace, discoverer: "Discoverer", images: "Sequence[ImageSource]", *, kept: Path | None = None
+) -> "Discoverer":
+    """The discoverer with the objectness that ``--objectness`` asks for.
+
+    Args:
+        args: with the option; ``self`` means that it is learned from a sample of the images at hand.
+        discoverer: without it.
+        images: what is about to be processed.
+        kept: file for what is learned: a run that goes on takes it from there.
+
+    Raises:
+        OptionError: if the folder of that file holds a run that did not learn.
+    """
+    from lostreg.inference.learn import learn
+    from lostreg.inference.objectness import Objectness
+
+    wanted = args.objectness
+    if wanted is None or wanted == "none":
+        return discoverer
+    if isinstance(wanted, Path):
+        return discoverer.with_objectness(Objectness.load(wanted))
+    discoverer.with_objectness_allowed()
+    if kept and not args.overwrite:
+        if kept.exists():
+            return discoverer.with_objectness(Objectness.load(kept))
+        if any((kept.parent / results).exists() for results in _RESULTS):
+            told = "other settings: it did not learn from its images"
+            raise OptionError(f"{kept.parent} holds a run with {told}; use --overwrite or another --out")
+    with ProgressBar("learning") as bar:
+        found = learn(images, discoverer, on_progress=bar)
+    tell(
+        f"learned from {found.facts.images} of these images, without labels, what ranks their candidates: figures with it "
+        "are transductive"
+    )
+    if kept:
+        found.save(kept)
+    return discoverer.with_objectness(found)
 
 
 def _earlier(kept: Path, wanted: int) -> "RegisterNeurons | None":
@@ -151,7 +192,7 @@ def options_of(args: argparse.Namespace) -> dict[str, Any]:
     from lostreg.inference.calibration import Calibration
     from lostreg.inference.options import Options
 
-    names = Options.__dataclass_fields__.keys() - {"backbone"}
+    names = Options.__dataclass_fields__.keys() - {"backbone", "objectness"}  # which may have to be learned first
     options = {name: value for name, value in vars(args).items() if name in names}
     if isinstance(options.get("bias"), Path):
         options["bias"] = Calibration.load(options["bias"])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.build import REGISTERS_FILE, make_discoverer, with_registers
+from lostreg.cli.build import OBJECTNESS_FILE, REGISTERS_FILE, make_discoverer, with_objectness, with_registers
 from lostreg.cli.files import check_mask_pictures
 from lostreg.cli.options import Subparsers, add_max_side, add_method_options, add_object_options, tell
 from lostreg.cli.progress import ProgressBar, judge_failures
@@ -47,7 +47,7 @@ def add_parser(commands: Subparsers) -> None:
         "patches unless --masks refined is given",
     )
     add_max_side(parser, defaults.MAX_SIDE)
-    add_object_options(parser)
+    add_object_options(parser, is_collection=True)
     add_method_options(parser, precision="auto")
     parser.set_defaults(run=run)
 
@@ -60,13 +60,14 @@ def run(args: argparse.Namespace) -> int:
     if args.mask_png:
         check_mask_pictures("--mask-png", args.max_objects)
     collection = find_collection(args.source, apart=args.out / MASKS_FOLDER)
-    if args.precision == "auto" and not args.overwrite and (earlier := _earlier_precision(args.out)):
-        args.precision = earlier
-        tell(f"{earlier}, in which the run in {args.out} was begun")
+    _choose(args, len(collection.names))
     discoverer = make_discoverer(args, args.backbone)
-    if args.test_time_registers is not None:
+    if args.test_time_registers is not None or args.objectness == "self":
         paths = [collection.path(name) for name in collection.names]
         discoverer = with_registers(args, discoverer, paths, kept=args.out / REGISTERS_FILE)
+        discoverer = with_objectness(args, discoverer, paths, kept=args.out / OBJECTNESS_FILE)
+    elif args.objectness is not None:
+        discoverer = with_objectness(args, discoverer, [])
     with ProgressBar(args.backbone) as bar:
         summary = discover_collection(
             collection,
@@ -83,13 +84,24 @@ def run(args: argparse.Namespace) -> int:
     return judge_failures(summary.unreadable, summary.unavailable, summary.images, retry="--retry-failed")
 
 
-def _earlier_precision(out: Path) -> str | None:
-    """The precision of the run that a folder holds; None where there is none, or it does not say."""
+def _choose(args: argparse.Namespace, photos: int) -> None:
+    """Decide what the user leaves open: as in the run that the folder holds, else as for a new one."""
     from lostreg.runs.results import results_of
 
-    options = (results_of(out) or {}).get("options")
-    precision = options.get("precision") if isinstance(options, dict) else None
-    return precision if precision in defaults.PRECISIONS else None
+    options = None if args.overwrite else (results_of(args.out) or {}).get("options")
+    begun = options if isinstance(options, dict) else {}
+    if args.precision == "auto" and begun.get("precision") in defaults.PRECISIONS:
+        args.precision = begun["precision"]
+        tell(f"{args.precision}, in which the run in {args.out} was begun")
+    if args.method is None:
+        args.method = "parts" if not begun else begun.get("method", "lost")
+        if args.method not in defaults.METHODS:
+            args.method = "parts"
+        if begun and args.method != "parts":
+            tell(f"{args.method}, with which the run in {args.out} was begun")
+    if args.objectness is None and args.method == "parts":
+        learns = (args.out / OBJECTNESS_FILE).exists() if begun else photos >= defaults.LEAST_TEACHERS
+        args.objectness = "self" if learns else None
 
 
 def _words(summary: "Summary", min_score: float, out: Path) -> str:

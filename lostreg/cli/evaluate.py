@@ -5,7 +5,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from lostreg.cli.build import REGISTERS_FILE, chosen_backbones, make_discoverer, open_benchmark, with_registers
+from lostreg.cli.build import (
+    OBJECTNESS_FILE,
+    REGISTERS_FILE,
+    chosen_backbones,
+    make_discoverer,
+    open_benchmark,
+    with_objectness,
+    with_registers,
+)
 from lostreg.cli.files import check_written
 from lostreg.cli.options import (
     Subparsers,
@@ -82,6 +90,7 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
     discoverer = make_discoverer(args, backbone, exif=False)  # but for images of which more is known
     paths = [example.source for example in benchmark.examples]
     discoverer = with_registers(args, discoverer, paths, kept=out / REGISTERS_FILE)
+    discoverer = with_objectness(args, discoverer, paths, kept=out / OBJECTNESS_FILE)
     plots: list[Path] = []
     with ProgressBar(backbone) as bar:
         evaluation = evaluate(

@@ -74,6 +74,17 @@ def _is_file(text: str) -> bool:
         return False
 
 
+def objectness_value(text: str) -> Literal["none", "self"] | Path:
+    """``none``, ``self``, or a file that is there, for argparse."""
+    if text == "none" or text == "self":
+        return text
+    if not _is_file(text):
+        raise argparse.ArgumentTypeError(
+            f"expected 'none', 'self', or a file of `lostreg learn`, not '{text}'"
+        )
+    return Path(text)
+
+
 def cutoff_rule(text: str) -> "CutoffRule":
     """A rule for outliers, see `lostreg.artifacts.outliers.parse_rule`, for argparse."""
     from lostreg.artifacts.outliers import parse_rule
@@ -131,15 +142,37 @@ def add_method_options(
     add_registers(group)
 
 
-def add_object_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say how many objects are looked for, and what is made of their masks."""
+def add_object_options(parser: argparse.ArgumentParser, *, is_collection: bool = False) -> None:
+    """The options that say what looks for objects, for how many, and what is made of their masks.
+
+    Args:
+        parser: of the command.
+        is_collection: whether the command takes what finds most objects, unless the user asks for LOST.
+    """
     group = parser.add_argument_group("objects")
+    method = "parts" if is_collection else "lost"
+    group.add_argument(
+        "--method",
+        choices=defaults.METHODS,
+        default=None if is_collection else method,
+        help="lost; parts, which takes clusters of patches as candidates beside LOST's and finds more objects; "
+        f"tokencut and maskcut as published (default: {method})",
+    )
+    own = f", self from {defaults.LEAST_TEACHERS} images on with parts" if is_collection else ""
+    group.add_argument(
+        "--objectness",
+        type=objectness_value,
+        metavar="{none|self|FILE}",
+        help="what ranks the candidates of parts beside their score: self learns from a sample of these images first, "
+        f"without labels; a FILE comes from `lostreg learn` (default: none{own})",
+    )
     group.add_argument(
         "--max-objects",
         type=positive_int,
         default=1,
         metavar="N",
-        help="look for up to N objects: what was found leaves the graph, and LOST runs again on the rest (default: 1)",
+        help="look for up to N objects: with parts the best candidates that overlap little; else what was found leaves the "
+        "graph, and the method runs again on the rest (default: 1)",
     )
     group.add_argument(
         "--min-score",

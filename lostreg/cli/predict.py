@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from lostreg import defaults
-from lostreg.cli.build import make_discoverer, with_registers
+from lostreg.cli.build import make_discoverer, with_objectness, with_registers
 from lostreg.cli.files import (
     check_mask_pictures,
     check_written,
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         output = _open_json(args.json, stack) if args.json else None
         discoverer = with_registers(args, make_discoverer(args, args.backbone), paths)
+        discoverer = with_objectness(args, discoverer, paths)
         if output and output is not sys.stdout and Path(args.json).is_file():
             output.truncate(0)  # only now: a mistake in the other options costs no earlier file
         if output is not sys.stdout:

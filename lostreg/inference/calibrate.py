@@ -24,7 +24,7 @@ from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import ObjectsJob
 from lostreg.inference.stream import draw_sample
 from lostreg.methods.bias import TRIALS, limits
-from lostreg.methods.lost import Candidates
+from lostreg.methods.lost import Candidates, Lost
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import IOU_THRESHOLD
 from lostreg.progress import OnProgress, Progress
@@ -64,7 +64,7 @@ def calibrate(
     """
     sources, seed = draw_sample(images, sample, seed), whole_seed(seed)
     options = discoverer.options
-    job = ObjectsJob(discoverer.features, _ladder, options.k_patches, normalize=True, convert=_convert)
+    job = ObjectsJob(discoverer.features, Lost(_ladder, options.k_patches), normalize=True, convert=_convert)
     found: list[_Rungs] = []
     errors: list[ImageError] = []
     for done, outcome in enumerate(discoverer.stream_of(job).outcomes(sources), start=1):

@@ -19,7 +19,7 @@ from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.inference.options import Options
 from lostreg.inference.postprocess import discoveries
 from lostreg.inference.stream import ImageStream, Job, Outcome
-from lostreg.methods.lost import Candidates
+from lostreg.methods.lost import Candidates, Lost
 from lostreg.models.backbone import Backbone, load_backbone, place_model, placed_copy
 from lostreg.models.blocks import check_compiler
 from lostreg.models.registers import RegisterNeurons
@@ -127,8 +127,7 @@ class Discoverer:
         options = self.options
         return ObjectsJob(
             self.features,
-            options.bias,
-            options.k_patches,
+            Lost(options.bias, options.k_patches),
             normalize=options.normalize,
             convert=partial(self._discoveries, keep_pixels=keep_pixels),
         )

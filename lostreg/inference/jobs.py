@@ -9,13 +9,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from lostreg.images.patches import PatchedPicture
-from lostreg.methods.lost import Bias, Candidates, LostMaps, lost_maps, prepare
+from lostreg.methods.lost import prepare
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import FeatureExtractor, Wanted
 from lostreg.models.forward import Forward
@@ -65,20 +65,42 @@ class FeaturesJob:
         return list(zip(pictures, torch.split(started[0], sizes), strict=True))
 
 
+class Maps(Protocol):
+    """What a method computes where the features are, for a batch of images of one grid."""
+
+    def to_host(self, *, wait: bool) -> Self:
+        """The same on the CPU; without ``wait`` it is only on its way there."""
+
+    def candidates(self, features: Tensor, grid: Grid) -> Any:
+        """What only the host finds in maps that are there, such as connected components."""
+
+
+class Method(Protocol):
+    """A method with its options."""
+
+    def search(self, features: Sequence[Tensor], grid: Grid) -> Sequence[Maps]:
+        """Queue its work on a batch.
+
+        Args:
+            features: each of the wanted ones, shape (B, N, D), as `prepare` gives them.
+            grid: (h, w).
+        """
+
+
 @dataclass(frozen=True)
 class Search:
-    """What LOST found in a pack, on its way to the host, by runs of neighbours of equal grid.
+    """What a method found in a pack, on its way to the host, by runs of neighbours of equal grid.
 
     Attributes:
         grids: (h, w) of each run.
-        features: of each run, what LOST saw: one tensor (B, N, D) for each of the wanted features, on the device.
-        maps: of each run, those of each feature, on the host.
+        features: of each run, what the method saw: one tensor (B, N, D) for each of the wanted features, on the device.
+        maps: of each run, on the host: those of each feature that is searched.
         done: recorded on the device after the transfer; None where there is nothing to wait for.
     """
 
     grids: list[Grid]
     features: list[list[Tensor]]
-    maps: list[list[LostMaps]]
+    maps: list[list[Maps]]
     done: torch.cuda.Event | None
 
 
@@ -86,27 +108,24 @@ class ObjectsJob(Generic[Outcome]):
     """The work of an `ImageStream` that looks for objects.
 
     Args:
-        features: what LOST runs on.
-        bias: Gram bias, ``auto``, or a function that makes biases (B, K) of an image batch's similarities.
-        k_patches: how many low-degree patches may join the seed.
+        features: what the method runs on.
+        method: what looks for objects.
         normalize: whether features are L2-normalised.
-        convert: makes outcomes of a run of pictures of equal grid and their candidates, one `Candidates` for each of
-            the wanted features.
+        convert: makes outcomes of a run of pictures of equal grid and what the method's maps hold, for each of the
+            features that it searched.
     """
 
     def __init__(
         self,
         features: FeaturesJob,
-        bias: Bias,
-        k_patches: int,
+        method: Method,
         *,
         normalize: bool,
-        convert: Callable[[list[Candidates], list[PatchedPicture]], list[Outcome]],
+        convert: Callable[[list[Any], list[PatchedPicture]], list[Outcome]],
     ) -> None:
         self.features = features
         self.backbone = features.backbone
-        self.bias = bias
-        self.k_patches = k_patches
+        self.method = method
         self.normalize = normalize
         self._convert = convert
 
@@ -115,7 +134,7 @@ class ObjectsJob(Generic[Outcome]):
         return self.search(self.features.start(pictures), [picture.grid for picture in pictures])
 
     def search(self, features: Sequence[Tensor], grids: Sequence[Grid]) -> Search:
-        """LOST on the device, and the start of the transfer of its maps to the host.
+        """The method on the device, and the start of the transfer of its maps to the host.
 
         Args:
             features: as `FeaturesJob.forward` gives them.
@@ -128,10 +147,7 @@ class ObjectsJob(Generic[Outcome]):
             [prepare(part.view(images, -1, part.shape[1]), normalize=self.normalize) for part in parts]
             for (_, images), *parts in zip(runs, *by_feature, strict=True)
         ]
-        maps = [
-            [lost_maps(batch, grid, self.bias, self.k_patches) for batch in run]
-            for (grid, _), run in zip(runs, batches, strict=True)
-        ]
+        maps = [list(self.method.search(run, grid)) for (grid, _), run in zip(runs, batches, strict=True)]
         on_host = [[of_feature.to_host(wait=False) for of_feature in run] for run in maps]
         done = None
         if self.backbone.device.type == "cuda":
@@ -139,16 +155,16 @@ class ObjectsJob(Generic[Outcome]):
             done.record(torch.cuda.current_stream(self.backbone.device))
         return Search([grid for grid, _ in runs], batches, on_host, done)
 
-    def candidates(self, search: Search) -> list[list[Candidates]]:
+    def candidates(self, search: Search) -> list[list[Any]]:
         """Wait for the maps; connected components and their scores.
 
         Returns:
-            Of each run of neighbours of equal grid, the candidates in each of the wanted features.
+            Of each run of neighbours of equal grid, what is found in each of the features that are searched.
         """
         if search.done is not None:
             search.done.synchronize()
         return [
-            [of_feature.candidates(batch, grid) for of_feature, batch in zip(maps, features, strict=True)]
+            [of_feature.candidates(batch, grid) for of_feature, batch in zip(maps, features, strict=False)]
             for grid, features, maps in zip(search.grids, search.features, search.maps, strict=True)
         ]
 
@@ -157,8 +173,8 @@ class ObjectsJob(Generic[Outcome]):
         outcomes: list[Outcome] = []
         beside = self._beside
         with nullcontext() if beside is None else torch.cuda.stream(beside):
-            for candidates in self.candidates(started):
-                run = pictures[len(outcomes) : len(outcomes) + len(candidates[0].masks)]
+            for candidates, (features, *_) in zip(self.candidates(started), started.features, strict=True):
+                run = pictures[len(outcomes) : len(outcomes) + len(features)]
                 outcomes += self._convert(candidates, list(run))
         if beside is not None:
             beside.synchronize()  # nothing reads the features any more: their memory may be taken

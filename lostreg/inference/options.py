@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
-from lostreg.checks import LARGEST, share, whole_number
+from lostreg.checks import LARGEST, share, shown, whole_number
 from lostreg.defaults import (
     BACKBONE,
     BATCH_SIZE,
@@ -16,11 +16,13 @@ from lostreg.defaults import (
     K_PATCHES,
     MAX_PIXELS,
     MAX_SIDE,
+    METHODS,
     PRECISIONS,
     Precision,
 )
 from lostreg.errors import OptionError
 from lostreg.inference.calibration import Calibration
+from lostreg.inference.objectness import Objectness
 from lostreg.methods.bias import TRIALS, check_bias, resolve_normalize
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import resolve_layer
@@ -43,8 +45,13 @@ class Options:
         weights: a weights file, see `load_backbone`.
         feature: ``q``, ``k``, ``v`` or ``out``; None takes the row's.
         layer: block index from 0, or from the end when negative.
-        bias: Gram bias, ``auto``, a `Calibration` of the same feature, or None for the row's.
-        normalize: whether features are L2-normalised; None takes the row's, or what ``auto`` needs.
+        method: what looks for objects: ``lost``; ``parts``, which takes clusters of patches as candidates beside LOST's
+            trials; or a published one, ``tokencut`` or ``maskcut``. See docs/objects.md.
+        objectness: what a collection taught, see `learn`: ranks the candidates of ``parts``. None leaves them their scores.
+        bias: Gram bias, ``auto``, a `Calibration` of the same feature, or None for the row's, with ``parts`` for
+            ``auto``. TokenCut and MaskCut have none.
+        normalize: whether features are L2-normalised; None takes the row's, or what ``auto`` needs. All methods
+            but LOST are defined on normalised features.
         k_patches: how many low-degree patches may join the seed, at least 1.
         device: ``auto`` (CUDA, then MPS, then CPU), or a PyTorch device.
         precision: of the backbone's products; tokens are added up, normalised and scaled, and similarities taken, in
@@ -78,6 +85,8 @@ class Options:
     weights: str | Path | None = None
     feature: Feature | None = None
     layer: int = -1
+    method: str = "lost"
+    objectness: Objectness | None = None
     bias: float | Literal["auto"] | Calibration | None = None
     normalize: bool | None = None
     k_patches: int = K_PATCHES
@@ -95,7 +104,7 @@ class Options:
     box_from: BoxFrom = "patches"
 
     def __post_init__(self) -> None:
-        choices = {"feature": (None, *FEATURES), "precision": PRECISIONS, "box_from": BOX_SOURCES}
+        choices = {"feature": (None, *FEATURES), "method": METHODS, "precision": PRECISIONS, "box_from": BOX_SOURCES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 shown = ", ".join(str(choice) for choice in allowed if choice is not None)
@@ -110,6 +119,11 @@ class Options:
         for name in ("normalize", "compile", "exif", "refine"):
             if getattr(self, name) is not None:
                 self._set(name, bool(getattr(self, name)))
+        if self.objectness is not None:
+            if not isinstance(self.objectness, Objectness):
+                raise OptionError(f"objectness must be an Objectness, such as a file's, not {shown(self.objectness)}")
+            if self.method != "parts":
+                raise OptionError(f"an objectness ranks the candidates of method 'parts', not of '{self.method}'")
         if self.box_from == "mask" and not self.refine:
             raise OptionError("boxes can be taken from masks that are refined: ask for refined masks, too")
 
@@ -131,7 +145,14 @@ class Options:
             if normalize is False:
                 raise OptionError("a calibrated bias is defined on normalised features: give a number, or normalise")
             bias, normalize = bias.bias, True
-        bias = spec.bias if bias is None else bias
+        if bias is None:
+            bias = spec.bias if self.method == "lost" else "auto"
+        if self.method != "lost":
+            if normalize is False:
+                raise OptionError(f"method '{self.method}' is defined on normalised features: normalise, or use 'lost'")
+            normalize = True
+        if self.objectness is not None:
+            self.objectness.require(spec.name, backbone.weights)
         decided = {
             "backbone": spec.name,
             "weights": backbone.weights,
@@ -179,6 +200,8 @@ class ResolvedOptions(Options):
             if name == "registers":
                 values["auto_trials"] = list(TRIALS) if self.bias == "auto" else None
                 values["test_time_registers"] = value.describe() if value else None
+            elif name == "objectness":
+                values["objectness"] = value.describe() if value else None
             else:
                 values[name] = value
         return {**values, "min_score": self.min_score if self.max_objects > 1 else None}

@@ -9,7 +9,7 @@ Nothing here knows of models or files. Shapes: B images, K biases each, N = h*w 
 Similarities are float32, whatever the features were computed in. Ties go to the lowest patch index, always.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -153,6 +153,23 @@ def prepare(features: Tensor, *, normalize: bool) -> Tensor:
     if features.device.type == "mps":  # which lacks some of what follows
         features = features.cpu()
     return functional.normalize(near_one(features), dim=-1) if normalize else features
+
+
+@dataclass(frozen=True)
+class Lost:
+    """LOST with its options.
+
+    Attributes:
+        bias: as for `lost_boxes`.
+        k_patches: as there.
+    """
+
+    bias: Bias
+    k_patches: int
+
+    def search(self, features: Sequence[Tensor], grid: tuple[int, int]) -> list["LostMaps"]:
+        """`lost_maps` of several features of the same images."""
+        return [lost_maps(one, grid, self.bias, self.k_patches) for one in features]
 
 
 @dataclass(frozen=True)

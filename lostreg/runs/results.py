@@ -109,7 +109,7 @@ def check_same_run(results: Path, settings: dict[str, Any], apart: Sequence[str]
 
 
 # What an earlier version did that did not record it.
-_UNRECORDED: Final = {"max_objects": 1, "refine": False, "box_from": "patches", "masks": False}
+_UNRECORDED: Final = {"max_objects": 1, "refine": False, "box_from": "patches", "masks": False, "method": "lost"}
 
 
 def _differences(earlier: Any, now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

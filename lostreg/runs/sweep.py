@@ -28,7 +28,7 @@ from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.jsonio import as_line, is_finite_number, is_id
 from lostreg.methods.bias import TRIALS, fixed_bias, on_device, trial_biases
-from lostreg.methods.lost import Candidates
+from lostreg.methods.lost import Candidates, Lost
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import Corloc, is_hit, score_auc
 from lostreg.models.features import resolve_layer
@@ -160,7 +160,8 @@ def sweep(
     settings = benchmark_settings(benchmark, _options(discoverer, pairs, values), extra)
     features = FeaturesJob(discoverer.backbone, pairs, compiled=discoverer.options.compile)
     convert = partial(_convert, patch_size=discoverer.backbone.spec.patch_size)
-    job = ObjectsJob(features, with_trials(values), discoverer.options.k_patches, normalize=True, convert=convert)
+    lost = Lost(with_trials(values), discoverer.options.k_patches)
+    job = ObjectsJob(features, lost, normalize=True, convert=convert)
     stream = discoverer.stream_of(job)
     examples = {example.image_id: example for example in benchmark.examples}
     lines: dict[ImageId, _Line] = {}

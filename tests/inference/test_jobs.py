@@ -16,7 +16,7 @@ from lostreg.inference.discovery import Discovery
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.inference.options import Options
 from lostreg.inference.postprocess import discoveries as as_discoveries
-from lostreg.methods.lost import Bias, Candidates, lost_boxes
+from lostreg.methods.lost import Bias, Candidates, Lost, lost_boxes
 from lostreg.methods.similarity import Similarities
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import patch_features
@@ -50,7 +50,7 @@ def patched() -> list[PatchedPicture]:
 def job_on(
     backbone: Backbone, wanted: list[tuple[str, int]], bias: Bias, k_patches: int, *, normalize: bool
 ) -> ObjectsJob[Discovery]:
-    return ObjectsJob(FeaturesJob(backbone, wanted), bias, k_patches, normalize=normalize, convert=convert_first)
+    return ObjectsJob(FeaturesJob(backbone, wanted), Lost(bias, k_patches), normalize=normalize, convert=convert_first)
 
 
 def convert_first(candidates: list[Candidates], run: list[PatchedPicture]) -> list[Discovery]:

@@ -26,7 +26,7 @@ from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob, Search
 from lostreg.inference.memory import required_bytes
-from lostreg.methods.lost import Candidates
+from lostreg.methods.lost import Candidates, Lost
 from lostreg.models.backbone import Backbone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,7 +54,7 @@ def test_outcomes_are_what_is_made_of_runs_of_one_grid_in_every_feature(backbone
         ]
 
     images = [scene(0), scene(1, 60, 60), scene(2, 149, 111), scene(3, 59, 58), tmp_path / "none.jpg", scene(4)]
-    job = ObjectsJob(features, -0.5, 100, normalize=True, convert=convert)
+    job = ObjectsJob(features, Lost(-0.5, 100), normalize=True, convert=convert)
     found = list(discoverer.stream_of(job).outcomes(images))
     assert [set(run) for run in runs] == [{(5, 5)}, {(8, 11)}, {(8, 11)}]
     assert [len(run) for run in runs] == [2, 2, 1]

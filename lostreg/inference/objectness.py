@@ -1,0 +1,120 @@
+"""What a collection taught about its objects, as a file keeps it."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from lostreg.checks import whole_number, whole_seed
+from lostreg.errors import ObjectnessError, OptionError
+from lostreg.jsonio import as_dataclass, read_json, whole_file
+from lostreg.methods.learned import LinearObjectness
+
+FORMAT: Final = "lostreg objectness 1"
+_MOST_BYTES: Final = 1 << 20  # of a file; one of 1,536 dimensions takes 7 kB
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Where an objectness comes from.
+
+    Attributes:
+        backbone: the backbone's name.
+        weights: where its weights came from.
+        images: how many unlabelled images taught it.
+        unreadable: how many more could not be read.
+        seed: of the sample of images.
+    """
+
+    backbone: str
+    weights: str
+    images: int
+    unreadable: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        plain: dict[str, Any] = {name: whole_number(getattr(self, name), name, least=0) for name in _COUNTS}
+        vars(self).update(plain | {"seed": whole_seed(self.seed)})
+
+
+_COUNTS: Final = ("images", "unreadable")
+
+
+@dataclass(frozen=True)
+class Objectness:
+    """How likely a patch is part of an object, learned from unlabelled images of one backbone: see `learn`.
+
+    A figure that was measured with it on the images that taught it is transductive: say so beside it.
+
+    Attributes:
+        head: the linear map on the output tokens of the last layer.
+        facts: where it comes from.
+
+    Example:
+        >>> discoverer = lostreg.Discoverer("dinov2_vits14_reg", device="cpu")
+        >>> lostreg.learn(sorted(Path("photos").iterdir()), discoverer).save("objectness.safetensors")
+        >>> objectness = lostreg.Objectness.load("objectness.safetensors")
+        >>> ranked = lostreg.Discoverer("dinov2_vits14_reg", method="parts", objectness=objectness, device="cpu")
+        >>> ranked.discover("dog.jpg").xyxy.shape
+        (1, 4)
+    """
+
+    head: LinearObjectness
+    facts: Facts
+
+    def describe(self) -> dict[str, Any]:
+        """What decides boxes, as plain values: recorded with results."""
+        numbers = self.head.weight.tobytes() + np.float32(self.head.bias).tobytes()
+        return {"images": self.facts.images, "fingerprint": hashlib.sha256(numbers).hexdigest()[:16]}
+
+    def require(self, backbone: str, weights: str) -> None:
+        """Raise `OptionError` if it was learned on another backbone, or on other weights of it."""
+        if self.facts.backbone != backbone:
+            raise OptionError(f"the objectness was learned on {self.facts.backbone}, not on {backbone}")
+        if self.facts.weights != weights:
+            raise OptionError(f"the objectness was learned on the weights {self.facts.weights}, not on {weights}")
+
+    def save(self, path: str | Path) -> None:
+        """Write the safetensors file that ``--objectness FILE`` takes.
+
+        Raises:
+            ObjectnessError: if it cannot be written.
+        """
+        tensors = {"weight": self.head.weight, "bias": np.asarray([self.head.bias], dtype=np.float32)}
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(Path(path)) as part:
+                save_file(tensors, part, {"format": FORMAT, "facts": json.dumps(vars(self.facts))})
+        except (OSError, SafetensorError) as reason:
+            raise ObjectnessError(f"cannot write {path}: {getattr(reason, 'strerror', None) or reason}") from reason
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Objectness":
+        """Read such a file.
+
+        Raises:
+            ObjectnessError: if it cannot be read, or is of something else.
+        """
+        try:
+            if Path(path).stat().st_size > _MOST_BYTES:
+                raise ValueError("it is too large")
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"its format is {metadata.get('format')!r}")
+                weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
+                facts = as_dataclass(Facts, read_json(metadata["facts"]))
+            if weight.ndim != 1 or bias.shape != (1,) or weight.dtype != bias.dtype != np.float32:
+                raise ValueError(f"expected a weight (D,) and a bias (1,), not {weight.shape} and {bias.shape}")
+            if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+                raise ValueError("its numbers are not finite")
+        except OSError as error:
+            raise ObjectnessError(f"cannot read {path}: {error.strerror or error}") from error
+        except (SafetensorError, KeyError, TypeError, ValueError, OptionError) as error:
+            raise ObjectnessError(f"{path} is no objectness of `lostreg learn`: {error}") from error
+        return cls(LinearObjectness(weight, float(bias[0])), facts)
