@@ -192,11 +192,7 @@ class Candidates:
 
     def boxes(self) -> NDArray[np.int64]:
         """Shape (B, K, 4), ``x1, y1, x2, y2`` in patches, exclusive right and bottom edges."""
-        columns, rows = np.any(self.masks, axis=2), np.any(self.masks, axis=3)
-        left, top = columns.argmax(axis=2), rows.argmax(axis=2)
-        right = columns.shape[2] - columns[..., ::-1].argmax(axis=2)
-        bottom = rows.shape[2] - rows[..., ::-1].argmax(axis=2)
-        return np.stack([left, top, right, bottom], axis=2).astype(np.int64)
+        return tight_boxes(self.masks)
 
     def best(self) -> LostResult:
         """Of each image the object with the highest score, of equal ones the first."""
@@ -376,6 +372,15 @@ def seed_components(masks: NDArray[np.bool_], rows: NDArray[np.int64], columns: 
     parts = labels.reshape(tall.shape)[:, :height]
     components: NDArray[np.bool_] = masks & (parts == parts[np.arange(count), rows, columns][:, None, None])
     return components
+
+
+def tight_boxes(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Boxes around masks, (..., h, w) to (..., 4): ``x1, y1, x2, y2`` in patches, exclusive right and bottom edges."""
+    columns, rows = np.asarray(masks.any(axis=-2)), np.asarray(masks.any(axis=-1))
+    left, top = columns.argmax(axis=-1), rows.argmax(axis=-1)
+    right = columns.shape[-1] - columns[..., ::-1].argmax(axis=-1)
+    bottom = rows.shape[-1] - rows[..., ::-1].argmax(axis=-1)
+    return np.stack([left, top, right, bottom], axis=-1).astype(np.int64)
 
 
 def _checked_grid(grid: tuple[int, int]) -> tuple[int, int]:

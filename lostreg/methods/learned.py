@@ -1,0 +1,160 @@
+"""What a collection teaches about its objects, without labels: how likely a patch is part of one.
+
+    p(x) = 1 / (1 + exp(-(w · x/|x| + b)))          x: output tokens of the backbone's last layer
+    contrast(M) = mean of p in M · (1 - mean of p outside M)
+
+w and b separate what the best candidates of many images hold from what they leave: a balanced logistic regression, each
+image weighing as much as its candidate's score. One image's candidate may be wrong; what many agree on seldom is. The
+map is linear, so that it cannot learn mistakes by heart. Then all candidates are ranked again, by score times contrast,
+and the new best ones teach once more.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.special import expit
+from torch import Tensor
+
+from lostreg.errors import OptionError
+from lostreg.methods.exact import exact_float32
+from lostreg.methods.lost import prepare
+
+_PENALTY: Final = 1e-2
+_ROUNDS: Final = 2
+_PATCHES: Final = 256  # of an image that take part
+_LEAST_DEVIATION: Final = 1e-6  # of a dimension: what is the same in all tokens is not blown up
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Objectness:
+    """A linear map from a patch's token to how likely the patch is part of an object.
+
+    Attributes:
+        weight: shape (D,), float32.
+        bias: a number.
+    """
+
+    weight: Tensor
+    bias: float
+
+    def to(self, device: torch.device) -> "Objectness":
+        """The same on a device."""
+        return replace(self, weight=self.weight.to(device))
+
+    @torch.no_grad()
+    def probabilities(self, tokens: Tensor) -> Tensor:
+        """How likely each patch is part of an object; only queued where tokens and map are on a GPU.
+
+        Args:
+            tokens: output tokens of the last layer, shape (..., N, D), any floating dtype, on the device of the map.
+
+        Returns:
+            Shape (..., N), float32, in [0, 1].
+        """
+        with exact_float32(tokens.device):
+            return torch.sigmoid(prepare(tokens, normalize=True) @ self.weight + self.bias)
+
+
+def contrast(probabilities: NDArray[np.float32], masks: Mask) -> NDArray[np.float32]:
+    """How much likelier the patches of each mask are than all others: mean inside times one minus mean outside.
+
+    Args:
+        probabilities: of each patch, shape (N,), in [0, 1].
+        masks: shape (P, h, w), bool; N = h * w.
+
+    Returns:
+        Shape (P,), float32, in [0, 1]; 0 for a mask that covers nothing.
+    """
+    members = masks.reshape(len(masks), -1).astype(np.float32)
+    size = members.sum(axis=1)
+    inside = members @ probabilities
+    outside = (probabilities.sum() - inside) / np.maximum(members.shape[1] - size, 1)
+    contrasts: NDArray[np.float32] = (inside / np.maximum(size, 1) * (1 - outside)).clip(0, 1)
+    return contrasts
+
+
+def fit(images: Iterable[tuple[Tensor, Mask, NDArray[np.float32]]]) -> Objectness:
+    """Learn from images without labels.
+
+    Of each image an even sample of patches is kept, so memory grows with the number of images and no faster.
+
+    Args:
+        images: of each image the output tokens of the last layer, shape (N, D), on any device; its candidates' masks,
+            shape (P, h, w), bool, N = h * w; and their scores, shape (P,), in [0, 1]. Images where all scores are 0
+            teach nothing.
+
+    Returns:
+        An `Objectness` on the CPU: the same for the same images in the same order.
+
+    Raises:
+        OptionError: if no image teaches anything, or tokens are not finite or of different dimensions.
+
+    Example:
+        >>> tokens = torch.randn(20, 8)
+        >>> mask = tokens[:, 0].view(4, 5).numpy() > 0
+        >>> objectness = lostreg.methods.learned.fit([(tokens, mask[None], np.ones(1, np.float32))])
+        >>> bool((objectness.probabilities(tokens).view(4, 5).numpy() > 0.5)[mask].all())
+        True
+    """
+    samples = [_sample(*image) for image in images if image[2].max() > 0]
+    if not samples:
+        raise OptionError("expected at least one image with a candidate whose score is above 0")
+    tokens = torch.cat([sample for sample, _, _ in samples])
+    if not tokens.isfinite().all():
+        raise OptionError("tokens must be finite: in half precision, try bf16 or fp32")
+    deviation, mean = torch.std_mean(tokens, dim=0, correction=0)
+    deviation = deviation.clamp(min=_LEAST_DEVIATION)
+    standard = tokens.sub_(mean).div_(deviation)
+    ranks = [scores for _, _, scores in samples]
+    for _ in range(_ROUNDS):
+        best = [int(rank.argmax()) for rank in ranks]
+        targets = np.concatenate([masks[place] for place, (_, masks, _) in zip(best, samples, strict=True)])
+        weights = np.concatenate(
+            [np.full(masks.shape[1], scores[place]) for place, (_, masks, scores) in zip(best, samples, strict=True)]
+        )
+        weight, bias = _logistic_regression(standard, targets, weights)
+        chances = torch.split(torch.sigmoid(standard @ weight + bias), [len(sample) for sample, _, _ in samples])
+        ranks = [
+            scores * contrast(chance.numpy(), masks)
+            for chance, (_, masks, scores) in zip(chances, samples, strict=True)
+        ]
+    weight = weight / deviation
+    return Objectness(weight, bias - float(weight @ mean))
+
+
+def _sample(tokens: Tensor, masks: Mask, scores: NDArray[np.float32]) -> tuple[Tensor, Mask, NDArray[np.float32]]:
+    """Patches of one image, drawn with a fixed seed: their tokens, (n, D), and which candidates hold them, (P, n)."""
+    picked = np.sort(np.random.default_rng(0).permutation(len(tokens))[:_PATCHES])
+    sample = prepare(tokens[torch.from_numpy(picked).to(tokens.device)], normalize=True).cpu()
+    return sample, masks.reshape(len(masks), -1)[:, picked], scores
+
+
+def _logistic_regression(
+    rows: Tensor, targets: NDArray[np.bool_], weights: NDArray[np.float64]
+) -> tuple[Tensor, float]:
+    """The map that minimises Σ_i a_i log(1 + exp(-y_i (w · x_i + b))) + λ/2 |w|², y_i in {-1, 1}.
+
+    a_i are the weights, scaled so that those of either class add up to 1/2.
+    """
+    signs = np.where(targets, 1.0, -1.0)
+    shares = weights.astype(np.float64)
+    for side in (targets, ~targets):
+        shares[side] /= max(2 * shares[side].sum(), np.finfo(np.float64).tiny)
+
+    def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        weight = torch.from_numpy(parameters[:-1]).float()
+        margins = signs * ((rows @ weight).double().numpy() + parameters[-1])
+        slopes = -signs * shares * expit(-margins)
+        gradient = (torch.from_numpy(slopes).float() @ rows).double().numpy() + _PENALTY * parameters[:-1]
+        value = shares @ np.logaddexp(0, -margins) + _PENALTY / 2 * parameters[:-1] @ parameters[:-1]
+        return float(value), np.append(gradient, slopes.sum())
+
+    found = minimize(loss, np.zeros(rows.shape[1] + 1), jac=True, method="L-BFGS-B").x
+    return torch.from_numpy(found[:-1]).float(), float(found[-1])

@@ -1,0 +1,245 @@
+"""Parts beside LOST's trials: clusters of an image's patches, cut into connected pieces, are candidates too.
+
+LOST asks what is connected to one seed. Here the features themselves are parted, coarsely and more finely:
+
+    Z = X V₄, X = F - mean(F), V₄ a basis of the four directions of largest variance        (principal components)
+    labels_K = k-means of the rows of Z into K = 2, 3, 4 clusters, from farthest points
+    candidates = LOST's objects, and each 4-connected piece of a cluster
+    objects = candidates by rank, without those whose box overlaps a better one's
+
+Distances between rows of Z are the same for any basis of the same directions, so no single component is needed. Shapes:
+B images, N = h*w patches row by row, D dimensions. Memory grows with N*D, never with N².
+"""
+
+from typing import Final
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from lostreg.defaults import OVERLAP
+from lostreg.images.boxes import pairwise_iou
+from lostreg.methods.exact import exact_float32
+from lostreg.methods.learned import contrast
+from lostreg.methods.lost import Candidates, Objects, tight_boxes
+from lostreg.methods.objectness import object_scores
+
+CLUSTERS: Final = (2, 3, 4)
+_COMPONENTS: Final = 4
+_POWER_STEPS: Final = 8
+_LLOYD_STEPS: Final = 10
+_RESOLUTION: Final = 1e-5  # of float32: rows of normalised features that lie closer together are the same
+_LEAST_PATCHES: Final = 4  # of a part
+_LARGEST_SHARE: Final = 0.9  # of the image
+_MOST_PARTS: Final = 64  # of an image: the largest
+
+Mask = NDArray[np.bool_]
+
+
+@torch.no_grad()
+def part_labels(features: Tensor) -> Tensor:
+    """Clusters of each image's patches: coarse, finer and finest.
+
+    Args:
+        features: shape (B, N, D), float32, rows of length 1.
+
+    Returns:
+        For each number of `CLUSTERS` the cluster of each patch, shape (B, 3, N), uint8, on the device of the features.
+        Nothing is told of features that are not finite: their labels mean nothing.
+    """
+    with exact_float32(features.device):
+        return _cluster(_principal_components(features))
+
+
+def _principal_components(features: Tensor) -> Tensor:
+    """Each patch in the four directions of largest variance, (B, N, D) to (B, N, 4), by subspace iteration."""
+    batch, _, dimensions = features.shape
+    centred = features - features.mean(dim=1, keepdim=True)
+    # A start that is the same for all images and whatever the order of patches: no patch's own vector.
+    steps = torch.arange(dimensions * _COMPONENTS, device=features.device, dtype=torch.float32)
+    basis = (steps.square() * 0.37).sin().view(1, dimensions, _COMPONENTS).expand(batch, -1, -1)
+    for _ in range(_POWER_STEPS):  # V <- orthonormal(Xᵀ X V)
+        basis = _orthonormal(centred.mT @ (centred @ basis))
+    rows = centred @ basis
+    spread = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / max(1, rows.shape[1]) ** 0.5
+    return rows.where(spread > _RESOLUTION, 0)  # what varies less is rounding
+
+
+def _orthonormal(basis: Tensor) -> Tensor:
+    """Gram and Schmidt's way, which needs no word from the device whether it succeeded; (B, D, C)."""
+    columns: list[Tensor] = []
+    for column in basis.unbind(dim=2):
+        for _ in range(2):  # once more removes what rounding left of the others
+            for other in columns:
+                column = column - (column * other).sum(dim=1, keepdim=True) * other
+        columns.append(functional.normalize(column, dim=1, eps=torch.finfo(torch.float32).tiny))
+    return torch.stack(columns, dim=2)
+
+
+def _cluster(rows: Tensor) -> Tensor:
+    """k-means for each number of clusters at once, (B, N, C) to (B, 3, N), from starts that they share."""
+    most = CLUSTERS[-1]
+    counts = torch.arange(CLUSTERS[0], most + 1, device=rows.device)
+    unused = torch.arange(most, device=rows.device) >= counts[:, None]  # (3, most)
+    centres = _farthest_points(rows, most)[:, None].expand(-1, len(CLUSTERS), -1, -1)
+    for _ in range(_LLOYD_STEPS):
+        members = functional.one_hot(_nearest(rows, centres, unused), most).to(rows.dtype)  # (B, 3, N, most)
+        counts = members.sum(dim=2)[..., None]
+        means = members.mT @ rows[:, None] / counts.clamp(min=1)
+        centres = torch.where(counts > 0, means, centres)
+    return _nearest(rows, centres, unused).to(torch.uint8)
+
+
+def _farthest_points(rows: Tensor, count: int) -> Tensor:
+    """The row farthest from the mean, and again the one farthest from all before; of equal ones the first."""
+    images = torch.arange(len(rows), device=rows.device)
+    distance = rows.square().sum(dim=2)
+    points: list[Tensor] = []
+    for _ in range(count):
+        point = rows[images, distance.argmax(dim=1)]
+        own = (rows - point[:, None]).square().sum(dim=2)
+        distance = torch.minimum(distance, own) if points else own
+        points.append(point)
+    return torch.stack(points, dim=1)
+
+
+def _nearest(rows: Tensor, centres: Tensor, unused: Tensor) -> Tensor:
+    """The nearest centre of each row, (B, N, C) and (B, 3, most, C) to (B, 3, N); of equal ones the first."""
+    # |z - c|² = |z|² - 2 z·c + |c|², of which the first is the same for all centres
+    distance = centres.square().sum(dim=3)[..., None] - 2 * centres @ rows.mT[:, None]
+    return distance.masked_fill(unused[..., None], torch.inf).argmin(dim=2)
+
+
+def part_masks(labels: NDArray[np.uint8], grid: tuple[int, int]) -> Mask:
+    """The 4-connected pieces of the clusters of one image.
+
+    Args:
+        labels: shape (3, N), as `part_labels` gives them.
+        grid: (h, w), rows and columns of patches.
+
+    Returns:
+        Shape (P, h, w), bool, P from 0 to 64: pieces of at least 4 patches and at most 90 % of the image, each of them
+        once; where there are more, the largest.
+    """
+    height, width = grid
+    panels = [labels[place] == cluster for place, count in enumerate(CLUSTERS) for cluster in range(count)]
+    # One tall picture, as for LOST's components.
+    tall = np.zeros((len(panels), height + 1, width), dtype=np.uint8)
+    tall[:, :height] = np.reshape(panels, (-1, height, width))
+    _, pieces, stats, _ = cv2.connectedComponentsWithStats(tall.reshape(-1, width), connectivity=4)
+    areas = stats[:, cv2.CC_STAT_AREA]
+    fits = (areas >= _LEAST_PATCHES) & (areas <= _LARGEST_SHARE * height * width)
+    fits[0] = False  # what is in no panel
+    chosen = np.flatnonzero(fits)
+    chosen = chosen[np.argsort(-areas[chosen], kind="stable")[:_MOST_PARTS]]
+    panel = stats[chosen, cv2.CC_STAT_TOP] // (height + 1)
+    masks: Mask = pieces.reshape(tall.shape)[panel, :height] == chosen[:, None, None]
+    return masks[_first_of_equal(masks)]
+
+
+def _first_of_equal(masks: Mask) -> NDArray[np.int64]:
+    """Places of the masks that equal none before them, in order."""
+    packed = np.packbits(masks.reshape(len(masks), -1), axis=1)
+    places: NDArray[np.int64] = np.sort(np.unique(packed, axis=0, return_index=True)[1])
+    return places
+
+
+def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[tuple[Mask, NDArray[np.float32]]]:
+    """What may be an object in each image: what LOST found with each bias, first, then the parts that differ from it.
+
+    Args:
+        candidates: what LOST found, with K biases an image.
+        labels: of the same images, shape (B, 3, N), as `part_labels` gives them.
+
+    Returns:
+        An image: masks, shape (P, h, w), bool, the K of LOST first, and their scores, shape (P,), float32, see
+        `lostreg.methods.objectness`.
+    """
+    gathered = []
+    for image, trials in enumerate(candidates.masks):
+        masks = np.concatenate([trials, part_masks(labels[image], trials.shape[1:])])
+        new = _first_of_equal(masks)
+        parts = masks[new[new >= len(trials)]]
+        with exact_float32(candidates.features.device):
+            scores = object_scores(candidates.features[image, None], parts[None])[0]
+        gathered.append((np.concatenate([trials, parts]), np.concatenate([candidates.scores[image], scores])))
+    return gathered
+
+
+def find_parts(
+    candidates: Candidates,
+    labels: NDArray[np.uint8],
+    max_objects: int,
+    min_score: float,
+    probabilities: NDArray[np.float32] | None = None,
+) -> list[Objects]:
+    """The objects of each image of a batch, among LOST's and the parts.
+
+    Candidates are ranked by their score, times their contrast where probabilities are given. The best one is an object,
+    and so is each further one whose box overlaps that of none before it by an intersection over union of
+    `lostreg.defaults.OVERLAP` or more.
+
+    Args:
+        candidates: what LOST found, with the biases of ``auto``.
+        labels: of the same images, shape (B, 3, N), as `part_labels` gives them.
+        max_objects: at least 1.
+        min_score: in [0, 1]; a further object with a lower score is left out.
+        probabilities: how likely each patch is part of an object, see `lostreg.methods.learned`, shape (B, N).
+
+    Returns:
+        One `Objects` an image, with one object at least. A box is that of the candidate; of its mask the patches are
+        left out that belong to an object before it. The seed of a part is its patch of lowest degree in LOST's first
+        trial, whose bias and degrees stand for it.
+    """
+    objects = []
+    for image, (masks, scores) in enumerate(candidate_masks(candidates, labels)):
+        if probabilities is not None:
+            scores = scores * contrast(probabilities[image], masks)
+        objects.append(_objects(candidates, image, masks, scores, max_objects, min_score))
+    return objects
+
+
+def _objects(
+    candidates: Candidates, image: int, masks: Mask, scores: NDArray[np.float32], max_objects: int, min_score: float
+) -> Objects:
+    boxes = tight_boxes(masks)
+    kept = _suppress(boxes, scores, max_objects, min_score)
+    maps, trials = candidates.maps, candidates.masks.shape[1]
+    height, width = masks.shape[1:]
+    degrees = maps.degrees[image, 0].numpy()
+    seeds = [
+        int(maps.seeds[image, place]) if place < trials else _lowest(degrees, masks[place].ravel()) for place in kept
+    ]
+    earlier = np.logical_or.accumulate(masks[kept], axis=0)
+    own = masks[kept]
+    own[1:] &= ~earlier[:-1]
+    return Objects(
+        xyxy=boxes[kept],
+        scores=scores[kept],
+        masks=own,
+        heat=degrees.reshape(height, width),
+        seeds=np.stack(np.divmod(np.array(seeds), width), axis=1),
+        biases=maps.bias[image].numpy()[[place if place < trials else 0 for place in kept]],
+    )
+
+
+def _lowest(degrees: NDArray[np.int64], mask: Mask) -> int:
+    """The patch of a mask that has the lowest degree, of equal ones the first."""
+    places = np.flatnonzero(mask)
+    return int(places[degrees[places].argmin()])
+
+
+def _suppress(boxes: NDArray[np.int64], scores: NDArray[np.float32], max_objects: int, min_score: float) -> list[int]:
+    """Places of the candidates that are kept, the best first; of equal scores the first."""
+    kept: list[int] = []
+    free = np.ones(len(boxes), dtype=bool)
+    for place in np.argsort(-scores, kind="stable"):
+        if (kept and scores[place] < min_score) or len(kept) == max_objects:
+            break
+        if free[place]:
+            kept.append(int(place))
+            free &= pairwise_iou(boxes[place, None], boxes)[0] < OVERLAP
+    return kept
