@@ -86,7 +86,8 @@ def with_objectness(
         return discoverer
     if isinstance(wanted, Path):
         return discoverer.with_objectness(Objectness.load(wanted))
-    discoverer.with_objectness_allowed()
+    if discoverer.options.method != "parts":
+        raise OptionError("--objectness ranks the candidates of parts: add --method parts")
     if kept and not args.overwrite:
         if kept.exists():
             return discoverer.with_objectness(Objectness.load(kept))
@@ -96,8 +97,8 @@ def with_objectness(
     with ProgressBar("learning") as bar:
         found = learn(images, discoverer, on_progress=bar)
     tell(
-        f"learned from {found.facts.images} of these images, without labels, what ranks their candidates: figures with it "
-        "are transductive"
+        f"learned from {found.facts.images} of these images, without labels, what ranks their candidates: figures "
+        "with it are transductive"
     )
     if kept:
         found.save(kept)

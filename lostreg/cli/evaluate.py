@@ -100,7 +100,11 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
             overwrite=args.overwrite,
             strict=args.strict,
             masks=args.masks is not None,
-            extra={"limit": args.limit, "no_hard": args.no_hard},
+            extra={
+                "limit": args.limit,
+                "no_hard": args.no_hard,
+                **({"transductive": True} if args.objectness == "self" else {}),
+            },
             on_progress=bar,
             on_discovery=_plotter(out / PLOTS, plots) if args.plots else None,
             on_gone=lambda image_id: _remove_plot(out / PLOTS, f"{image_id}.png"),
@@ -108,7 +112,9 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
         )
     check_written(plots)
     low, high = evaluation.score.wilson_interval()
-    print(f"{backbone} on {benchmark.title}: 95 % interval {low:.2f} to {high:.2f}")
+    how = "" if args.method == "lost" else f", {args.method}"
+    how += ", ranked by what its own images taught (transductive)" if args.objectness == "self" else ""
+    print(f"{backbone}{how} on {benchmark.title}: 95 % interval {low:.2f} to {high:.2f}")
     if evaluation.auc is not None:
         print(f"a hit has the higher score than a miss in {100 * evaluation.auc:.0f} % of pairs (AUC)")
     if evaluation.detection is not None:

@@ -15,10 +15,10 @@ def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "learn",
         help="learn from unlabelled images which patches are part of objects",
-        description="Learn from a collection of images, without labels, which patches are part of objects: a linear map "
-        "that agrees with the best candidates of many images. The file that is written can be given as "
-        "`--objectness FILE` to predict, discover and eval with `--method parts`; `--objectness self` there learns from "
-        "the images at hand.",
+        description="Learn from a collection of images, without labels, which patches are part of objects: a "
+        "linear map that agrees with the best candidates of many images. The file that is written can be given as "
+        "`--objectness FILE` to predict, discover and eval with `--method parts`; `--objectness self` there learns "
+        "from the images at hand.",
     )
     add_images(parser)
     parser.add_argument(

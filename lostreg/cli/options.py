@@ -76,12 +76,12 @@ def _is_file(text: str) -> bool:
 
 def objectness_value(text: str) -> Literal["none", "self"] | Path:
     """``none``, ``self``, or a file that is there, for argparse."""
-    if text == "none" or text == "self":
-        return text
+    if text == "none":
+        return "none"
+    if text == "self":
+        return "self"
     if not _is_file(text):
-        raise argparse.ArgumentTypeError(
-            f"expected 'none', 'self', or a file of `lostreg learn`, not '{text}'"
-        )
+        raise argparse.ArgumentTypeError(f"expected 'none', 'self', or a file of `lostreg learn`, not '{text}'")
     return Path(text)
 
 
@@ -171,8 +171,8 @@ def add_object_options(parser: argparse.ArgumentParser, *, is_collection: bool =
         type=positive_int,
         default=1,
         metavar="N",
-        help="look for up to N objects: with parts the best candidates that overlap little; else what was found leaves the "
-        "graph, and the method runs again on the rest (default: 1)",
+        help="look for up to N objects: what was found leaves the graph, and LOST runs again on the "
+        "rest; with parts, the best candidates that overlap little (default: 1)",
     )
     group.add_argument(
         "--min-score",

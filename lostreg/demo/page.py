@@ -313,7 +313,10 @@ class Page:
 
     def _answer(self, visitor: Visitor, automatic: bool, bias: float, objects: int, masks: Any) -> list[Any]:
         found = visitor.discover(
-            max_objects=int(objects), bias="auto" if automatic else float(bias), refine=masks == "refined"
+            max_objects=int(objects),
+            method="parts" if automatic else "lost",  # a bias that is chosen by hand is for LOST to show
+            bias="auto" if automatic else float(bias),
+            refine=masks == "refined",
         )
         assert visitor.study is not None  # noqa: S101 - discover saw to it
         pixels = visitor.study.picture.pixels

@@ -16,10 +16,11 @@ from lostreg.images.decode import ImageSource, Item, check_several, held
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discovery import Discovery
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
+from lostreg.inference.methods import METHODS, wanted_features
+from lostreg.inference.objectness import Objectness
 from lostreg.inference.options import Options
 from lostreg.inference.postprocess import discoveries
 from lostreg.inference.stream import ImageStream, Job, Outcome
-from lostreg.methods.lost import Candidates, Lost
 from lostreg.models.backbone import Backbone, load_backbone, place_model, placed_copy
 from lostreg.models.blocks import check_compiler
 from lostreg.models.registers import RegisterNeurons
@@ -107,6 +108,12 @@ class Discoverer:
         other._start(self.backbone.with_registers(registers), self.options)
         return other
 
+    def with_objectness(self, objectness: Objectness | None) -> "Discoverer":
+        """The same options with what a collection taught, or without: see `learn`."""
+        other = type(self).__new__(type(self))
+        other._start(self.backbone, dataclasses.replace(self.options, objectness=objectness))
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
         # What is made of the others is made again: it holds caches, and compiled code, which cannot travel.
         return {name: value for name, value in vars(self).items() if name not in ("features", "stream")}
@@ -119,15 +126,14 @@ class Discoverer:
         """Decide what is left open, and make what works."""
         self.backbone = backbone
         self.options = options.resolved(backbone)
-        wanted = [(self.options.feature, self.options.layer)]
-        self.features = FeaturesJob(backbone, wanted, compiled=options.compile)
+        self.features = FeaturesJob(backbone, wanted_features(self.options), compiled=options.compile)
         self.stream = self.stream_of(self._objects_job())
 
     def _objects_job(self, *, keep_pixels: bool = False) -> ObjectsJob[Discovery]:
         options = self.options
         return ObjectsJob(
             self.features,
-            Lost(options.bias, options.k_patches),
+            METHODS[options.method].make(options, self.backbone.device),
             normalize=options.normalize,
             convert=partial(self._discoveries, keep_pixels=keep_pixels),
         )
@@ -195,11 +201,9 @@ class Discoverer:
         stream = self.stream_of(self._objects_job(keep_pixels=True)) if keep_pixels else self.stream
         return stream.outcomes(images, skip)
 
-    def _discoveries(
-        self, candidates: list[Candidates], pictures: list[PatchedPicture], *, keep_pixels: bool
-    ) -> list[Discovery]:
+    def _discoveries(self, found: list[Any], pictures: list[PatchedPicture], *, keep_pixels: bool) -> list[Discovery]:
         patch_size = self.backbone.spec.patch_size
-        return discoveries(candidates[0], pictures, patch_size, self.options, keep_pixels=keep_pixels)
+        return discoveries(found[0], pictures, patch_size, self.options, keep_pixels=keep_pixels)
 
 
 def _with_bar(outcomes: Iterator[Item], images: Iterable[ImageSource]) -> Iterator[Item]:

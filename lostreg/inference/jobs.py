@@ -59,10 +59,13 @@ class FeaturesJob:
         """Queue a pack's forward."""
         return self.forward(self.transfer(pictures), [picture.size for picture in pictures])
 
-    def finish(self, started: list[Tensor], pictures: Sequence[PatchedPicture]) -> list[tuple[PatchedPicture, Tensor]]:
-        """Each image with the first of the wanted features, (N, D)."""
+    def finish(
+        self, started: list[Tensor], pictures: Sequence[PatchedPicture]
+    ) -> list[tuple[PatchedPicture, list[Tensor]]]:
+        """Each image with the wanted features, (N, D) each."""
         sizes = [picture.grid[0] * picture.grid[1] for picture in pictures]
-        return list(zip(pictures, torch.split(started[0], sizes), strict=True))
+        by_image = zip(*(torch.split(packed, sizes) for packed in started), strict=True)
+        return [(picture, list(features)) for picture, features in zip(pictures, by_image, strict=True)]
 
 
 class Maps(Protocol):

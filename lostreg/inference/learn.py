@@ -1,20 +1,27 @@
 """What a collection of unlabelled images teaches about its objects: see `lostreg.methods.learned`."""
 
 from collections.abc import Iterator, Sequence
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from lostreg import defaults
 from lostreg.checks import whole_seed
-from lostreg.errors import ImageError, ObjectnessError
+from lostreg.errors import ImageError, ObjectnessError, OptionError
 from lostreg.images.decode import ImageSource
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
-from lostreg.inference.methods import TOKENS
+from lostreg.inference.methods import TOKENS, Parts, PartsFound
 from lostreg.inference.objectness import Facts, Objectness
 from lostreg.inference.stream import draw_sample
-from lostreg.methods.learned import Lesson, fit
-from lostreg.methods.parts import Parts
+from lostreg.methods.learned import fit
+from lostreg.methods.parts import candidate_masks
 from lostreg.progress import OnProgress, Progress
+
+Lesson = tuple[Tensor, NDArray[np.bool_], NDArray[np.float32]]  # an image's tokens, candidates and their scores
 
 
 def learn(
@@ -46,11 +53,9 @@ def learn(
     """
     sources, seed = draw_sample(images, sample, seed), whole_seed(seed)
     options = discoverer.options
-    features = FeaturesJob(
-        discoverer.backbone, [(options.feature, options.layer), TOKENS], compiled=options.compile
-    )
+    features = FeaturesJob(discoverer.backbone, [(options.feature, options.layer), TOKENS], compiled=options.compile)
     bias = "auto" if options.method == "lost" else options.bias
-    job = ObjectsJob(features, Parts(bias, options.k_patches, learns=True), normalize=True, convert=_lessons)
+    job = ObjectsJob(features, Parts(bias, options.k_patches), normalize=True, convert=_lessons)
     errors: list[ImageError] = []
 
     def lessons() -> Iterator[Lesson]:
@@ -62,11 +67,12 @@ def learn(
                 yield outcome
             on_progress(Progress(done, len(sources), error=error))
 
-    head = fit(lessons())
-    if head is None:
-        raise ObjectnessError(
-            f"nothing was learned: of {len(sources)} images {len(errors)} could not be read, and no other has parts"
-        )
+    try:
+        head = fit(lessons())
+    except OptionError as error:
+        if len(errors) < len(sources):
+            raise ObjectnessError(f"nothing was learned: {error}") from error
+        raise ObjectnessError(f"none of {len(sources)} images could be read, so nothing was learned") from error
     return Objectness(
         head,
         Facts(
@@ -79,6 +85,8 @@ def learn(
     )
 
 
-def _lessons(found: list[list[Lesson]], pictures: list[PatchedPicture]) -> list[Lesson]:
+def _lessons(found: list[PartsFound], pictures: list[PatchedPicture]) -> list[Lesson]:
     del pictures
-    return found[0]
+    of_run = found[0]
+    candidates = candidate_masks(of_run.candidates, of_run.labels)
+    return [(tokens, *several) for tokens, several in zip(cast("Tensor", of_run.tokens), candidates, strict=True)]

@@ -1,15 +1,82 @@
-"""The methods that look for objects, by name."""
+"""The methods that look for objects, by name: how an `ObjectsJob` runs them, and what comes of their maps."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from lostreg.inference.jobs import Method
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lostreg.inference.jobs import Grid, Method
 from lostreg.inference.options import ResolvedOptions
-from lostreg.methods.lost import Lost, Objects
+from lostreg.methods.learned import LinearObjectness
+from lostreg.methods.lost import Bias, Candidates, Lost, LostMaps, Objects, lost_maps, queued_on_host
 from lostreg.methods.multi_object import find_objects
-from lostreg.methods.parts import Parts, find_parts
-from lostreg.methods.spectral import MaskCut, TokenCut
+from lostreg.methods.parts import find_parts, part_labels
+from lostreg.models.table import Feature
+
+TOKENS: Final[tuple[Feature, int]] = ("out", -1)  # what an objectness reads
+
+
+@dataclass(frozen=True)
+class PartsFound:
+    """What `parts` chooses its objects from, for a batch of images of one grid.
+
+    Attributes:
+        candidates: what LOST found at each bias.
+        labels: clusters of patches, shape (B, 3, N), uint8.
+        probabilities: how likely each patch is part of an object, shape (B, N), if that was learned.
+        tokens: normalised output tokens of the last layer, shape (B, N, D), on the device, where they were wanted.
+    """
+
+    candidates: Candidates
+    labels: NDArray[np.uint8]
+    probabilities: NDArray[np.float32] | None
+    tokens: Tensor | None
+
+
+@dataclass(frozen=True)
+class PartsMaps:
+    """What `parts` computes where the features are: see `PartsFound`."""
+
+    lost: LostMaps
+    labels: Tensor
+    probabilities: Tensor | None
+    tokens: Tensor | None
+
+    def to_host(self, *, wait: bool = True) -> "PartsMaps":
+        """The same on the CPU but for the tokens; see `LostMaps.to_host`."""
+        chances = None if self.probabilities is None else queued_on_host(self.probabilities)
+        labels = queued_on_host(self.labels)
+        return replace(self, lost=self.lost.to_host(wait=wait), labels=labels, probabilities=chances)
+
+    def candidates(self, features: Tensor, grid: Grid) -> PartsFound:
+        """What maps on the CPU hold; see `LostMaps.candidates`."""
+        chances = None if self.probabilities is None else self.probabilities.numpy()
+        return PartsFound(self.lost.candidates(features, grid), self.labels.numpy(), chances, self.tokens)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts beside LOST's trials, see `lostreg.methods.parts`.
+
+    Attributes:
+        bias: of LOST's trials.
+        k_patches: as for `lost_boxes`.
+        head: what a collection taught, if it ranks the candidates.
+    """
+
+    bias: Bias
+    k_patches: int
+    head: LinearObjectness | None = None
+
+    def search(self, features: Sequence[Tensor], grid: Grid) -> list[PartsMaps]:
+        """Queue the work on normalised features and, behind them, the output tokens of the last layer if wanted."""
+        feature, tokens = features[0], features[1] if len(features) > 1 else None
+        chances = None if self.head is None or tokens is None else self.head.probabilities(tokens)
+        return [PartsMaps(lost_maps(feature, grid, self.bias, self.k_patches), part_labels(feature), chances, tokens)]
 
 
 @dataclass(frozen=True)
@@ -17,25 +84,32 @@ class Row:
     """A method.
 
     Attributes:
-        make: the method with its options.
+        make: the method with its options, for features on a device.
         objects: one `Objects` an image of what its maps hold.
     """
 
-    make: Callable[[ResolvedOptions], Method]
+    make: Callable[[ResolvedOptions, torch.device], Method]
     objects: Callable[[Any, ResolvedOptions], list[Objects]]
+
+
+def _parts(options: ResolvedOptions, device: torch.device) -> Parts:
+    head = None if options.objectness is None else options.objectness.head.to(device)
+    return Parts(options.bias, options.k_patches, head)
+
+
+def _objects_of_parts(found: PartsFound, options: ResolvedOptions) -> list[Objects]:
+    return find_parts(found.candidates, found.labels, options.max_objects, options.min_score, found.probabilities)
 
 
 METHODS: Final = {
     "lost": Row(
-        lambda options: Lost(options.bias, options.k_patches),
+        lambda options, _: Lost(options.bias, options.k_patches),
         lambda found, options: find_objects(found, options.k_patches, options.max_objects, options.min_score),
     ),
-    "parts": Row(
-        lambda options: Parts(options.bias, options.k_patches, options.objectness and options.objectness.head),
-        lambda found, options: find_parts(found, options.max_objects, options.min_score),
-    ),
-    "tokencut": Row(
-        lambda _: TokenCut(),
-        lambda found, options: find_objects(found, options.k_patches, options.max_objects, options.min_score),
-    ),
+    "parts": Row(_parts, _objects_of_parts),
 }
+
+
+def wanted_features(options: ResolvedOptions) -> list[tuple[Feature, int]]:
+    """What the method reads: its feature first."""
+    return [(options.feature, options.layer), *([TOKENS] if options.objectness is not None else [])]

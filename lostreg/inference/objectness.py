@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 
 from lostreg.checks import whole_number, whole_seed
 from lostreg.errors import ObjectnessError, OptionError
@@ -69,8 +70,8 @@ class Objectness:
 
     def describe(self) -> dict[str, Any]:
         """What decides boxes, as plain values: recorded with results."""
-        numbers = self.head.weight.tobytes() + np.float32(self.head.bias).tobytes()
-        return {"images": self.facts.images, "fingerprint": hashlib.sha256(numbers).hexdigest()[:16]}
+        numbers = np.append(self.head.weight.numpy(), np.float32(self.head.bias))
+        return {"images": self.facts.images, "fingerprint": hashlib.sha256(numbers.tobytes()).hexdigest()[:16]}
 
     def require(self, backbone: str, weights: str) -> None:
         """Raise `OptionError` if it was learned on another backbone, or on other weights of it."""
@@ -85,7 +86,7 @@ class Objectness:
         Raises:
             ObjectnessError: if it cannot be written.
         """
-        tensors = {"weight": self.head.weight, "bias": np.asarray([self.head.bias], dtype=np.float32)}
+        tensors = {"weight": self.head.weight.contiguous(), "bias": torch.tensor([self.head.bias])}
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with whole_file(Path(path)) as part:
@@ -103,15 +104,16 @@ class Objectness:
         try:
             if Path(path).stat().st_size > _MOST_BYTES:
                 raise ValueError("it is too large")
-            with safe_open(path, framework="numpy") as file:
+            with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}")
                 weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
                 facts = as_dataclass(Facts, read_json(metadata["facts"]))
-            if weight.ndim != 1 or bias.shape != (1,) or weight.dtype != bias.dtype != np.float32:
-                raise ValueError(f"expected a weight (D,) and a bias (1,), not {weight.shape} and {bias.shape}")
-            if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            if weight.ndim != 1 or bias.shape != (1,) or {weight.dtype, bias.dtype} != {torch.float32}:
+                shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+                raise ValueError(f"expected a weight (D,) and a bias (1,) of float32, not {shapes}")
+            if not (weight.isfinite().all() and bias.isfinite().all()):
                 raise ValueError("its numbers are not finite")
         except OSError as error:
             raise ObjectnessError(f"cannot read {path}: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
-from lostreg.checks import LARGEST, share, shown, whole_number
+from lostreg.checks import LARGEST, share, whole_number
 from lostreg.defaults import (
     BACKBONE,
     BATCH_SIZE,
@@ -31,8 +31,8 @@ from lostreg.models.table import FEATURES, Feature
 
 BoxFrom = Literal["patches", "mask"]
 BOX_SOURCES: Final[tuple[BoxFrom, ...]] = get_args(BoxFrom)
-AFTER_FORWARD: Final = ("bias", "k_patches", "max_objects", "min_score", "refine", "box_from")
-"""The options that LOST can be run with again on the same features."""
+AFTER_FORWARD: Final = ("method", "bias", "k_patches", "max_objects", "min_score", "refine", "box_from")
+"""The options that can be tried again on the same features."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Options:
         layer: block index from 0, or from the end when negative.
         method: what looks for objects: ``lost``; ``parts``, which takes clusters of patches as candidates beside LOST's
             trials; or a published one, ``tokencut`` or ``maskcut``. See docs/objects.md.
-        objectness: what a collection taught, see `learn`: ranks the candidates of ``parts``. None leaves them their scores.
+        objectness: what a collection taught, see `learn`: ranks the candidates of ``parts``, beside their score.
         bias: Gram bias, ``auto``, a `Calibration` of the same feature, or None for the row's, with ``parts`` for
             ``auto``. TokenCut and MaskCut have none.
         normalize: whether features are L2-normalised; None takes the row's, or what ``auto`` needs. All methods
@@ -107,8 +107,8 @@ class Options:
         choices = {"feature": (None, *FEATURES), "method": METHODS, "precision": PRECISIONS, "box_from": BOX_SOURCES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                shown = ", ".join(str(choice) for choice in allowed if choice is not None)
-                raise OptionError(f"{name} must be one of {shown}, not {getattr(self, name)!r}")
+                listed = ", ".join(str(choice) for choice in allowed if choice is not None)
+                raise OptionError(f"{name} must be one of {listed}, not {getattr(self, name)!r}")
         if not (self.bias is None or isinstance(self.bias, Calibration)):
             self._set("bias", check_bias(self.bias))
         for name in ("k_patches", "batch_size", "max_side", "max_pixels", "max_objects"):
@@ -119,11 +119,14 @@ class Options:
         for name in ("normalize", "compile", "exif", "refine"):
             if getattr(self, name) is not None:
                 self._set(name, bool(getattr(self, name)))
-        if self.objectness is not None:
-            if not isinstance(self.objectness, Objectness):
-                raise OptionError(f"objectness must be an Objectness, such as a file's, not {shown(self.objectness)}")
-            if self.method != "parts":
-                raise OptionError(f"an objectness ranks the candidates of method 'parts', not of '{self.method}'")
+        if not isinstance(self.objectness, Objectness | None):
+            raise OptionError(f"objectness must be an Objectness, such as a file's, not {shown(self.objectness)}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise `OptionError` where options contradict each other."""
+        if self.objectness is not None and self.method != "parts":
+            raise OptionError(f"an objectness ranks the candidates of method 'parts', not of '{self.method}'")
         if self.box_from == "mask" and not self.refine:
             raise OptionError("boxes can be taken from masks that are refined: ask for refined masks, too")
 

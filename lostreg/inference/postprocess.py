@@ -1,6 +1,7 @@
-"""From patches to pixels: what LOST found in a batch, as the results that users get."""
+"""From patches to pixels: what a method found in a batch, as the results that users get."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -9,13 +10,13 @@ from lostreg.images.files import ImageFile
 from lostreg.images.masks import mask_boxes, refine
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discovery import Discovery
+from lostreg.inference.methods import METHODS
 from lostreg.inference.options import ResolvedOptions
-from lostreg.methods.lost import Candidates, Objects
-from lostreg.methods.multi_object import find_objects
+from lostreg.methods.lost import Objects
 
 
 def discoveries(
-    candidates: Candidates,
+    found: Any,
     pictures: Sequence[PatchedPicture],
     patch_size: int,
     options: ResolvedOptions,
@@ -25,13 +26,13 @@ def discoveries(
     """The results of a batch.
 
     Args:
-        candidates: of images of equal grid.
+        found: what the maps of the options' method hold, of images of equal grid.
         pictures: these images.
         patch_size: side of a patch, in pixels of the resized image.
         options: how many objects, and what of them.
         keep_pixels: whether a discovery's source is its decoded image, instead of its file.
     """
-    objects = find_objects(candidates, options.k_patches, options.max_objects, options.min_score)
+    objects = METHODS[options.method].objects(found, options)
     return [
         to_discovery(of_image, picture, patch_size, options, keep_pixels=keep_pixels)
         for of_image, picture in zip(objects, pictures, strict=True)

@@ -7,8 +7,9 @@ from lostreg.errors import ImageError
 from lostreg.images.decode import ImageSource, held
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
+from lostreg.inference.methods import METHODS
 from lostreg.inference.postprocess import discoveries
-from lostreg.methods.lost import find_candidates, prepare
+from lostreg.methods.lost import prepare
 
 
 class Study:
@@ -48,7 +49,10 @@ class Study:
             OptionError: if an option is out of its range, or needs another forward.
         """
         options = self.discoverer.options.with_changes(changes)
-        features = prepare(self._features[None], normalize=options.bias == "auto" or options.normalize)
-        candidates = find_candidates(features, self.picture.grid, options.bias, options.k_patches)
-        (discovery,) = discoveries(candidates, [self.picture], self.discoverer.backbone.spec.patch_size, options)
+        normalize = options.bias == "auto" or options.normalize
+        features = [prepare(one[None], normalize=normalize) for one in self._features]
+        method = METHODS[options.method].make(options, features[0].device)
+        (maps,) = method.search(features, self.picture.grid)
+        found = maps.to_host(wait=True).candidates(features[0], self.picture.grid)
+        (discovery,) = discoveries(found, [self.picture], self.discoverer.backbone.spec.patch_size, options)
         return dataclasses.replace(discovery, source=self._source)

@@ -33,7 +33,7 @@ Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Objectness:
+class LinearObjectness:
     """A linear map from a patch's token to how likely the patch is part of an object.
 
     Attributes:
@@ -44,7 +44,7 @@ class Objectness:
     weight: Tensor
     bias: float
 
-    def to(self, device: torch.device) -> "Objectness":
+    def to(self, device: torch.device) -> "LinearObjectness":
         """The same on a device."""
         return replace(self, weight=self.weight.to(device))
 
@@ -59,7 +59,8 @@ class Objectness:
             Shape (..., N), float32, in [0, 1].
         """
         with exact_float32(tokens.device):
-            return torch.sigmoid(prepare(tokens, normalize=True) @ self.weight + self.bias)
+            rows = prepare(tokens, normalize=True)
+            return torch.sigmoid(rows @ self.weight.to(rows.device) + self.bias)
 
 
 def contrast(probabilities: NDArray[np.float32], masks: Mask) -> NDArray[np.float32]:
@@ -80,7 +81,7 @@ def contrast(probabilities: NDArray[np.float32], masks: Mask) -> NDArray[np.floa
     return contrasts
 
 
-def fit(images: Iterable[tuple[Tensor, Mask, NDArray[np.float32]]]) -> Objectness:
+def fit(images: Iterable[tuple[Tensor, Mask, NDArray[np.float32]]]) -> LinearObjectness:
     """Learn from images without labels.
 
     Of each image an even sample of patches is kept, so memory grows with the number of images and no faster.
@@ -91,7 +92,7 @@ def fit(images: Iterable[tuple[Tensor, Mask, NDArray[np.float32]]]) -> Objectnes
             teach nothing.
 
     Returns:
-        An `Objectness` on the CPU: the same for the same images in the same order.
+        A `LinearObjectness` on the CPU: the same for the same images in the same order.
 
     Raises:
         OptionError: if no image teaches anything, or tokens are not finite or of different dimensions.
@@ -126,7 +127,7 @@ def fit(images: Iterable[tuple[Tensor, Mask, NDArray[np.float32]]]) -> Objectnes
             for chance, (_, masks, scores) in zip(chances, samples, strict=True)
         ]
     weight = weight / deviation
-    return Objectness(weight, bias - float(weight @ mean))
+    return LinearObjectness(weight, bias - float(weight @ mean))
 
 
 def _sample(tokens: Tensor, masks: Mask, scores: NDArray[np.float32]) -> tuple[Tensor, Mask, NDArray[np.float32]]:
