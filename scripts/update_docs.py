@@ -49,7 +49,9 @@ def performance_tables(results: Path) -> str:
     parts = []
     for path in sorted(results.glob("benchmark-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        parts.append(f"{found['cpu']}, {found['threads']} threads; {found['device'].partition(':')[0]}:\n")
+        device = found["device"].removeprefix("cuda: ")
+        where = f"{found['cpu']}, {found['threads']} threads"
+        parts.append(f"{where}:\n" if device.startswith("cpu") else f"{device}, beside {where}:\n")
         parts.append(_markdown([performance_column(run) for run in found["runs"]]))
     return "\n".join(parts)
 

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, get_args
 
 import torch
 
-from lostreg.checks import LARGEST, share, whole_number
+from lostreg.checks import LARGEST, share, shown, whole_number
 from lostreg.defaults import (
     BACKBONE,
     BATCH_SIZE,

@@ -15,8 +15,10 @@ from conftest import scene
 from fabricate import png_header, write_voc
 from PIL import Image
 
+from lostreg import defaults
 from lostreg.cli.main import main
 from lostreg.images.rle import decode_rle
+from lostreg.inference.objectness import Objectness
 from lostreg.runs.predictions import read_predictions
 
 FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]
@@ -326,3 +328,87 @@ def test_masks_that_cannot_be_shown_are_refused_at_once(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+# What looks for objects
+
+
+def options_of(out: Path) -> dict[str, object]:
+    options: dict[str, object] = json.loads((out / "results.json").read_text())["options"]
+    return options
+
+
+def test_a_collection_large_enough_teaches_what_ranks_its_objects(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_voc(tmp_path / "voc", 6) / "JPEGImages"
+    small, large, lost = tmp_path / "small", tmp_path / "large", tmp_path / "lost"
+    assert discover(root, small) == 0
+    assert (options_of(small)["method"], options_of(small)["objectness"]) == ("parts", None)
+    assert "transductive" not in capsys.readouterr().err
+    monkeypatch.setattr(defaults, "LEAST_TEACHERS", 6)
+    assert discover(root, large) == 0
+    assert "learned from 6 of these images, without labels" in capsys.readouterr().err
+    learned = Objectness.load(large / "objectness.safetensors")
+    assert options_of(large)["objectness"] == learned.describe()
+    # A run goes on as it was begun, whatever would now be chosen.
+    kept = {out: (out / "predictions.jsonl").read_bytes() for out in (small, large)}
+    kept[large / "objectness.safetensors"] = (large / "objectness.safetensors").read_bytes()
+    for out in (small, large):
+        assert discover(root, out) == 0
+        assert (out / "predictions.jsonl").read_bytes() == kept[out]
+    assert (large / "objectness.safetensors").read_bytes() == kept[large / "objectness.safetensors"]
+    assert "learned from" not in capsys.readouterr().err
+    assert discover(root, lost, "--method", "lost") == 0
+    assert discover(root, lost) == 0
+    assert f"lost, with which the run in {lost} was begun" in capsys.readouterr().err
+    assert discover(root, lost, "--method", "parts") == 2
+    assert 'method was "lost" and is now "parts"' in capsys.readouterr().err
+    assert discover(root, tmp_path / "none", "--objectness", "none") == 0
+    assert (tmp_path / "none" / "predictions.jsonl").read_bytes() == kept[small]
+    assert discover(root, small, "--objectness", "self") == 2
+    assert "it did not learn from its images" in capsys.readouterr().err
+
+
+def test_what_one_collection_taught_ranks_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_voc(tmp_path / "voc", 6) / "JPEGImages"
+    file = tmp_path / "new" / "objectness.safetensors"
+    assert main(["learn", str(root), "--out", str(file), "--sample", "4", *FAST]) == 0
+    told = capsys.readouterr()
+    assert f"4 of 6 images\nwritten to {file}: use it as --method parts --objectness {file}\n" in told.out
+    assert "4 images teach little" in told.err
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    options = ["--method", "parts", "--objectness", str(file), *FAST]
+    assert main(["predict", str(root), "--json", str(first), *options]) == 0
+    assert discover(root, tmp_path / "out", "--objectness", str(file), "--precision", "fp32") == 0
+    assert main(["predict", str(root), "--json", str(second), "--method", "parts", "--objectness", "self", *FAST]) == 0
+    boxes = [[one.boxes for one in read_predictions(path)] for path in (first, tmp_path / "out/predictions.jsonl")]
+    assert boxes[0] == boxes[1]
+    assert [one.scores for one in read_predictions(first)] != [one.scores for one in read_predictions(second)]
+    capsys.readouterr()
+    for method, file_or_self in (("lost", "self"), ("lost", str(file))):
+        assert main(["predict", str(root), "--method", method, "--objectness", file_or_self, *FAST]) == 2
+        assert "parts" in capsys.readouterr().err
+    (tmp_path / "none.txt").write_text("nothing")
+    assert main(["predict", str(root), "--method", "parts", "--objectness", str(tmp_path / "none.txt"), *FAST]) == 2
+    assert "no objectness of `lostreg learn`" in capsys.readouterr().err
+
+
+def test_eval_says_where_what_ranks_comes_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_voc(tmp_path / "voc", 6)
+    out = tmp_path / "out"
+
+    def evaluate(to: Path, objectness: str) -> int:
+        what = ["--method", "parts", "--objectness", objectness, *FAST]
+        return main(["eval", "voc", "--root", str(root), "--out", str(to), *what])
+
+    assert evaluate(out, "self") == 0
+    assert ", parts, ranked by what its own images taught (transductive) on " in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    assert results["benchmark"]["transductive"] is True
+    kept = (out / "predictions.jsonl").read_bytes()
+    assert evaluate(out, "self") == 0
+    assert (out / "predictions.jsonl").read_bytes() == kept
+    assert evaluate(tmp_path / "file", str(out / "objectness.safetensors")) == 0
+    assert "transductive" not in json.loads((tmp_path / "file" / "results.json").read_text())["benchmark"]
+    assert (tmp_path / "file" / "predictions.jsonl").read_bytes() == kept

@@ -98,7 +98,10 @@ def test_a_sample_is_drawn_by_its_seed(backbone: Backbone) -> None:
 
 @pytest.mark.parametrize(
     ("images", "error", "told"),
-    [([], OptionError, "at least one image"), (["none.jpg", "no.png"], ObjectnessError, "none of 2 images could be read")],
+    [
+        ([], OptionError, "at least one image"),
+        (["none.jpg", "no.png"], ObjectnessError, "none of 2 images could be read"),
+    ],
 )
 def test_nothing_is_learned_from_nothing(
     backbone: Backbone, images: list[str], error: type[LostregError], told: str
@@ -114,7 +117,7 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     assert torch.equal(loaded.head.weight, objectness().head.weight)
     assert (loaded.head.bias, loaded.facts) == (-0.5, FACTS)
     assert loaded.describe() == objectness().describe()
-    assert pickle.loads(pickle.dumps(loaded)).describe() == loaded.describe()  # noqa: S301
+    assert pickle.loads(pickle.dumps(loaded)).describe() == loaded.describe()
     assert objectness(images=4).describe() != loaded.describe()
 
 
@@ -168,7 +171,10 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         ({"objectness": "self", "method": "parts"}, "objectness must be an Objectness, such as a file's, not 'self'"),
         ({"objectness": objectness()}, "ranks the candidates of method 'parts', not of 'lost'"),
         ({"objectness": objectness(backbone="dinov2_vits14"), "method": "parts"}, "learned on dinov2_vits14, not on"),
-        ({"objectness": objectness(weights="others"), "method": "parts"}, "learned on the weights others, not on random"),
+        (
+            {"objectness": objectness(weights="others"), "method": "parts"},
+            "learned on the weights others, not on random",
+        ),
     ],
     ids=str,
 )
