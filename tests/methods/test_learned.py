@@ -20,7 +20,7 @@ Image = tuple[Tensor, np.ndarray, np.ndarray]
 
 
 def image(seed: int, right: float = 0.8, wrong: float = 0.4, tokens: Callable[[Tensor], Tensor] = lambda x: x) -> Image:
-    """An object that is told from the rest by the first of 12 dimensions, a candidate that is it, and one that is not."""
+    """An object that the first of 12 dimensions tells from the rest, a candidate that is right, and one that is not."""
     random = np.random.default_rng(seed)
     row, column = random.integers(0, 5, 2)
     masks = np.zeros((2, *GRID), dtype=bool)
