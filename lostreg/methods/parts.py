@@ -187,44 +187,54 @@ def find_parts(
 ) -> list[Objects]:
     """The objects of each image of a batch, among LOST's and the parts.
 
-    Candidates are ranked by their score, times their contrast where probabilities are given. The best one is an object,
-    and so is each further one whose box overlaps that of none before it by an intersection over union of
-    `lostreg.defaults.OVERLAP` or more.
-
     Args:
         candidates: what LOST found, with the biases of ``auto``.
         labels: of the same images, shape (B, 3, N), as `part_labels` gives them.
         max_objects: at least 1.
         min_score: in [0, 1]; a further object with a lower score is left out.
-        probabilities: how likely each patch is part of an object, see `lostreg.methods.learned`, shape (B, N).
+        probabilities: how likely each patch is part of an object, see `lostreg.methods.learned`, shape (B, N): a
+            candidate's score is then multiplied by its contrast. None for none.
 
     Returns:
-        One `Objects` an image, with one object at least. A box is that of the candidate; of its mask the patches are
-        left out that belong to an object before it. The seed of a part is its patch of lowest degree in LOST's first
-        trial, whose bias and degrees stand for it.
+        One `Objects` an image, with one object at least: see `ranked_objects`.
     """
     objects = []
     for image, (masks, scores) in enumerate(candidate_masks(candidates, labels)):
-        if probabilities is not None:
-            scores = scores * contrast(probabilities[image], masks)
-        objects.append(_objects(candidates, image, masks, scores, max_objects, min_score))
+        ranks = scores if probabilities is None else scores * contrast(probabilities[image], masks)
+        objects.append(ranked_objects(candidates, image, masks, ranks, max_objects, min_score))
     return objects
 
 
-def _objects(
+def ranked_objects(
     candidates: Candidates, image: int, masks: Mask, scores: NDArray[np.float32], max_objects: int, min_score: float
 ) -> Objects:
+    """The best candidate of an image, and each further one whose box overlaps that of none before it.
+
+    Overlap is an intersection over union of `lostreg.defaults.OVERLAP` or more.
+
+    Args:
+        candidates: what LOST found.
+        image: its place among them.
+        masks: as `candidate_masks` gives them.
+        scores: what decides, shape (P,); of equal ones the first is better.
+        max_objects: at least 1.
+        min_score: as for `find_parts`.
+
+    Returns:
+        At least one object. A box is that of the candidate; of its mask those patches are left out that belong to an
+        object before it. The seed of a part is its patch of lowest degree in LOST's first trial, whose bias and
+        degrees stand for it.
+    """
     boxes = tight_boxes(masks)
     kept = _suppress(boxes, scores, max_objects, min_score)
     maps, trials = candidates.maps, candidates.masks.shape[1]
-    height, width = masks.shape[1:]
     degrees = maps.degrees[image, 0].numpy()
+    own = masks[kept]
+    own[1:] &= ~np.logical_or.accumulate(own, axis=0)[:-1]
     seeds = [
         int(maps.seeds[image, place]) if place < trials else _lowest(degrees, masks[place].ravel()) for place in kept
     ]
-    earlier = np.logical_or.accumulate(masks[kept], axis=0)
-    own = masks[kept]
-    own[1:] &= ~earlier[:-1]
+    height, width = masks.shape[1:]
     return Objects(
         xyxy=boxes[kept],
         scores=scores[kept],
