@@ -233,6 +233,23 @@ def test_boxes_of_bf16_are_compared_with_those_of_fp32(
     assert compared["gain_95"] == [-100, 0]
 
 
+def test_methods_that_find_objects_are_compared(
+    script: Callable[[str], ModuleType], coco: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "objects.json"
+    assert script("object_methods").main([*coco, "--features", "v", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["images"] == {"choosing": 2, "reporting": 1, "all": 3}
+    assert all(0 < milliseconds < 1000 for milliseconds in found["features"]["v"]["milliseconds"].values())
+    methods = found["features"]["v"]["methods"]
+    assert list(methods) == ["lost", "parts", "taught", "taught by others"]
+    assert methods["lost"]["all"]["gain"] == 0
+    for method in methods.values():
+        for figures in method.values():
+            assert 0 <= figures["corloc"] <= found["features"]["v"]["reachable"]["all"] <= 100
+            assert 0 <= figures["ap50"] <= 100
+
+
 def test_the_rule_for_outliers_is_tried(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
     assert script("outlier_rates").main(["--repeats", "2", "--out", str(tmp_path / "rates.json")]) == 0
     found = json.loads((tmp_path / "rates.json").read_text())

@@ -73,7 +73,7 @@ def contrast(probabilities: NDArray[np.float32], masks: Mask) -> NDArray[np.floa
     Returns:
         Shape (P,), float32, in [0, 1]; 0 for a mask that covers nothing.
     """
-    members = masks.reshape(len(masks), -1).astype(np.float32)
+    members = masks.reshape(len(masks), len(probabilities)).astype(np.float32)
     size = members.sum(axis=1)
     inside = members @ probabilities
     outside = (probabilities.sum() - inside) / np.maximum(members.shape[1] - size, 1)
@@ -107,6 +107,9 @@ def fit(images: Iterable[tuple[Tensor, Mask, NDArray[np.float32]]]) -> LinearObj
     samples = [_sample(*image) for image in images if image[2].max() > 0]
     if not samples:
         raise OptionError("expected at least one image with a candidate whose score is above 0")
+    dimensions = sorted({sample.shape[1] for sample, _, _ in samples})
+    if len(dimensions) > 1:
+        raise OptionError(f"expected tokens of as many dimensions in each image, not {dimensions}")
     tokens = torch.cat([sample for sample, _, _ in samples])
     if not tokens.isfinite().all():
         raise OptionError("tokens must be finite: in half precision, try bf16 or fp32")

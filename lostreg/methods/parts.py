@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from lostreg.defaults import OVERLAP
 from lostreg.images.boxes import pairwise_iou
@@ -29,9 +28,9 @@ from lostreg.methods.objectness import object_scores
 
 CLUSTERS: Final = (2, 3, 4)
 _COMPONENTS: Final = 4
-_POWER_STEPS: Final = 8
+_POWER_STEPS: Final = 12
 _LLOYD_STEPS: Final = 10
-_RESOLUTION: Final = 1e-5  # of float32: rows of normalised features that lie closer together are the same
+_RESOLUTION: Final = 1e-5  # of float32: shares below are rounding
 _LEAST_PATCHES: Final = 4  # of a part
 _LARGEST_SHARE: Final = 0.9  # of the image
 _MOST_PARTS: Final = 64  # of an image: the largest
@@ -55,62 +54,72 @@ def part_labels(features: Tensor) -> Tensor:
 
 
 def _principal_components(features: Tensor) -> Tensor:
-    """Each patch in the four directions of largest variance, (B, N, D) to (B, N, 4), by subspace iteration."""
+    """Each patch in the four directions of largest variance, (B, N, D) to (B, 4, N), by subspace iteration."""
     batch, _, dimensions = features.shape
     centred = features - features.mean(dim=1, keepdim=True)
     # A start that is the same for all images and whatever the order of patches: no patch's own vector.
-    steps = torch.arange(dimensions * _COMPONENTS, device=features.device, dtype=torch.float32)
-    basis = (steps.square() * 0.37).sin().view(1, dimensions, _COMPONENTS).expand(batch, -1, -1)
-    for _ in range(_POWER_STEPS):  # V <- orthonormal(Xᵀ X V)
-        basis = _orthonormal(centred.mT @ (centred @ basis))
-    rows = centred @ basis
-    spread = torch.linalg.vector_norm(rows, dim=1, keepdim=True) / max(1, rows.shape[1]) ** 0.5
-    return rows.where(spread > _RESOLUTION, 0)  # what varies less is rounding
+    numbers = torch.arange(_COMPONENTS * dimensions, device=features.device, dtype=torch.float32)
+    basis = (0.37 * numbers.square()).sin().view(1, _COMPONENTS, dimensions).expand(batch, -1, -1)
+    for _ in range(_POWER_STEPS):
+        basis = _orthonormal((basis @ centred.mT) @ centred)  # V <- orthonormal(V XᵀX)
+    components = basis @ centred.mT
+    spread = torch.linalg.vector_norm(components, dim=2, keepdim=True) / features.shape[1] ** 0.5
+    return components.where(spread > _RESOLUTION, 0)  # what varies less is rounding
 
 
 def _orthonormal(basis: Tensor) -> Tensor:
-    """Gram and Schmidt's way, which needs no word from the device whether it succeeded; (B, D, C)."""
-    columns: list[Tensor] = []
-    for column in basis.unbind(dim=2):
-        for _ in range(2):  # once more removes what rounding left of the others
-            for other in columns:
-                column = column - (column * other).sum(dim=1, keepdim=True) * other
-        columns.append(functional.normalize(column, dim=1, eps=torch.finfo(torch.float32).tiny))
-    return torch.stack(columns, dim=2)
+    """Gram and Schmidt's way, which asks nothing of the device; zeros for what depends on rows before; (B, C, D)."""
+    rows: list[Tensor] = []
+    for row in basis.unbind(dim=1):
+        least = _RESOLUTION * torch.linalg.vector_norm(row, dim=1, keepdim=True)
+        for other in rows * 2:  # the second time removes what rounding left of them
+            row = row - (row * other).sum(dim=1, keepdim=True) * other
+        length = torch.linalg.vector_norm(row, dim=1, keepdim=True)
+        rows.append(torch.where(length > least, row / length, 0))
+    return torch.stack(rows, dim=1)
 
 
-def _cluster(rows: Tensor) -> Tensor:
-    """k-means for each number of clusters at once, (B, N, C) to (B, 3, N), from starts that they share."""
+def _cluster(points: Tensor) -> Tensor:
+    """k-means for each number of clusters at once, (B, C, N) to (B, 3, N), from starts that they share."""
     most = CLUSTERS[-1]
-    counts = torch.arange(CLUSTERS[0], most + 1, device=rows.device)
-    unused = torch.arange(most, device=rows.device) >= counts[:, None]  # (3, most)
-    centres = _farthest_points(rows, most)[:, None].expand(-1, len(CLUSTERS), -1, -1)
+    numbers = torch.arange(most, device=points.device, dtype=torch.uint8)
+    counts = torch.arange(CLUSTERS[0], most + 1, device=points.device)
+    unused = numbers >= counts[:, None]  # (3, most)
+    centres = _farthest_points(points, most)[:, None].expand(-1, len(CLUSTERS), -1, -1)
     for _ in range(_LLOYD_STEPS):
-        members = functional.one_hot(_nearest(rows, centres, unused), most).to(rows.dtype)  # (B, 3, N, most)
-        counts = members.sum(dim=2)[..., None]
-        means = members.mT @ rows[:, None] / counts.clamp(min=1)
-        centres = torch.where(counts > 0, means, centres)
-    return _nearest(rows, centres, unused).to(torch.uint8)
+        members = (_nearest(points, centres, unused)[:, :, None] == numbers[:, None]).float()  # (B, 3, most, N)
+        sizes = members.sum(dim=3, keepdim=True)
+        means = members @ points[:, None].mT / sizes.clamp(min=1)
+        centres = torch.where(sizes > 0, means, centres)
+    return _nearest(points, centres, unused)
 
 
-def _farthest_points(rows: Tensor, count: int) -> Tensor:
-    """The row farthest from the mean, and again the one farthest from all before; of equal ones the first."""
-    images = torch.arange(len(rows), device=rows.device)
-    distance = rows.square().sum(dim=2)
-    points: list[Tensor] = []
+def _farthest_points(points: Tensor, count: int) -> Tensor:
+    """The point farthest from the mean, and again the one farthest from all before; of equal ones the first.
+
+    Points (B, C, N) of mean 0, to (B, count, C).
+    """
+    distance = points.square().sum(dim=1)
+    chosen: list[Tensor] = []
     for _ in range(count):
-        point = rows[images, distance.argmax(dim=1)]
-        own = (rows - point[:, None]).square().sum(dim=2)
-        distance = torch.minimum(distance, own) if points else own
-        points.append(point)
-    return torch.stack(points, dim=1)
+        farthest = distance.argmax(dim=1)[:, None, None].expand(-1, points.shape[1], 1)
+        point = points.gather(2, farthest)
+        own = (points - point).square().sum(dim=1)
+        distance = torch.minimum(distance, own) if chosen else own
+        chosen.append(point[..., 0])
+    return torch.stack(chosen, dim=1)
 
 
-def _nearest(rows: Tensor, centres: Tensor, unused: Tensor) -> Tensor:
-    """The nearest centre of each row, (B, N, C) and (B, 3, most, C) to (B, 3, N); of equal ones the first."""
+def _nearest(points: Tensor, centres: Tensor, unused: Tensor) -> Tensor:
+    """The nearest centre of each point, (B, C, N) and (B, 3, most, C) to (B, 3, N), uint8; of equal ones the first."""
     # |z - c|² = |z|² - 2 z·c + |c|², of which the first is the same for all centres
-    distance = centres.square().sum(dim=3)[..., None] - 2 * centres @ rows.mT[:, None]
-    return distance.masked_fill(unused[..., None], torch.inf).argmin(dim=2)
+    distances = centres.square().sum(dim=3, keepdim=True) - 2 * centres @ points[:, None]
+    distances = distances.masked_fill(unused[..., None], torch.inf)
+    least, nearest = distances[:, :, 0], torch.zeros_like(distances[:, :, 0], dtype=torch.uint8)
+    for cluster in range(1, unused.shape[1]):
+        nearest = nearest.masked_fill(distances[:, :, cluster] < least, cluster)
+        least = torch.minimum(least, distances[:, :, cluster])
+    return nearest
 
 
 def part_masks(labels: NDArray[np.uint8], grid: tuple[int, int]) -> Mask:
@@ -142,7 +151,7 @@ def part_masks(labels: NDArray[np.uint8], grid: tuple[int, int]) -> Mask:
 
 def _first_of_equal(masks: Mask) -> NDArray[np.int64]:
     """Places of the masks that equal none before them, in order."""
-    packed = np.packbits(masks.reshape(len(masks), -1), axis=1)
+    packed = np.packbits(masks.reshape(len(masks), masks[0].size if len(masks) else 0), axis=1)
     places: NDArray[np.int64] = np.sort(np.unique(packed, axis=0, return_index=True)[1])
     return places
 
@@ -178,44 +187,54 @@ def find_parts(
 ) -> list[Objects]:
     """The objects of each image of a batch, among LOST's and the parts.
 
-    Candidates are ranked by their score, times their contrast where probabilities are given. The best one is an object,
-    and so is each further one whose box overlaps that of none before it by an intersection over union of
-    `lostreg.defaults.OVERLAP` or more.
-
     Args:
         candidates: what LOST found, with the biases of ``auto``.
         labels: of the same images, shape (B, 3, N), as `part_labels` gives them.
         max_objects: at least 1.
         min_score: in [0, 1]; a further object with a lower score is left out.
-        probabilities: how likely each patch is part of an object, see `lostreg.methods.learned`, shape (B, N).
+        probabilities: how likely each patch is part of an object, see `lostreg.methods.learned`, shape (B, N): a
+            candidate's score is then multiplied by its contrast. None for none.
 
     Returns:
-        One `Objects` an image, with one object at least. A box is that of the candidate; of its mask the patches are
-        left out that belong to an object before it. The seed of a part is its patch of lowest degree in LOST's first
-        trial, whose bias and degrees stand for it.
+        One `Objects` an image, with one object at least: see `ranked_objects`.
     """
     objects = []
     for image, (masks, scores) in enumerate(candidate_masks(candidates, labels)):
-        if probabilities is not None:
-            scores = scores * contrast(probabilities[image], masks)
-        objects.append(_objects(candidates, image, masks, scores, max_objects, min_score))
+        ranks = scores if probabilities is None else scores * contrast(probabilities[image], masks)
+        objects.append(ranked_objects(candidates, image, masks, ranks, max_objects, min_score))
     return objects
 
 
-def _objects(
+def ranked_objects(
     candidates: Candidates, image: int, masks: Mask, scores: NDArray[np.float32], max_objects: int, min_score: float
 ) -> Objects:
+    """The best candidate of an image, and each further one whose box overlaps that of none before it.
+
+    Overlap is an intersection over union of `lostreg.defaults.OVERLAP` or more.
+
+    Args:
+        candidates: what LOST found.
+        image: its place among them.
+        masks: as `candidate_masks` gives them.
+        scores: what decides, shape (P,); of equal ones the first is better.
+        max_objects: at least 1.
+        min_score: as for `find_parts`.
+
+    Returns:
+        At least one object. A box is that of the candidate; of its mask those patches are left out that belong to an
+        object before it. The seed of a part is its patch of lowest degree in LOST's first trial, whose bias and
+        degrees stand for it.
+    """
     boxes = tight_boxes(masks)
     kept = _suppress(boxes, scores, max_objects, min_score)
     maps, trials = candidates.maps, candidates.masks.shape[1]
-    height, width = masks.shape[1:]
     degrees = maps.degrees[image, 0].numpy()
+    own = masks[kept]
+    own[1:] &= ~np.logical_or.accumulate(own, axis=0)[:-1]
     seeds = [
         int(maps.seeds[image, place]) if place < trials else _lowest(degrees, masks[place].ravel()) for place in kept
     ]
-    earlier = np.logical_or.accumulate(masks[kept], axis=0)
-    own = masks[kept]
-    own[1:] &= ~earlier[:-1]
+    height, width = masks.shape[1:]
     return Objects(
         xyxy=boxes[kept],
         scores=scores[kept],
