@@ -29,7 +29,7 @@ from lostreg.images.boxes import in_pixels, pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import PatchedPicture, cut_patches
 from lostreg.jsonio import write_json
-from lostreg.methods.learned import Objectness, contrast, fit
+from lostreg.methods.learned import LinearObjectness, contrast, fit
 from lostreg.methods.lost import Candidates, Objects, find_candidates, prepare, tight_boxes
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.parts import candidate_masks, part_labels, ranked_objects
@@ -180,13 +180,13 @@ def judge(images: Sequence[Seen], feature: int) -> dict[str, Any]:
     }
 
 
-def taught(images: Sequence[Seen], feature: int) -> Objectness | None:
+def taught(images: Sequence[Seen], feature: int) -> LinearObjectness | None:
     """What images teach; None for no images."""
     searched = [(image.tokens, image.features[feature]) for image in images]
     return fit((tokens, one.masks, one.scores) for tokens, one in searched) if images else None
 
 
-def boxes(image: Seen, feature: int, objectness: Objectness | None) -> Boxes:
+def boxes(image: Seen, feature: int, objectness: LinearObjectness | None) -> Boxes:
     """The objects among all candidates of an image."""
     one = image.features[feature]
     ranks = one.scores

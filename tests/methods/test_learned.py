@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lostreg.errors import OptionError
 from lostreg.methods import learned
-from lostreg.methods.learned import Objectness, contrast, fit
+from lostreg.methods.learned import LinearObjectness, contrast, fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = (9, 10)
@@ -32,7 +32,7 @@ def image(seed: int, right: float = 0.8, wrong: float = 0.4, tokens: Callable[[T
     return tokens(values), masks, np.array([right, wrong], dtype=np.float32)
 
 
-def share_right(objectness: Objectness, seeds: range) -> float:
+def share_right(objectness: LinearObjectness, seeds: range) -> float:
     """The share of the patches of other images that are told apart, object and rest weighing the same."""
     right = []
     for seed in seeds:
@@ -161,4 +161,4 @@ def test_tokens_that_are_all_the_same_teach_nothing_odd() -> None:
 
 
 def test_a_map_can_be_put_on_a_device() -> None:
-    assert Objectness(torch.ones(3), 0.5).to(torch.device("meta")).weight.is_meta
+    assert LinearObjectness(torch.ones(3), 0.5).to(torch.device("meta")).weight.is_meta
