@@ -81,12 +81,15 @@ class Maps(Protocol):
 class Method(Protocol):
     """A method with its options."""
 
-    def search(self, features: Sequence[Tensor], grid: Grid) -> Sequence[Maps]:
-        """Queue its work on a batch.
+    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> Sequence[Sequence[Maps]]:
+        """Queue its work on a pack.
 
         Args:
-            features: each of the wanted ones, shape (B, N, D), as `prepare` gives them.
-            grid: (h, w).
+            runs: of images of one grid: each of the wanted features, shape (B, N, D), as `prepare` gives them.
+            grids: (h, w) of each run.
+
+        Returns:
+            Of each run, the maps of each feature that is searched.
         """
 
 
@@ -103,7 +106,7 @@ class Search:
 
     grids: list[Grid]
     features: list[list[Tensor]]
-    maps: list[list[Maps]]
+    maps: Sequence[Sequence[Maps]]
     done: torch.cuda.Event | None
 
 
@@ -150,7 +153,7 @@ class ObjectsJob(Generic[Outcome]):
             [prepare(part.view(images, -1, part.shape[1]), normalize=self.normalize) for part in parts]
             for (_, images), *parts in zip(runs, *by_feature, strict=True)
         ]
-        maps = [list(self.method.search(run, grid)) for (grid, _), run in zip(runs, batches, strict=True)]
+        maps = self.method.search(batches, [grid for grid, _ in runs])
         on_host = [[of_feature.to_host(wait=False) for of_feature in run] for run in maps]
         done = None
         if self.backbone.device.type == "cuda":

@@ -72,11 +72,15 @@ class Parts:
     k_patches: int
     head: LinearObjectness | None = None
 
-    def search(self, features: Sequence[Tensor], grid: Grid) -> list[PartsMaps]:
+    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> list[list[PartsMaps]]:
         """Queue the work on normalised features and, behind them, the output tokens of the last layer if wanted."""
-        feature, tokens = features[0], features[1] if len(features) > 1 else None
-        chances = None if self.head is None or tokens is None else self.head.probabilities(tokens)
-        return [PartsMaps(lost_maps(feature, grid, self.bias, self.k_patches), part_labels(feature), chances, tokens)]
+        maps = []
+        for (features, *rest), grid in zip(runs, grids, strict=True):
+            tokens = rest[0] if rest else None
+            chances = None if self.head is None or tokens is None else self.head.probabilities(tokens)
+            lost = lost_maps(features, grid, self.bias, self.k_patches)
+            maps.append([PartsMaps(lost, part_labels(features), chances, tokens)])
+        return maps
 
 
 @dataclass(frozen=True)

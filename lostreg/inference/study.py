@@ -52,7 +52,7 @@ class Study:
         normalize = options.bias == "auto" or options.normalize
         features = [prepare(one[None], normalize=normalize) for one in self._features]
         method = METHODS[options.method].make(options, features[0].device)
-        (maps,) = method.search(features, self.picture.grid)
+        ((maps,),) = method.search([features], [self.picture.grid])
         found = maps.to_host(wait=True).candidates(features[0], self.picture.grid)
         (discovery,) = discoveries(found, [self.picture], self.discoverer.backbone.spec.patch_size, options)
         return dataclasses.replace(discovery, source=self._source)

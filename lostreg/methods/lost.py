@@ -167,9 +167,12 @@ class Lost:
     bias: Bias
     k_patches: int
 
-    def search(self, features: Sequence[Tensor], grid: tuple[int, int]) -> list["LostMaps"]:
-        """`lost_maps` of several features of the same images."""
-        return [lost_maps(one, grid, self.bias, self.k_patches) for one in features]
+    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[tuple[int, int]]) -> list[list["LostMaps"]]:
+        """`lost_maps` of several features of images of several grids."""
+        return [
+            [lost_maps(features, grid, self.bias, self.k_patches) for features in run]
+            for run, grid in zip(runs, grids, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
