@@ -12,7 +12,7 @@ from torch import Tensor
 from lostreg.inference.jobs import Grid, Method
 from lostreg.inference.options import ResolvedOptions
 from lostreg.methods.learned import LinearObjectness
-from lostreg.methods.lost import Bias, Candidates, Lost, LostMaps, Objects, lost_maps, queued_on_host
+from lostreg.methods.lost import Bias, Candidates, Lost, LostMaps, Objects, lost_maps, copy_to_host
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.parts import find_parts, part_labels
 from lostreg.models.table import Feature
@@ -48,8 +48,8 @@ class PartsMaps:
 
     def to_host(self, *, wait: bool = True) -> "PartsMaps":
         """The same on the CPU but for the tokens; see `LostMaps.to_host`."""
-        chances = None if self.probabilities is None else queued_on_host(self.probabilities)
-        labels = queued_on_host(self.labels)
+        chances = None if self.probabilities is None else copy_to_host(self.probabilities)
+        labels = copy_to_host(self.labels)
         return replace(self, lost=self.lost.to_host(wait=wait), labels=labels, probabilities=chances)
 
     def candidates(self, features: Tensor, grid: Grid) -> PartsFound:

@@ -239,7 +239,7 @@ class LostMaps:
             wait: whether the copies are there on return. Else they are only queued where the device is a GPU, behind
                 what is queued already: synchronise with its stream before looking.
         """
-        on_host = LostMaps(*(queued_on_host(getattr(self, field.name)) for field in fields(self)))
+        on_host = LostMaps(*(copy_to_host(getattr(self, field.name)) for field in fields(self)))
         if wait and self.masks.is_cuda:
             torch.cuda.current_stream(self.masks.device).synchronize()
         return on_host
@@ -268,7 +268,7 @@ class LostMaps:
         return Candidates(components, np.where(connected, scores, np.float32(0)), connected, self, features)
 
 
-def queued_on_host(tensor: Tensor) -> Tensor:
+def copy_to_host(tensor: Tensor) -> Tensor:
     """A copy in pinned memory, queued, of what is on a GPU; the same where it is on the CPU."""
     if not tensor.is_cuda:
         return tensor.cpu()
