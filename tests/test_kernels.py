@@ -97,7 +97,7 @@ def assert_same_counts(tiles: Iterable[Tile], thresholds: Tensor, patches: int) 
 
 def tiles_of(features: Tensor, rows: int) -> Iterable[Tile]:
     similarities = Similarities(features)
-    similarities._rows, similarities._keeps = rows, True
+    similarities._rows, similarities.keeps = rows, True
     return similarities.tiles()
 
 

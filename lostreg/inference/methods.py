@@ -12,9 +12,17 @@ from torch import Tensor
 from lostreg.inference.jobs import Grid, Method
 from lostreg.inference.options import ResolvedOptions
 from lostreg.methods.learned import LinearObjectness
-from lostreg.methods.lost import Bias, Candidates, Lost, LostMaps, Objects, lost_maps, copy_to_host
+from lostreg.methods.lost import Bias, Candidates, Lost, LostMaps, Objects, copy_to_host, lost_maps
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.parts import find_parts, part_labels
+from lostreg.methods.spectral import (
+    MASKCUT_TAU,
+    TOKENCUT_TAU,
+    SpectralMaps,
+    maskcut_objects,
+    spectral_maps,
+    tokencut_objects,
+)
 from lostreg.models.table import Feature
 
 TOKENS: Final[tuple[Feature, int]] = ("out", -1)  # what an objectness reads
@@ -84,6 +92,45 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class CutFound:
+    """What TokenCut and MaskCut choose their objects from, for a batch of images of one grid."""
+
+    maps: SpectralMaps
+    features: Tensor
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class CutMaps:
+    """`SpectralMaps` as a job takes them."""
+
+    maps: SpectralMaps
+
+    def to_host(self, *, wait: bool = True) -> "CutMaps":
+        """See `SpectralMaps.to_host`."""
+        return CutMaps(self.maps.to_host(wait=wait))
+
+    def candidates(self, features: Tensor, grid: Grid) -> CutFound:
+        """Nothing is cut yet: how often, the options say."""
+        return CutFound(self.maps, features, grid)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A normalised cut of the graph of patches, see `lostreg.methods.spectral`.
+
+    Attributes:
+        tau: the cosine above which two patches are similar.
+    """
+
+    tau: float
+
+    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> list[list[CutMaps]]:
+        """Queue the work on normalised features."""
+        return [[CutMaps(spectral_maps(run[0], grid, self.tau))] for run, grid in zip(runs, grids, strict=True)]
+
+
+@dataclass(frozen=True)
 class Row:
     """A method.
 
@@ -111,6 +158,15 @@ METHODS: Final = {
         lambda found, options: find_objects(found, options.k_patches, options.max_objects, options.min_score),
     ),
     "parts": Row(_parts, _objects_of_parts),
+    "tokencut": Row(
+        lambda *_: Cut(TOKENCUT_TAU), lambda found, _: tokencut_objects(found.maps, found.features, found.grid)
+    ),
+    "maskcut": Row(
+        lambda *_: Cut(MASKCUT_TAU),
+        lambda found, options: maskcut_objects(
+            found.maps, found.features, found.grid, options.max_objects, options.min_score
+        ),
+    ),
 }
 
 

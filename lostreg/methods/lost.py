@@ -254,8 +254,7 @@ class LostMaps:
         Raises:
             OptionError: if a feature was not finite.
         """
-        if not self.finite.all():
-            raise OptionError("features must be finite: in half precision, try bf16 or fp32")
+        require_finite(self.finite)
         shape = self.seeds.shape
         rows, columns = np.divmod(self.seeds.numpy().ravel(), grid[1])
         components = seed_components(self.masks.view(-1, *grid).numpy(), rows, columns)
@@ -378,12 +377,64 @@ def seed_components(masks: NDArray[np.bool_], rows: NDArray[np.int64], columns: 
 
 
 def tight_boxes(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Boxes around masks, (..., h, w) to (..., 4): ``x1, y1, x2, y2`` in patches, exclusive right and bottom edges."""
-    columns, rows = np.asarray(masks.any(axis=-2)), np.asarray(masks.any(axis=-1))
+    """The box around each mask, in patches.
+
+    Args:
+        masks: shape (..., h, w), bool, none of them empty.
+
+    Returns:
+        Shape (..., 4), ``x1, y1, x2, y2``, exclusive right and bottom edges.
+    """
+    columns, rows = np.any(masks, axis=-2), np.any(masks, axis=-1)
     left, top = columns.argmax(axis=-1), rows.argmax(axis=-1)
     right = columns.shape[-1] - columns[..., ::-1].argmax(axis=-1)
     bottom = rows.shape[-1] - rows[..., ::-1].argmax(axis=-1)
     return np.stack([left, top, right, bottom], axis=-1).astype(np.int64)
+
+
+def main_objects(
+    features: Tensor, masks: NDArray[np.bool_], seeds: NDArray[np.int64], heat: NDArray[np.int64], bias: float
+) -> list[Objects]:
+    """One object an image, and its score.
+
+    Args:
+        features: shape (B, N, D), on any device, which is waited for.
+        masks: the patches of each object, shape (B, h, w), bool.
+        seeds: the patch index of each object's seed, shape (B,).
+        heat: shape (B, h, w), int64.
+        bias: that the objects were found with.
+    """
+    with exact_float32(features.device):
+        scores = object_scores(features, masks[:, None])
+    boxes, biases = tight_boxes(masks), np.full(len(masks), bias, dtype=np.float32)
+    places = np.stack(np.divmod(seeds, masks.shape[2]), axis=1)
+    images = [slice(image, image + 1) for image in range(len(masks))]
+    return [
+        Objects(boxes[one], scores[one.start], masks[one], heat[one.start], places[one], biases[one]) for one in images
+    ]
+
+
+def require_finite(finite: Tensor) -> None:
+    """Make sure that the features of each image were finite; (B,), bool, on the CPU.
+
+    Raises:
+        OptionError: if those of one were not.
+    """
+    if not finite.all():
+        raise OptionError("features must be finite: in half precision, try bf16 or fp32")
+
+
+def check_shape(features: Tensor, grid: tuple[int, int]) -> None:
+    """Make sure that features are those of a grid's patches, and at least one.
+
+    Raises:
+        OptionError: if they are not.
+    """
+    height, width = grid
+    if features.ndim != 3 or features.shape[1] != height * width or not features.shape[1]:
+        raise OptionError(
+            f"features must have shape (B, N, D) with N = {height} * {width} > 0, not {tuple(features.shape)}"
+        )
 
 
 def _checked_grid(grid: tuple[int, int]) -> tuple[int, int]:
@@ -395,11 +446,7 @@ def _checked_grid(grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_input(features: Tensor, grid: tuple[int, int], bias: Bias) -> None:
-    height, width = grid
-    if features.ndim != 3 or features.shape[1] != height * width or not features.shape[1]:
-        raise OptionError(
-            f"features must have shape (B, N, D) with N = {height} * {width} > 0, not {tuple(features.shape)}"
-        )
+    check_shape(features, grid)
     if isinstance(bias, Tensor) and (bias.ndim not in (1, 2) or len(bias) != len(features) or 0 in bias.shape[1:]):
         raise OptionError(f"bias must have shape ({len(features)},) or ({len(features)}, K), not {tuple(bias.shape)}")
     if isinstance(bias, Tensor) and not bias.to(features).isfinite().all():

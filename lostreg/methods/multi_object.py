@@ -50,7 +50,7 @@ def _find_further(objects: list[Objects], rest: "_Rest", k_patches: int, rounds:
     latest = objects
     for _ in range(rounds):
         left = rest.among.any(dim=1).tolist()
-        stays = [place for place, one in enumerate(latest) if _may_count(one, min_score) and left[place]]
+        stays = [place for place, one in enumerate(latest) if may_count(one, min_score) and left[place]]
         if not stays:
             return
         images, rest = [images[place] for place in stays], rest.select(stays)
@@ -58,16 +58,16 @@ def _find_further(objects: list[Objects], rest: "_Rest", k_patches: int, rounds:
         rest.remove(result.masks)
         latest = result.split()
         for image, one in zip(images, latest, strict=True):
-            if _may_count(one, min_score) and pairwise_iou(one.xyxy, objects[image].xyxy).max() < OVERLAP:
-                objects[image] = _joined(objects[image], one)
+            if may_count(one, min_score) and pairwise_iou(one.xyxy, objects[image].xyxy).max() < OVERLAP:
+                objects[image] = joined(objects[image], one)
 
 
-def _may_count(objects: Objects, min_score: float) -> bool:
+def may_count(objects: Objects, min_score: float) -> bool:
     """Whether the first of them may count as an object: a score of 0 says that it is none."""
     return bool(objects.scores[0] >= min_score and objects.scores[0] > 0)
 
 
-def _joined(objects: Objects, others: Objects) -> Objects:
+def joined(objects: Objects, others: Objects) -> Objects:
     """These objects and the others after them; the heat is that of the first."""
     names = ("xyxy", "scores", "masks", "seeds", "biases")
     return replace(objects, **{name: np.concatenate([getattr(objects, name), getattr(others, name)]) for name in names})

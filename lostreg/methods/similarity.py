@@ -45,13 +45,16 @@ class Similarities:
     Args:
         features: shape (B, N, D), float32, N at least 1. Products are taken in float32 as the caller has
             PyTorch set up.
+
+    Attributes:
+        keeps: whether `tiles` computes each similarity once and gives the same tiles every time.
     """
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
         self.batch, self.count, _ = features.shape
         self._rows = max(_LEAST_ROWS, _limit(_BLOCK_ELEMENTS, features.device) // max(1, self.batch * self.count))
-        self._keeps = self.batch * self.count**2 <= _limit(_KEPT_ELEMENTS, features.device)
+        self.keeps = self.batch * self.count**2 <= _limit(_KEPT_ELEMENTS, features.device)
         self._kept: list[Tile] | None = None
         self._scratch: Tensor | None = None
 
@@ -73,7 +76,7 @@ class Similarities:
 
     def tiles(self) -> Iterator[Tile]:
         """Half of the Gram matrices: every pair of patches is in one tile, or twice in a square one."""
-        if not self._keeps:
+        if not self.keeps:
             return self._compute()
         if self._kept is None:
             self._kept = list(self._compute())
@@ -90,7 +93,7 @@ class Similarities:
     def _product(self, rows: slice, columns: slice) -> Tensor:
         left, right = self.features[:, rows], self.features[:, columns].mT
         shape = (self.batch, left.shape[1], right.shape[2])
-        if self._keeps:
+        if self.keeps:
             out = left.new_empty(shape)
         else:
             if self._scratch is None:
