@@ -19,6 +19,10 @@ from lostreg.artifacts.norms import token_norms
 from lostreg.artifacts.register_search import _activations
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.jobs import FeaturesJob, LookJob, ObjectsJob
+from lostreg.inference.methods import METHODS, wanted_features
+from lostreg.inference.objectness import Facts, Objectness
+from lostreg.inference.options import Options
+from lostreg.methods.learned import LinearObjectness
 from lostreg.methods.lost import Bias, Candidates, Lost, lost_boxes, lost_maps, prepare
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.objectness import score_factors
@@ -154,6 +158,34 @@ def test_objects_mix_no_devices(bias: Bias, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(isinstance(value, np.ndarray) for one in outcomes for value in vars(one).values())
     assert len(rounds) > 2, "nothing further was looked for"
     assert set(rounds) == {DEVICE}
+
+
+@pytest.mark.parametrize(("method", "learned"), [*((method, False) for method in METHODS), ("parts", True)])
+def test_no_method_mixes_devices_or_waits(method: str, learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = on_gpu(small("dinov2_vits14_reg"))
+    facts = Facts(backbone=backbone.spec.name, weights=backbone.weights, images=1, unreadable=0, seed=0)
+    pack = pictures(backbone, [(2, 2), *[(4, 5)] * 6])
+    with fake_gpu(monkeypatch) as dispatched:
+        head = LinearObjectness(torch.zeros(backbone.model.num_features), 0.0)  # type: ignore[arg-type]
+        objectness = Objectness(head, facts) if learned else None
+        asked = Options(backbone, method=method, objectness=objectness, max_objects=3, min_score=0.0)
+        options = asked.resolved(backbone)
+        row = METHODS[method]
+        job = ObjectsJob(
+            FeaturesJob(backbone, wanted_features(options)),
+            row.make(options, DEVICE),
+            normalize=True,
+            convert=lambda found, _: row.objects(found[0], options),
+        )
+        job.start(pack)  # whatever is made once is there
+        features = job.features.start(pack)
+        dispatched.take()
+        search = job.search(features, [picture.grid for picture in pack])
+        assert dispatched.take()[1] == []
+        outcomes = job.finish(search, pack)
+    assert {one.device for run in search.features for one in run} == {DEVICE}
+    assert len(outcomes) == len(pack)
+    assert all(isinstance(one.masks, np.ndarray) for one in outcomes)
 
 
 @pytest.mark.parametrize("bias", ["auto", -0.5, "one an image", "several", with_trials((-0.5, -0.25))])

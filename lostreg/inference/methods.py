@@ -14,7 +14,7 @@ from lostreg.inference.options import ResolvedOptions
 from lostreg.methods.learned import LinearObjectness
 from lostreg.methods.lost import Bias, Candidates, Lost, LostMaps, Objects, copy_to_host, lost_maps
 from lostreg.methods.multi_object import find_objects
-from lostreg.methods.parts import find_parts, part_labels
+from lostreg.methods.parts import find_parts, labels_of_pack
 from lostreg.methods.spectral import (
     MASKCUT_TAU,
     TOKENCUT_TAU,
@@ -83,11 +83,12 @@ class Parts:
     def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> list[list[PartsMaps]]:
         """Queue the work on normalised features and, behind them, the output tokens of the last layer if wanted."""
         maps = []
-        for (features, *rest), grid in zip(runs, grids, strict=True):
+        clusters = labels_of_pack([features for features, *_ in runs])
+        for (features, *rest), labels, grid in zip(runs, clusters, grids, strict=True):
             tokens = rest[0] if rest else None
             chances = None if self.head is None or tokens is None else self.head.probabilities(tokens)
             lost = lost_maps(features, grid, self.bias, self.k_patches)
-            maps.append([PartsMaps(lost, part_labels(features), chances, tokens)])
+            maps.append([PartsMaps(lost, labels, chances, tokens)])
         return maps
 
 

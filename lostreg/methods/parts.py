@@ -11,13 +11,15 @@ Distances between rows of Z are the same for any basis of the same directions, s
 B images, N = h*w patches row by row, D dimensions. Memory grows with N*D, never with N².
 """
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, cast
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from lostreg.defaults import OVERLAP
 from lostreg.images.boxes import pairwise_iou
@@ -50,51 +52,82 @@ def part_labels(features: Tensor) -> Tensor:
         Nothing is told of features that are not finite: their labels mean nothing.
     """
     with exact_float32(features.device):
-        return _cluster(_principal_components(features))
+        return _cluster(_principal_components(_centred(features)))
 
 
-def _principal_components(features: Tensor) -> Tensor:
-    """Each patch in the four directions of largest variance, (B, N, D) to (B, 4, N), by subspace iteration."""
-    batch, _, dimensions = features.shape
-    centred = features - features.mean(dim=1, keepdim=True)
+@torch.no_grad()
+def labels_of_pack(runs: Sequence[Tensor]) -> list[Tensor]:
+    """`part_labels` of images of several grids; on a GPU, which would wait for the host to queue each step, together.
+
+    Args:
+        runs: of images of one grid each, as `part_labels` takes them.
+    """
+    if runs[0].device.type == "cpu" or len(runs) == 1:
+        return [part_labels(features) for features in runs]
+    with exact_float32(runs[0].device):
+        return _padded_labels(runs)
+
+
+def _padded_labels(runs: Sequence[Tensor]) -> list[Tensor]:
+    sizes, counts = [len(features) for features in runs], [features.shape[1] for features in runs]
+    most = max(counts)
+    padded = torch.cat([functional.pad(_centred(one), (0, 0, 0, most - one.shape[1])) for one in runs])
+    patches = torch.cat([padded.new_full((size,), count) for size, count in zip(sizes, counts, strict=True)])
+    present = torch.arange(most, device=padded.device) < patches[:, None]
+    labels = torch.split(_cluster(_principal_components(padded, patches), present), sizes)
+    return [of_run[:, :, :count].contiguous() for of_run, count in zip(labels, counts, strict=True)]
+
+
+def _centred(features: Tensor) -> Tensor:
+    return features - features.mean(dim=1, keepdim=True)
+
+
+def _principal_components(centred: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Each patch in the four directions of largest variance, (B, N, D) to (B, 4, N), by subspace iteration.
+
+    Counts, shape (B,), say how many of the N are patches; what follows them is zero.
+    """
+    batch, count, dimensions = centred.shape
     # A start that is the same for all images and whatever the order of patches: no patch's own vector.
-    numbers = torch.arange(_COMPONENTS * dimensions, device=features.device, dtype=torch.float32)
+    numbers = torch.arange(_COMPONENTS * dimensions, device=centred.device, dtype=torch.float32)
     basis = (0.37 * numbers.square()).sin().view(1, _COMPONENTS, dimensions).expand(batch, -1, -1)
     for _ in range(_POWER_STEPS):
         basis = _orthonormal((basis @ centred.mT) @ centred)  # V <- orthonormal(V XᵀX)
     components = basis @ centred.mT
-    spread = torch.linalg.vector_norm(components, dim=2, keepdim=True) / features.shape[1] ** 0.5
+    length = torch.linalg.vector_norm(components, dim=2, keepdim=True)
+    spread = length / count**0.5 if counts is None else length / counts.sqrt().view(-1, 1, 1)
     return components.where(spread > _RESOLUTION, 0)  # what varies less is rounding
 
 
 def _orthonormal(basis: Tensor) -> Tensor:
-    """Gram and Schmidt's way, which asks nothing of the device; zeros for what depends on rows before; (B, C, D)."""
-    rows: list[Tensor] = []
-    for row in basis.unbind(dim=1):
-        least = _RESOLUTION * torch.linalg.vector_norm(row, dim=1, keepdim=True)
-        for other in rows * 2:  # the second time removes what rounding left of them
-            row = row - (row * other).sum(dim=1, keepdim=True) * other
-        length = torch.linalg.vector_norm(row, dim=1, keepdim=True)
-        rows.append(torch.where(length > least, row / length, 0))
-    return torch.stack(rows, dim=1)
+    """V <- L⁻¹ V for V Vᵀ = L Lᵀ, which asks nothing of the device; (B, C, D). What has no length stays so."""
+    gram = basis @ basis.mT
+    least = _RESOLUTION * gram.diagonal(dim1=1, dim2=2).mean(dim=1) + torch.finfo(torch.float32).tiny
+    gram.diagonal(dim1=1, dim2=2).add_(least[:, None])  # rows that depend on each other would have no L
+    lower = torch.linalg.cholesky_ex(gram).L
+    return cast("Tensor", torch.linalg.solve_triangular(lower, basis, upper=False))
 
 
-def _cluster(points: Tensor) -> Tensor:
-    """k-means for each number of clusters at once, (B, C, N) to (B, 3, N), from starts that they share."""
+def _cluster(points: Tensor, present: Tensor | None = None) -> Tensor:
+    """k-means for each number of clusters at once, (B, C, N) to (B, 3, N), from starts that they share.
+
+    Points that are not present, (B, N), have no say.
+    """
     most = CLUSTERS[-1]
     numbers = torch.arange(most, device=points.device, dtype=torch.uint8)
     counts = torch.arange(CLUSTERS[0], most + 1, device=points.device)
     unused = numbers >= counts[:, None]  # (3, most)
-    centres = _farthest_points(points, most)[:, None].expand(-1, len(CLUSTERS), -1, -1)
+    centres = _farthest_points(points, most, present)[:, None].expand(-1, len(CLUSTERS), -1, -1)
     for _ in range(_LLOYD_STEPS):
-        members = (_nearest(points, centres, unused)[:, :, None] == numbers[:, None]).float()  # (B, 3, most, N)
+        members = _nearest(points, centres, unused)[:, :, None] == numbers[:, None]  # (B, 3, most, N)
+        members = (members if present is None else members & present[:, None, None]).float()
         sizes = members.sum(dim=3, keepdim=True)
         means = members @ points[:, None].mT / sizes.clamp(min=1)
         centres = torch.where(sizes > 0, means, centres)
     return _nearest(points, centres, unused)
 
 
-def _farthest_points(points: Tensor, count: int) -> Tensor:
+def _farthest_points(points: Tensor, count: int, present: Tensor | None) -> Tensor:
     """The point farthest from the mean, and again the one farthest from all before; of equal ones the first.
 
     Points (B, C, N) of mean 0, to (B, count, C).
@@ -102,7 +135,8 @@ def _farthest_points(points: Tensor, count: int) -> Tensor:
     distance = points.square().sum(dim=1)
     chosen: list[Tensor] = []
     for _ in range(count):
-        farthest = distance.argmax(dim=1)[:, None, None].expand(-1, points.shape[1], 1)
+        reach = distance if present is None else distance.masked_fill(~present, -1)
+        farthest = reach.argmax(dim=1)[:, None, None].expand(-1, points.shape[1], 1)
         point = points.gather(2, farthest)
         own = (points - point).square().sum(dim=1)
         distance = torch.minimum(distance, own) if chosen else own

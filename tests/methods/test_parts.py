@@ -13,7 +13,7 @@ from lostreg.images.boxes import pairwise_iou
 from lostreg.methods import parts
 from lostreg.methods.learned import contrast
 from lostreg.methods.lost import Candidates, Objects, find_candidates, prepare, tight_boxes
-from lostreg.methods.parts import CLUSTERS, candidate_masks, find_parts, part_labels, part_masks
+from lostreg.methods.parts import CLUSTERS, candidate_masks, find_parts, labels_of_pack, part_labels, part_masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Grid = tuple[int, int]
@@ -84,7 +84,7 @@ def test_clusters_are_those_of_k_means_by_the_book(seed, depth) -> None:
 def test_components_hold_the_variance_of_the_largest_four() -> None:
     scales = torch.tensor([4, 3, 2, 1.5, 1, 0.8, *[0.5] * 58])
     features = prepare(torch.randn(3, 500, 64) * scales + 1, normalize=True)
-    components = parts._principal_components(features)
+    components = parts._principal_components(parts._centred(features))
     for image, found in zip(features, components, strict=True):
         largest = torch.linalg.svdvals(image - image.mean(dim=0))[:4].square().sum()
         assert 0.999 < found.square().sum() / largest <= 1 + 1e-5
@@ -265,3 +265,12 @@ def test_features_that_are_not_finite_are_declined(value: float) -> None:
     assert part_labels(features).shape == (2, 3, 12)  # nothing waits for the device to say so
     with pytest.raises(OptionError, match="must be finite"):
         parts_of(features, (3, 4))
+
+
+def test_a_pack_of_several_grids_has_the_labels_of_each_image() -> None:
+    """Images that are padded to the longest for a GPU are clustered as they are alone."""
+    runs = [noise(number, images=2, grid=grid, depth=16) for number, grid in enumerate([(5, 6), (9, 8), (4, 4)])]
+    runs.append(torch.zeros(1, 3, 16))
+    alone = [part_labels(features) for features in runs]
+    for found in (labels_of_pack(runs), parts._padded_labels(runs)):
+        assert all(torch.equal(labels, expected) for labels, expected in zip(found, alone, strict=True))
