@@ -73,12 +73,14 @@ class Objectness:
         numbers = np.append(self.head.weight.numpy(), np.float32(self.head.bias))
         return {"images": self.facts.images, "fingerprint": hashlib.sha256(numbers.tobytes()).hexdigest()[:16]}
 
-    def require(self, backbone: str, weights: str) -> None:
-        """Raise `OptionError` if it was learned on another backbone, or on other weights of it."""
+    def require(self, backbone: str, weights: str, width: int) -> None:
+        """Raise `OptionError` if it was learned on another backbone, on other weights of it or on other tokens."""
         if self.facts.backbone != backbone:
             raise OptionError(f"the objectness was learned on {self.facts.backbone}, not on {backbone}")
         if self.facts.weights != weights:
             raise OptionError(f"the objectness was learned on the weights {self.facts.weights}, not on {weights}")
+        if len(self.head.weight) != width:
+            raise OptionError(f"the objectness is of tokens of {len(self.head.weight)} dimensions, not of {width}")
 
     def save(self, path: str | Path) -> None:
         """Write the safetensors file that ``--objectness FILE`` takes.

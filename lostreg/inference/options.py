@@ -155,7 +155,7 @@ class Options:
                 raise OptionError(f"method '{self.method}' is defined on normalised features: normalise, or use 'lost'")
             normalize = True
         if self.objectness is not None:
-            self.objectness.require(spec.name, backbone.weights)
+            self.objectness.require(spec.name, backbone.weights, int(backbone.model.num_features))  # type: ignore[arg-type]
         decided = {
             "backbone": spec.name,
             "weights": backbone.weights,

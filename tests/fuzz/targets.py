@@ -46,6 +46,7 @@ from lostreg.errors import (
     DatasetError,
     ImageError,
     LostregError,
+    ObjectnessError,
     OptionError,
     PredictionsError,
     RegistersError,
@@ -58,6 +59,8 @@ from lostreg.images.decode import Picture, read_image
 from lostreg.images.rle import decode_rle, encode_rle
 from lostreg.inference.calibration import Calibration
 from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.objectness import Facts, Objectness
+from lostreg.methods.learned import LinearObjectness
 from lostreg.models.checkpoints import load_file_into
 from lostreg.models.registers import RegisterNeurons
 from lostreg.runs.evaluate import score_detections, score_predictions
@@ -353,7 +356,14 @@ def _registers() -> list[bytes]:
     return [_document(plain), _document(RegisterNeurons(((0, 3),)))]
 
 
-def _document(content: Calibration | RegisterNeurons) -> bytes:
+def _objectness() -> list[bytes]:
+    backbone = small()
+    facts = Facts(backbone=backbone.spec.name, weights=backbone.weights, images=3, unreadable=0, seed=0)
+    width = int(backbone.model.num_features)  # type: ignore[arg-type]
+    return [_document(Objectness(LinearObjectness(torch.ones(width), 0.5), facts))]
+
+
+def _document(content: Calibration | RegisterNeurons | Objectness) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         content.save(Path(folder) / "document.json")
         return (Path(folder) / "document.json").read_bytes()
@@ -365,6 +375,10 @@ def _use_bias(path: Path, rng: Random) -> None:
 
 def _use_registers(path: Path, rng: Random) -> None:
     _discover(registers=RegisterNeurons.load(path))  # which refuses more tokens than the model has patches
+
+
+def _use_objectness(path: Path, rng: Random) -> None:
+    _discover(method="parts", objectness=Objectness.load(path))
 
 
 def _discover(**options: Any) -> None:
@@ -411,7 +425,7 @@ TARGETS: Final = (
                (ImageError, PredictionsError), share)
         for kind, share in _IMAGE_SHARES.items()
     ),
-    Target("exif", "image.jpg", _sound, with_random_exif, _read_sound, (), 14),
+    Target("exif", "image.jpg", _sound, with_random_exif, _read_sound, (), 13),
     Target("voc", "000001.xml", lambda: [_XML], mutate_xml, _read_xml, (DatasetError,), 8),
     Target("coco", "instances.json", lambda: [_COCO], mutate_json, _read_coco, (DatasetError, OptionError), 8),
     Target("tar", "voc.tar", lambda: [_tar()], random_tar, _unpack_tar, (DatasetError,), 2),
@@ -422,11 +436,13 @@ TARGETS: Final = (
            lambda path, rng: find_collection(str(path)).fingerprint(), (OptionError,), 2),
     Target("predictions", "predictions.jsonl", lambda: [_run()["predictions.jsonl"]], mutate_lines, _read_run,
            (PredictionsError, OptionError, ImageError), 8),
-    Target("maps", "maps.jsonl", lambda: [_run()["maps.jsonl"]], mutate_lines, _read_run, (PredictionsError,), 6),
+    Target("maps", "maps.jsonl", lambda: [_run()["maps.jsonl"]], mutate_lines, _read_run, (PredictionsError,), 5),
     Target("results", "results.json", lambda: [_run()["results.json"]], mutate_json, _read_run,
            (PredictionsError,), 3),
     Target("bias", "bias.json", _bias, mutate_json, _use_bias, (CalibrationError, OptionError), 3),
     Target("registers", "registers.json", _registers, mutate_json, _use_registers, (RegistersError, OptionError), 3),
+    Target("objectness", "objectness.safetensors", _objectness, mutate_safetensors, _use_objectness,
+           (ObjectnessError, OptionError), 2),
     Target("torch", "weights.pth", _torch_files, mutate_torch, _read_weights, (WeightsError,), 3),
     Target("safetensors", "weights.safetensors", lambda: [save_safetensors(_model().state_dict())], mutate_safetensors,
            _read_weights, (WeightsError,), 2),
