@@ -61,6 +61,7 @@ def held(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> list[A
         lostreg.Options("dino_vits16", bias=-0.1),
         lostreg.Study(discoverer, scene(3)),
         lostreg.calibrate([scene(3)], discoverer),
+        lostreg.learn([scene(3)], discoverer),
         REGISTERS,
         next(iter(lostreg.attention_maps([scene(3)], discoverer)))[0],
         artifacts.measure([scene(3)], discoverer),

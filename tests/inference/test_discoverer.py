@@ -204,6 +204,8 @@ def test_options_are_plain_values_that_say_what_was_chosen(backbone: Backbone) -
         "weights": "random",
         "feature": "v",
         "layer": 0,
+        "method": "lost",
+        "objectness": None,
         "bias": -0.25,
         "auto_trials": None,
         "normalize": False,
@@ -363,7 +365,7 @@ def test_gpus_are_quick_at_bf16_from_ampere_on(monkeypatch: pytest.MonkeyPatch) 
 def test_a_gpu_takes_more_images_at_once(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Discoverer(backbone, device="cpu").options.batch_size == 8
     monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
-    assert Options().resolved(backbone).batch_size == 32
+    assert Options().resolved(backbone).batch_size == 64
     assert Options(batch_size=5).resolved(backbone).batch_size == 5
 
 
