@@ -142,14 +142,8 @@ def add_method_options(
     add_registers(group)
 
 
-def add_object_options(parser: argparse.ArgumentParser, *, is_collection: bool = False) -> None:
-    """The options that say what looks for objects, for how many, and what is made of their masks.
-
-    Args:
-        parser: of the command.
-        is_collection: whether the command takes what finds most objects, unless the user asks for LOST.
-    """
-    group = parser.add_argument_group("objects")
+def add_method_choice(group: Group, *, is_collection: bool = False) -> None:
+    """The options that say what looks for objects; for a collection, see `add_object_options`."""
     method = "parts" if is_collection else "lost"
     group.add_argument(
         "--method",
@@ -166,6 +160,17 @@ def add_object_options(parser: argparse.ArgumentParser, *, is_collection: bool =
         help="what ranks the candidates of parts beside their score: self learns from a sample of these images first, "
         f"without labels; a FILE comes from `lostreg learn` (default: none{own})",
     )
+
+
+def add_object_options(parser: argparse.ArgumentParser, *, is_collection: bool = False) -> None:
+    """The options that say what looks for objects, for how many, and what is made of their masks.
+
+    Args:
+        parser: of the command.
+        is_collection: whether the command takes what finds most objects, unless the user asks for LOST.
+    """
+    group = parser.add_argument_group("objects")
+    add_method_choice(group, is_collection=is_collection)
     group.add_argument(
         "--max-objects",
         type=positive_int,

@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lostreg.cli.build import REGISTERS_FILE, make_discoverer, open_benchmark, with_registers
+from lostreg.cli.build import (
+    OBJECTNESS_FILE,
+    REGISTERS_FILE,
+    make_discoverer,
+    open_benchmark,
+    with_objectness,
+    with_registers,
+)
 from lostreg.cli.options import (
     Subparsers,
     add_backbone_options,
     add_benchmark_options,
     add_frame,
     add_max_side,
+    add_method_choice,
     as_finite,
 )
 from lostreg.cli.progress import ProgressBar, describe_misses, judge_failures
@@ -57,6 +65,7 @@ def add_parser(commands: Subparsers) -> None:
         metavar="LOW:HIGH:COUNT|LIST",
         help=f"so many biases from LOW to HIGH, or a list with commas (default: {_BIASES})",
     )
+    add_method_choice(parser.add_argument_group("objects"))
     add_benchmark_options(parser)
     add_frame(parser)
     add_max_side(parser, None)
@@ -93,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         resolve_layer(discoverer.backbone, layer)  # before anything is looked for in images
     paths = [example.source for example in benchmark.examples]
     discoverer = with_registers(args, discoverer, paths, kept=args.out / REGISTERS_FILE)
+    discoverer = with_objectness(args, discoverer, paths, kept=args.out / OBJECTNESS_FILE)
     with ProgressBar(args.backbone) as bar:
         rows = sweep(
             benchmark,
@@ -105,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
             on_progress=bar,
         )
     plot_sweep(args.out / _PLOT, rows, f"{args.backbone} on {benchmark.title}, {len(benchmark)} images")
-    print(_table(rows))
+    print(_table(rows, args.method))
     unreadable = rows[0].auto.images - len(rows[0].auto_biases)
     if unreadable:
         print(describe_misses(unreadable, bar.unavailable))
@@ -114,15 +124,18 @@ def run(args: argparse.Namespace) -> int:
     return judge_failures(unreadable, bar.unavailable, len(benchmark), retry="--overwrite")
 
 
-def _table(rows: "Sequence[SweepRow]") -> str:
-    lines = ["feature  layer   auto  95 % interval  median bias   AUC   best fixed  at bias  auto - best"]
+def _table(rows: "Sequence[SweepRow]", method: str) -> str:
+    heading = "feature  layer   auto  95 % interval  median bias   AUC   best fixed  at bias  auto - best"
+    lines = [heading if rows[0].other is None else f"{heading}  {method:>8}"]
     for row in rows:
         low, high = row.auto.wilson_interval()
         auc = " -  " if row.auc is None else f"{row.auc:.2f}"
         median = f"{statistics.median(row.auto_biases):.3f}" if row.auto_biases else "-"
+        behind = "" if row.other is None else f"  {row.other.percent:>8.2f}"
+        gap = f"{row.difference:>+11.2f}{behind}"
         lines.append(
             f"{row.feature:<7}  {row.layer:>5}  {row.auto.percent:>5.2f}  {low:>5.2f} - {high:<5.2f}  {median:>11}  "
-            f"{auc}  {row.fixed[row.best].percent:>10.2f}  {row.biases[row.best]:>7.3f}  {row.difference:>+11.2f}"
+            f"{auc}  {row.fixed[row.best].percent:>10.2f}  {row.biases[row.best]:>7.3f}  {gap}"
         )
     return "\n".join(lines)
 

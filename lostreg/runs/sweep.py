@@ -1,14 +1,15 @@
 """Corloc over features, layers and biases from one forward an image, beside what ``auto`` makes of each feature.
 
 A researcher's study of a backbone: which feature of which layer, and which bias, if labels could choose it. All
-features come from the same forward, all biases share one Gram matrix. ``sweep.jsonl`` is the run's memory, a line an
-image; ``sweep.json`` is made of it at the end.
+features come from the same forward, all biases share one Gram matrix. Where the discoverer's method is another than
+LOST, it runs beside it on each feature. ``sweep.jsonl`` is the run's memory, a line an image; ``sweep.json`` is made of
+it at the end.
 """
 
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +26,9 @@ from lostreg.errors import ImageError, ImageUnavailableError, OptionError
 from lostreg.images.boxes import in_pixels
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
-from lostreg.inference.jobs import FeaturesJob, ObjectsJob
+from lostreg.inference.jobs import FeaturesJob, Maps, Method, ObjectsJob
+from lostreg.inference.methods import METHODS, TOKENS
+from lostreg.inference.options import ResolvedOptions
 from lostreg.jsonio import as_line, is_finite_number, is_id
 from lostreg.methods.bias import TRIALS, fixed_bias, on_device, trial_biases
 from lostreg.methods.lost import Candidates, Lost
@@ -57,6 +60,7 @@ class SweepRow:
         auc: how well ``auto``'s scores tell its hits from its misses, see `score_auc`; None where one of them is
             missing.
         unconnected: images in which ``auto`` leaves the seed unconnected.
+        other: the score of the discoverer's method, where that is another than LOST.
     """
 
     feature: Feature
@@ -67,6 +71,7 @@ class SweepRow:
     auto_biases: tuple[float, ...]
     auc: float | None
     unconnected: int
+    other: Corloc | None = None
 
     @property
     def best(self) -> int:
@@ -112,12 +117,33 @@ class _Boxes:
         bias: what ``auto`` chose.
         score: of its box.
         connected: whether its seed is connected to itself.
+        other: the first box of the discoverer's method, shape (4,), pixels, where that is another than LOST.
     """
 
     boxes: NDArray[np.float64]
     bias: float
     score: float
     connected: bool
+    other: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class _Both:
+    """LOST at all biases on each feature and, where that is another, the discoverer's method on each of them again."""
+
+    lost: Lost
+    other: Method | None
+    pairs: int
+
+    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[tuple[int, int]]) -> Sequence[Sequence[Maps]]:
+        """See `Method`: of each feature the maps of LOST, then of each those of the other method."""
+        maps: list[list[Maps]] = [[*of_run] for of_run in self.lost.search([run[: self.pairs] for run in runs], grids)]
+        if self.other is not None:
+            for place in range(self.pairs):
+                again = [[run[place], *run[2 * self.pairs :]] for run in runs]
+                for of_run, found in zip(maps, self.other.search(again, grids), strict=True):
+                    of_run += found
+        return maps
 
 
 def sweep(
@@ -158,11 +184,7 @@ def sweep(
     if not pairs or not values:
         raise OptionError(f"expected at least one feature and one finite bias, not {list(wanted)} and {list(biases)}")
     settings = benchmark_settings(benchmark, _options(discoverer, pairs, values), extra)
-    features = FeaturesJob(discoverer.backbone, pairs, compiled=discoverer.options.compile)
-    convert = partial(_convert, patch_size=discoverer.backbone.spec.patch_size)
-    lost = Lost(with_trials(values), discoverer.options.k_patches)
-    job = ObjectsJob(features, lost, normalize=True, convert=convert)
-    stream = discoverer.stream_of(job)
+    stream = discoverer.stream_of(_job(discoverer, pairs, values))
     examples = {example.image_id: example for example in benchmark.examples}
     lines: dict[ImageId, _Line] = {}
     parse = partial(_parse, names={_name(pair) for pair in pairs}, count=len(values))
@@ -206,8 +228,33 @@ def with_trials(values: tuple[float, ...]) -> Callable[[Similarities], Tensor]:
     return biases
 
 
-def _convert(candidates: list[Candidates], pictures: list[PatchedPicture], patch_size: int) -> list[list[_Boxes]]:
-    """The candidates of a run of pictures, a list of features for each picture."""
+def _job(discoverer: Discoverer, pairs: Wanted, values: tuple[float, ...]) -> ObjectsJob[list[_Boxes]]:
+    options = discoverer.options
+    is_other = options.method != "lost"
+    wanted = [*pairs, *(pairs if is_other else ()), *([TOKENS] if options.objectness is not None else [])]
+    other = METHODS[options.method].make(options, discoverer.backbone.device) if is_other else None
+    return ObjectsJob(
+        FeaturesJob(discoverer.backbone, wanted, compiled=options.compile),
+        _Both(Lost(with_trials(values), options.k_patches), other, len(pairs)),
+        normalize=True,
+        convert=partial(_convert, patch_size=discoverer.backbone.spec.patch_size, count=len(pairs), options=options),
+    )
+
+
+def _convert(
+    found: list[Any], pictures: list[PatchedPicture], patch_size: int, count: int, options: ResolvedOptions
+) -> list[list[_Boxes]]:
+    """What a run of pictures holds, a list of features for each picture."""
+    by_feature = _lost_boxes(found[:count], pictures, patch_size)
+    for boxes, again in zip(by_feature, found[count:], strict=False):
+        for image, objects in enumerate(METHODS[options.method].objects(again, options)):
+            other = in_pixels(objects.xyxy[:1], pictures[image], patch_size)[0]
+            boxes[image] = replace(boxes[image], other=other)
+    return [list(features) for features in zip(*by_feature, strict=True)]
+
+
+def _lost_boxes(candidates: list[Candidates], pictures: list[PatchedPicture], patch_size: int) -> list[list[_Boxes]]:
+    """The boxes of LOST, of each feature one a picture."""
     by_feature = []
     for found in candidates:
         boxes, trials = found.boxes(), len(TRIALS)
@@ -223,7 +270,7 @@ def _convert(candidates: list[Candidates], pictures: list[PatchedPicture], patch
                 for image, (picture, best) in enumerate(zip(pictures, chosen.tolist(), strict=True))
             ]
         )
-    return [list(features) for features in zip(*by_feature, strict=True)]
+    return by_feature
 
 
 def _options(discoverer: Discoverer, pairs: Wanted, values: tuple[float, ...]) -> dict[str, Any]:
@@ -260,6 +307,7 @@ def _parse(raw: bytes, names: set[str], count: int) -> _Line:
         sound = [isinstance(entry["hits"], str) and bool(re.fullmatch(f"[01]{{{count}}}", entry["hits"]))]
         sound += [isinstance(auto[name], bool) for name in ("hit", "connected")]
         sound += [is_finite_number(auto[name]) for name in ("score", "bias")]
+        sound += [isinstance(entry.get("other", {"hit": True})["hit"], bool)]
         if not all(sound):
             raise ValueError(f"expected whether each bias hits, and what auto chose, not {shown(entry)}")
     return line
@@ -269,7 +317,7 @@ def _line(example: Example, outcome: list[_Boxes] | ImageError, pairs: Wanted) -
     if isinstance(outcome, ImageError):
         reason = str(outcome).replace(str(example.path), example.path.name)
         return _Line(example.image_id, error=reason, unavailable=isinstance(outcome, ImageUnavailableError))
-    features = {}
+    features: dict[str, Any] = {}
     for pair, found in zip(pairs, outcome, strict=True):
         hits = [is_hit([box], example.boxes) for box in found.boxes.tolist()]
         features[_name(pair)] = {
@@ -282,6 +330,12 @@ def _line(example: Example, outcome: list[_Boxes] | ImageError, pairs: Wanted) -
                 "connected": found.connected,
             },
         }
+        if found.other is not None:
+            box = found.other.tolist()
+            features[_name(pair)]["other"] = {
+                "hit": is_hit([box], example.boxes),
+                "box": [round(value, 3) for value in box],
+            }
     return _Line(example.image_id, features)
 
 
@@ -290,6 +344,7 @@ def _row(lines: list[_Line], pair: tuple[Feature, int], values: tuple[float, ...
     automatic = [entry["auto"] for entry in found]
     hits = [entry["hit"] for entry in automatic]
     scores = [entry["score"] for entry in automatic]
+    others = [entry["other"]["hit"] for entry in found if "other" in entry]
     counts = [sum(entry["hits"][index] == "1" for entry in found) for index in range(len(values))]
     return SweepRow(
         *pair,
@@ -299,6 +354,7 @@ def _row(lines: list[_Line], pair: tuple[Feature, int], values: tuple[float, ...
         auto_biases=tuple(entry["bias"] for entry in automatic),
         auc=score_auc(scores, hits) if found else None,
         unconnected=sum(not entry["connected"] for entry in automatic),
+        other=Corloc(sum(others), len(lines)) if others else None,
     )
 
 
@@ -326,4 +382,5 @@ def _as_json(row: SweepRow) -> dict[str, Any]:
         "auto_median_bias": round(float(np.median(row.auto_biases)), 4) if row.auto_biases else None,
         "auto_score_auc": None if row.auc is None else round(row.auc, 4),
         "auto_unconnected": row.unconnected,
+        **({} if row.other is None else {"other_corloc": round(row.other.percent, 4), "other_hits": row.other.hits}),
     }

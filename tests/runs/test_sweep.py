@@ -18,6 +18,7 @@ from lostreg.datasets import Benchmark, load_benchmark
 from lostreg.errors import ImageError, OptionError, PredictionsError
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob
+from lostreg.inference.learn import learn
 from lostreg.inference.stream import ImageStream
 from lostreg.methods.bias import TRIALS
 from lostreg.metrics import Corloc, is_hit
@@ -149,6 +150,32 @@ def test_every_cell_is_a_run_of_its_own(
         assert row.auto == Corloc(sum(hits), COUNT)
         assert row.auto_biases == tuple(entry["auto"]["bias"] for entry in entries)
         assert row.unconnected == 0
+
+
+@pytest.mark.parametrize(("method", "learns"), [("parts", False), ("parts", True), ("tokencut", False)])
+def test_another_method_runs_beside_lost_on_each_feature(
+    benchmark: Benchmark, backbone: Backbone, finished: Path, tmp_path: Path, method: str, learns: bool
+) -> None:
+    options: dict[str, Any] = {"device": "cpu", "batch_size": BATCH, "exif": False, "method": method}
+    if learns:
+        paths = [example.path for example in benchmark.examples]
+        options["objectness"] = learn(paths, Discoverer(backbone, device="cpu", exif=False))
+    rows = sweep(benchmark, Discoverer(backbone, **options), PAIRS, BIASES, tmp_path / "both")
+    lost = json.loads((finished / RESULTS_FILE).read_text())["rows"]
+    found = json.loads((tmp_path / "both" / RESULTS_FILE).read_text())["rows"]
+    hits = []
+    for number, (feature, layer) in enumerate(PAIRS):
+        one = Discoverer(backbone, **options, feature=feature, layer=layer)
+        expected = evaluate(benchmark, one, tmp_path / f"{feature}{layer}").score
+        assert rows[number].other == expected
+        hits.append(found[number].pop("other_hits"))
+        assert found[number].pop("other_corloc") == pytest.approx(expected.percent, abs=1e-4)
+    assert found == lost
+    assert len(set(hits)) > 1, "nothing to tell apart"
+    again = sweep(benchmark, Discoverer(backbone, **options), PAIRS, BIASES, tmp_path / "both")
+    assert again == rows
+    with pytest.raises(PredictionsError, match='method was "lost" and is now'):
+        sweep(benchmark, Discoverer(backbone, **options), PAIRS, BIASES, finished)
 
 
 def test_the_cells_are_worth_comparing(finished: Path) -> None:
