@@ -27,7 +27,7 @@ from lostreg.methods.lost import Bias, Candidates, Lost, lost_boxes, lost_maps, 
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.objectness import score_factors
 from lostreg.methods.similarity import Similarities, connections_to
-from lostreg.models.backbone import Backbone
+from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.blocks import varlen_attn
 from lostreg.models.forward import Forward, Grid
 from lostreg.models.registers import RegisterNeurons
@@ -162,7 +162,7 @@ def test_objects_mix_no_devices(bias: Bias, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("method", "learned"), [*((method, False) for method in METHODS), ("parts", True)])
 def test_no_method_mixes_devices_or_waits(method: str, learned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = on_gpu(small("dinov2_vits14_reg"))
+    backbone = on_gpu(build_backbone(find_spec("dinov2_vits14_reg"), depth=2))
     facts = Facts(backbone=backbone.spec.name, weights=backbone.weights, images=1, unreadable=0, seed=0)
     pack = pictures(backbone, [(2, 2), *[(4, 5)] * 6])
     with fake_gpu(monkeypatch) as dispatched:

@@ -150,7 +150,7 @@ def add_method_choice(group: Group, *, is_collection: bool = False) -> None:
         choices=defaults.METHODS,
         default=None if is_collection else method,
         help="lost; parts, which takes clusters of patches as candidates beside LOST's and finds more objects; "
-        f"tokencut and maskcut as published (default: {method})",
+        f"tokencut, maskcut and dinoseg as published (default: {method})",
     )
     own = f", self from {defaults.LEAST_TEACHERS} images on with parts" if is_collection else ""
     group.add_argument(

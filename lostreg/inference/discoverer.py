@@ -135,6 +135,7 @@ class Discoverer:
             self.features,
             METHODS[options.method].make(options, self.backbone.device),
             normalize=options.normalize,
+            beside=len(wanted_features(options)) - 1,
             convert=partial(self._discoveries, keep_pixels=keep_pixels),
         )
 

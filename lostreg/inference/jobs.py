@@ -117,6 +117,7 @@ class ObjectsJob(Generic[Outcome]):
         features: what the method runs on.
         method: what looks for objects.
         normalize: whether features are L2-normalised.
+        beside: how many of the wanted features, the last ones, are something else: those are left as they are.
         convert: makes outcomes of a run of pictures of equal grid and what the method's maps hold, for each of the
             features that it searched.
     """
@@ -127,12 +128,14 @@ class ObjectsJob(Generic[Outcome]):
         method: Method,
         *,
         normalize: bool,
+        beside: int = 0,
         convert: Callable[[list[Any], list[PatchedPicture]], list[Outcome]],
     ) -> None:
         self.features = features
         self.backbone = features.backbone
         self.method = method
         self.normalize = normalize
+        self.beside = beside
         self._convert = convert
 
     def start(self, pictures: Sequence[PatchedPicture]) -> Search:
@@ -149,8 +152,12 @@ class ObjectsJob(Generic[Outcome]):
         runs = [(grid, len(list(group))) for grid, group in groupby(grids)]
         sizes = [images * grid[0] * grid[1] for grid, images in runs]
         by_feature = [torch.split(packed, sizes) for packed in features]
+        compared = len(by_feature) - self.beside
         batches = [
-            [prepare(part.view(images, -1, part.shape[1]), normalize=self.normalize) for part in parts]
+            [
+                prepare(part.view(images, -1, part.shape[1]), normalize=self.normalize and place < compared)
+                for place, part in enumerate(parts)
+            ]
             for (_, images), *parts in zip(runs, *by_feature, strict=True)
         ]
         maps = self.method.search(batches, [grid for grid, _ in runs])

@@ -55,7 +55,7 @@ def learn(
     options = discoverer.options
     features = FeaturesJob(discoverer.backbone, [(options.feature, options.layer), TOKENS], compiled=options.compile)
     bias = "auto" if options.method == "lost" else options.bias
-    job = ObjectsJob(features, Parts(bias, options.k_patches), normalize=True, convert=_lessons)
+    job = ObjectsJob(features, Parts(bias, options.k_patches), normalize=True, beside=1, convert=_lessons)
     errors: list[ImageError] = []
 
     def lessons() -> Iterator[Lesson]:

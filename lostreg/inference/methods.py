@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lostreg.inference.jobs import Grid, Method
 from lostreg.inference.options import ResolvedOptions
+from lostreg.methods.dinoseg import attended_maps, dinoseg_objects
 from lostreg.methods.learned import LinearObjectness
 from lostreg.methods.lost import Bias, Candidates, Lost, LostMaps, Objects, copy_to_host, lost_maps
 from lostreg.methods.multi_object import find_objects
@@ -18,11 +19,11 @@ from lostreg.methods.parts import find_parts, labels_of_pack
 from lostreg.methods.spectral import (
     MASKCUT_TAU,
     TOKENCUT_TAU,
-    SpectralMaps,
     maskcut_objects,
     spectral_maps,
     tokencut_objects,
 )
+from lostreg.models.features import Wanted
 from lostreg.models.table import Feature
 
 TOKENS: Final[tuple[Feature, int]] = ("out", -1)  # what an objectness reads
@@ -36,7 +37,7 @@ class PartsFound:
         candidates: what LOST found at each bias.
         labels: clusters of patches, shape (B, 3, N), uint8.
         probabilities: how likely each patch is part of an object, shape (B, N), if that was learned.
-        tokens: normalised output tokens of the last layer, shape (B, N, D), on the device, where they were wanted.
+        tokens: output tokens of the last layer, shape (B, N, D), on the device, where they were wanted.
     """
 
     candidates: Candidates
@@ -93,27 +94,27 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class CutFound:
-    """What TokenCut and MaskCut choose their objects from, for a batch of images of one grid."""
+class Found:
+    """What a method that leaves all to the end chooses its objects from, for a batch of images of one grid."""
 
-    maps: SpectralMaps
+    maps: Any
     features: Tensor
     grid: Grid
 
 
 @dataclass(frozen=True)
-class CutMaps:
-    """`SpectralMaps` as a job takes them."""
+class Kept:
+    """Maps of such a method, `SpectralMaps` or `AttendedMaps`, as a job takes them."""
 
-    maps: SpectralMaps
+    maps: Any
 
-    def to_host(self, *, wait: bool = True) -> "CutMaps":
-        """See `SpectralMaps.to_host`."""
-        return CutMaps(self.maps.to_host(wait=wait))
+    def to_host(self, *, wait: bool = True) -> "Kept":
+        """See there."""
+        return Kept(self.maps.to_host(wait=wait))
 
-    def candidates(self, features: Tensor, grid: Grid) -> CutFound:
-        """Nothing is cut yet: how often, the options say."""
-        return CutFound(self.maps, features, grid)
+    def candidates(self, features: Tensor, grid: Grid) -> Found:
+        """Nothing is chosen yet: how many objects, the options say."""
+        return Found(self.maps, features, grid)
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,18 @@ class Cut:
 
     tau: float
 
-    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> list[list[CutMaps]]:
+    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> list[list[Kept]]:
         """Queue the work on normalised features."""
-        return [[CutMaps(spectral_maps(run[0], grid, self.tau))] for run, grid in zip(runs, grids, strict=True)]
+        return [[Kept(spectral_maps(run[0], grid, self.tau))] for run, grid in zip(runs, grids, strict=True)]
+
+
+@dataclass(frozen=True)
+class DinoSeg:
+    """Where the CLS token looks, see `lostreg.methods.dinoseg`."""
+
+    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> list[list[Kept]]:
+        """Queue the work on the attention of the heads, which stands behind the features."""
+        return [[Kept(attended_maps(run[1].mT, grid))] for run, grid in zip(runs, grids, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -168,9 +178,13 @@ METHODS: Final = {
             found.maps, found.features, found.grid, options.max_objects, options.min_score
         ),
     ),
+    "dinoseg": Row(lambda *_: DinoSeg(), lambda found, _: dinoseg_objects(found.maps, found.features, found.grid)),
 }
 
 
-def wanted_features(options: ResolvedOptions) -> list[tuple[Feature, int]]:
-    """What the method reads: its feature first."""
-    return [(options.feature, options.layer), *([TOKENS] if options.objectness is not None else [])]
+def wanted_features(options: ResolvedOptions) -> Wanted:
+    """What the method reads: the feature that is compared first."""
+    feature: tuple[Feature, int] = (options.feature, options.layer)
+    if options.method == "dinoseg":
+        return [feature, ("cls", options.layer)]
+    return [feature, *([TOKENS] if options.objectness is not None else [])]

@@ -46,10 +46,10 @@ class Options:
         feature: ``q``, ``k``, ``v`` or ``out``; None takes the row's.
         layer: block index from 0, or from the end when negative.
         method: what looks for objects: ``lost``; ``parts``, which takes clusters of patches as candidates beside LOST's
-            trials; or a published one, ``tokencut`` or ``maskcut``. See docs/objects.md.
+            trials; or a published one, ``tokencut``, ``maskcut`` or ``dinoseg``. See docs/objects.md.
         objectness: what a collection taught, see `learn`: ranks the candidates of ``parts``, beside their score.
         bias: Gram bias, ``auto``, a `Calibration` of the same feature, or None for the row's, with ``parts`` for
-            ``auto``. TokenCut and MaskCut have none.
+            ``auto``. The published ones have none.
         normalize: whether features are L2-normalised; None takes the row's, or what ``auto`` needs. All methods
             but LOST are defined on normalised features.
         k_patches: how many low-degree patches may join the seed, at least 1.
@@ -154,6 +154,8 @@ class Options:
             if normalize is False:
                 raise OptionError(f"method '{self.method}' is defined on normalised features: normalise, or use 'lost'")
             normalize = True
+        if self.method == "dinoseg" and not spec.class_token:
+            raise OptionError(f"dinoseg reads the attention of the CLS token, which {spec.name} does not have")
         if self.objectness is not None:
             self.objectness.require(spec.name, backbone.weights, int(backbone.model.num_features))  # type: ignore[arg-type]
         decided = {

@@ -50,7 +50,8 @@ class Study:
         """
         options = self.discoverer.options.with_changes(changes)
         normalize = options.bias == "auto" or options.normalize
-        features = [prepare(one[None], normalize=normalize) for one in self._features]
+        first, *beside = self._features
+        features = [prepare(first[None], normalize=normalize), *(one[None] for one in beside)]
         method = METHODS[options.method].make(options, features[0].device)
         ((maps,),) = method.search([features], [self.picture.grid])
         found = maps.to_host(wait=True).candidates(features[0], self.picture.grid)

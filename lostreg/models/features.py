@@ -10,7 +10,7 @@ What is returned, for every supported architecture:
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from lostreg.models.backbone import Backbone
 from lostreg.models.forward import Forward
 from lostreg.models.table import FEATURES, Feature
 
-Wanted = Sequence[tuple[Feature, int]]
+Inside = Literal["cls"]
+"""What methods read beside features: the attention that the layer's CLS token gives each patch, one number a head."""
+Wanted = Sequence[tuple[Feature | Inside, int]]
 
 _PROJECTED: Final[tuple[Feature, ...]] = ("q", "k", "v")
 
@@ -109,11 +111,14 @@ class FeatureExtractor:
             after the other, prefix tokens dropped.
         """
         walk = self._forward.start(pixels, grids)
-        found: dict[tuple[Feature, int], Tensor] = {}
+        found: dict[tuple[Feature | Inside, int], Tensor] = {}
         for layer in range(self._last + 1):
             for feature in _PROJECTED:
                 if (feature, layer) in self._pairs:
                     found[feature, layer] = walk.patches(self._forward.project(walk, feature))
+            if ("cls", layer) in self._pairs:
+                rows = self._forward.attention(walk, rows=1)
+                found["cls", layer] = torch.cat([row[0, :, walk.prefix :].T for row in rows])
             if layer == self._last and ("out", layer) not in self._pairs:
                 break
             self._forward.advance(walk)
@@ -122,8 +127,8 @@ class FeatureExtractor:
         return [found[pair] for pair in self._pairs]
 
 
-def _check_feature(feature: Feature) -> Feature:
-    if feature not in FEATURES:
+def _check_feature(feature: Feature | Inside) -> Feature | Inside:
+    if feature not in (*FEATURES, "cls"):
         raise OptionError(f"feature must be one of {', '.join(FEATURES)}, not '{feature}'")
     return feature
 

@@ -176,13 +176,16 @@ def sweep(
         One row a pair, in the order of ``wanted``.
 
     Raises:
-        OptionError: if nothing is wanted, a feature or layer does not exist, or a bias is not finite.
+        OptionError: if nothing is wanted, a feature or layer does not exist, a bias is not finite, or the method is
+            DINO-seg, which compares no features.
         PredictionsError: if the folder cannot be written, is in use, or holds a run with other settings.
     """
     pairs = list(dict.fromkeys((feature, resolve_layer(discoverer.backbone, layer)) for feature, layer in wanted))
     values = tuple(dict.fromkeys(fixed_bias(bias) for bias in biases))
     if not pairs or not values:
         raise OptionError(f"expected at least one feature and one finite bias, not {list(wanted)} and {list(biases)}")
+    if discoverer.options.method == "dinoseg":
+        raise OptionError("dinoseg compares no features, so there is nothing to sweep: score it by `lostreg eval`")
     settings = benchmark_settings(benchmark, _options(discoverer, pairs, values), extra)
     stream = discoverer.stream_of(_job(discoverer, pairs, values))
     examples = {example.image_id: example for example in benchmark.examples}
@@ -237,6 +240,7 @@ def _job(discoverer: Discoverer, pairs: Wanted, values: tuple[float, ...]) -> Ob
         FeaturesJob(discoverer.backbone, wanted, compiled=options.compile),
         _Both(Lost(with_trials(values), options.k_patches), other, len(pairs)),
         normalize=True,
+        beside=0 if options.objectness is None else 1,
         convert=partial(_convert, patch_size=discoverer.backbone.spec.patch_size, count=len(pairs), options=options),
     )
 

@@ -14,15 +14,21 @@ from safetensors.torch import save_file
 
 import lostreg
 from lostreg.errors import LostregError, ObjectnessError, OptionError
+from lostreg.images.decode import read_image
+from lostreg.images.patches import cut_patches
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.learn import learn
 from lostreg.inference.objectness import FORMAT, Facts, Objectness
 from lostreg.inference.study import Study
+from lostreg.methods.dinoseg import attended_maps, dinoseg_objects
 from lostreg.methods.learned import LinearObjectness, fit
 from lostreg.methods.lost import find_candidates, prepare
 from lostreg.methods.parts import candidate_masks, find_parts, part_labels
-from lostreg.models.backbone import Backbone
+from lostreg.methods.spectral import MASKCUT_TAU, TOKENCUT_TAU, maskcut_objects, spectral_maps, tokencut_objects
+from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.features import collect_features
+from lostreg.models.forward import Forward
+from lostreg.models.pixels import normalised, transfer
 from lostreg.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,3 +201,43 @@ def test_results_record_the_method_and_what_ranked(backbone: Backbone) -> None:
     assert Discoverer(fixed, device="cpu", method="parts").options.bias == "auto"
     with pytest.raises(OptionError, match="ranks the candidates"):
         options.with_changes({"method": "lost"})
+
+
+@pytest.mark.parametrize("method", ["tokencut", "maskcut", "dinoseg"])
+def test_published_methods_of_a_stream_are_those_of_each_image(backbone: Backbone, method: str) -> None:
+    pictures = [scene(number, *size) for number, size in enumerate([(112, 84), (98, 98), (112, 84), (84, 112)])]
+    discoverer = Discoverer(backbone, device="cpu", method=method, max_objects=3, min_score=0.0, batch_size=3)
+    for picture, found in zip(pictures, discoverer.discover_many(pictures), strict=True):
+        keys, _, grid = features_of(backbone, picture)
+        if method == "tokencut":
+            (objects,) = tokencut_objects(spectral_maps(keys, grid, TOKENCUT_TAU), keys, grid)
+        elif method == "maskcut":
+            (objects,) = maskcut_objects(spectral_maps(keys, grid, MASKCUT_TAU), keys, grid, 3, 0.0)
+        else:
+            forward = Forward(backbone)
+            walk = forward.start(transfer_of(backbone, picture), [grid])
+            for _ in range(backbone.depth - 1):
+                forward.advance(walk)
+            (rows,) = forward.attention(walk, 1)
+            attention = rows[0, :, backbone.prefix_tokens :]
+            (objects,) = dinoseg_objects(attended_maps(attention[None], grid), keys, grid)
+        np.testing.assert_array_equal(found.masks, objects.masks)
+        np.testing.assert_array_equal(found.xyxy, objects.xyxy * 14)
+        np.testing.assert_allclose(found.scores, objects.scores, atol=1e-5)
+        assert same(Study(discoverer, picture).discover(), found)
+
+
+def transfer_of(backbone: Backbone, picture: np.ndarray) -> list[torch.Tensor]:
+    """Normalised pixels of a picture's patches, as `Forward.start` takes them."""
+    patched = cut_patches(read_image(picture), backbone.spec.patch_size)
+    runs = transfer([patched], backbone.device)
+    return [image for run in normalised(backbone, runs, [patched.size]) for image in run]
+
+
+def test_where_no_cls_token_is_none_is_asked_where_it_looks() -> None:
+    torch.manual_seed(0)
+    without = build_backbone(find_spec("siglip2_vitb16"), depth=1)
+    with pytest.raises(
+        OptionError, match="dinoseg reads the attention of the CLS token, which siglip2_vitb16 does not"
+    ):
+        Discoverer(without, device="cpu", method="dinoseg")
