@@ -102,7 +102,7 @@ def dinoseg_objects(maps: AttendedMaps, features: Tensor, grid: tuple[int, int])
     masks = np.array([_largest_part(mask.reshape(grid)) for mask in maps.masks.numpy()], dtype=bool).reshape(
         ranks.shape
     )
-    seeds = np.where(masks, ranks, grid[0] * grid[1]).reshape(len(ranks), -1).argmin(axis=1)
+    seeds = np.where(masks, ranks, grid[0] * grid[1]).reshape(-1, grid[0] * grid[1]).argmin(axis=1)
     return main_objects(features, masks, seeds, ranks, 0.0)
 
 

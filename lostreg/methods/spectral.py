@@ -39,8 +39,8 @@ MASKCUT_TAU: Final = 0.15
 _WEAK: Final = 1e-5  # ε
 _STEPS: Final = 24  # of Lanczos
 _LIMBS: Final = 3  # whole numbers that a vector is split into
-_SQUARINGS: Final = 24  # of the small matrix: tells eigenvalues apart that differ by 1e-7
-_NOTHING: Final = 1e-6  # a vector of unit length is used up where this is left of it
+_SQUARINGS: Final = 30  # of the small matrix: tells eigenvalues apart that differ by 1e-7
+_NOTHING: Final = 1e-9  # a vector of unit length is used up where this is left of it
 _EQUAL: Final = 1e-6  # values of an eigenvector that differ by less, of its largest, are equal but for rounding
 _CORNERS: Final = 3  # of the image: an object does not hold as many (MaskCut)
 _OVERLAP: Final = 0.5  # a mask that overlaps the one before by more is the same again (MaskCut)
@@ -222,7 +222,7 @@ def _as_objects(
     masks: NDArray[np.bool_], values: NDArray[np.float64], maps: SpectralMaps, features: Tensor
 ) -> list[Objects]:
     """One object an image; masks and values as `_cut` gives them."""
-    seeds = _strongest(np.where(masks, values, -np.inf).reshape(len(masks), -1))
+    seeds = _strongest(np.where(masks, values, -np.inf).reshape(maps.vectors.shape))
     return main_objects(features, masks, seeds, maps.degrees.numpy().reshape(masks.shape), -maps.tau)
 
 
@@ -261,14 +261,14 @@ class _Graph:
             rest = rest * scale
             limbs.append(rest.round())
             rest = rest - limbs[-1]
-        whole = torch.stack(limbs, dim=2).float()  # (B, N, limbs)
+        whole = torch.stack(limbs, dim=1).float()  # (B, limbs, N): as columns they would be slower by far
         sums = torch.zeros_like(whole)
         for tile in self._tiles():
-            sums[:, tile.rows] += tile.values @ whole[:, tile.columns]
+            sums[..., tile.rows] += whole[..., tile.columns] @ tile.values.mT
             if tile.weight == 2:
-                sums[:, tile.columns] += tile.values.mT @ whole[:, tile.rows]
+                sums[..., tile.columns] += whole[..., tile.rows] @ tile.values
         product = torch.zeros_like(vectors)
-        for limb in reversed(sums.double().unbind(dim=2)):
+        for limb in reversed(sums.double().unbind(dim=1)):
             product = (product + limb) / scale
         return torch.ldexp(product, exponent)
 
@@ -307,7 +307,9 @@ def _second_eigenvector(graph: _Graph, similar: Tensor) -> Tensor:
     tridiagonal = torch.diag_embed(torch.stack(diagonal, dim=1))
     above = torch.diag_embed(torch.stack(beside[1:], dim=1), offset=1)
     mix = _largest_eigenvector(tridiagonal + above + above.mT)
-    return root * (basis[:, 1:] * mix[..., None]).sum(dim=1)
+    values = root * (basis[:, 1:] * mix[..., None]).sum(dim=1)
+    uncut = (similar == count).all(dim=1) | (similar == 0).all(dim=1)  # all patches are connected alike
+    return values.masked_fill(uncut[:, None], 0)
 
 
 def _start(similar: Tensor) -> Tensor:
