@@ -56,6 +56,7 @@ def write_run(
     truth: Sequence[Sequence[float]] | None = None,
     results: Mapping[str, Any] | None = None,
     changes: Mapping[int, Mapping[str, Any]] | None = None,
+    maps_changes: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> Path:
     """A finished run over as many pictures, which lie in ``photos`` beside the folder; returns the folder.
 
@@ -65,12 +66,14 @@ def write_run(
         truth: ground truth of each image.
         results: for ``results.json``.
         changes: fields of predictions that are set to something else, by the image's place.
+        maps_changes: of its maps, likewise.
     """
     photos = folder.parent / "photos"
     paths = [write_photo(photos / f"im{number:04}.jpg", number) for number in range(len(ids))]
     found = [predict(name, number, **(changes or {}).get(number, {})) for number, name in enumerate(ids)]
     write_lines(folder / "predictions.jsonl", found)
-    maps = [map_of(name, paths[number], number, truth=truth) for number, name in enumerate(ids) if found[number].boxes]
+    of_maps = [{"truth": truth, **(maps_changes or {}).get(number, {})} for number in range(len(ids))]
+    maps = [map_of(name, paths[at], at, **of_maps[at]) for at, name in enumerate(ids) if found[at].boxes]
     write_lines(folder / "maps.jsonl", maps)
     known = {"complete": True, "options": {"backbone": "imgfocus_vits14", "feature": "k", "exif": True}}
     (folder / "results.json").write_text(json.dumps(known if results is None else results))

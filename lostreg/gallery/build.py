@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from lostreg.defaults import OVERLAP
 from lostreg.errors import OptionError
 from lostreg.gallery.entries import Entry, make_entry
 from lostreg.gallery.page import render_page
@@ -76,7 +77,7 @@ def write_gallery(
     survey = run.survey()
     chosen = choose_images(survey.scores, limit, choose)
     left_out = len(survey.scores) - len(chosen)
-    facts: dict[str, Any] = {"gone": 0, "changed": 0, "bare": 0, "sort": _SORTS[choose]}
+    facts: dict[str, Any] = {"gone": 0, "changed": 0, "bare": 0, "sort": _SORTS[choose], "overlap": OVERLAP}
     entries = _entries(run, chosen, images, facts, on_progress)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -100,10 +100,14 @@ def _card(shown: Shown, size: tuple[int, int], note: str) -> dict[str, Any]:
 
 def _maps(prediction: Prediction, maps: ImageMaps | None, size: tuple[int, int] | None) -> dict[str, Any]:
     fields: dict[str, Any] = {}
+    if maps is not None and maps.candidates is not None:
+        fields["candidates"] = [[*(round(side, 2) for side in box), score] for *box, score in maps.candidates]
     if maps is not None and maps.degrees.size <= MOST_PATCHES and (size is None or maps.covers(*size)):
         kind = "<u2" if maps.degrees.max(initial=0) < 1 << 16 else "<u4"
         fields["grid"] = list(maps.degrees.shape)
         fields["degrees"] = base64.b64encode(maps.degrees.astype(kind).tobytes()).decode("ascii")
+        if maps.objectness is not None:
+            fields["objectness"] = base64.b64encode(maps.objectness.tobytes()).decode("ascii")
     if prediction.masks:
         fields["masks"] = [small_mask(mask, size=size and size[::-1]) for mask in prediction.masks]
     return fields

@@ -97,16 +97,22 @@
     ];
   }
 
-  function overlay(item, large) {
-    const [width, height] = item.size;
+  function overlay(item, maps = null) {
+    const [width, height] = item.size, large = maps !== null;
     const top = shape("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     if (large && item.truth) {
       top.append(shape("g", { class: "truth" }, ...item.truth.map((box) => rectangle(box, {}))));
     }
+    if (maps?.candidates) top.append(shape("g", { class: "candidates" }, ...maps.candidates.map(candidateShape)));
     const order = item.boxes.map((_, index) => index).reverse();
     top.append(shape("g", { class: "boxes" }, ...order.map((index) => boxShape(item, index, large))));
     if (large && item.patch) top.append(shape("g", { class: "seeds" }, ...item.seeds.map((at) => seedShape(item, at))));
     return top;
+  }
+
+  function candidateShape(candidate) {
+    const title = shape("title", {}, `candidate, score ${written(candidate[4])}`);
+    return shape("g", {}, title, rectangle(candidate, { class: "halo" }), rectangle(candidate, {}));
   }
 
   function seedShape(item, [row, column]) {
@@ -136,7 +142,7 @@
     for (const { target, isIntersecting } of entries) {
       const thumb = target.querySelector(".thumb");
       if (isIntersecting === thumb.hasChildNodes()) continue;
-      if (isIntersecting) thumb.append(picture(target.item), overlay(target.item, false));
+      if (isIntersecting) thumb.append(picture(target.item), overlay(target.item));
       else release(thumb);
     }
   }, { rootMargin: "700px 0px" });
@@ -168,21 +174,24 @@
   // The large view
 
   const view = byId("view");
-  const photo = byId("photo").firstElementChild, degrees = byId("degrees").firstElementChild;
+  const panels = ["photo", "degrees", "objectness"].map((name) => byId(name).firstElementChild);
 
   function show(item) {
     open = item;
     const maps = JSON.parse(byId(`maps-${item.number}`).textContent);
     describe(item);
-    for (const panel of [photo, degrees]) {
+    for (const panel of panels) {
       release(panel);
       panel.style.setProperty("--ratio", item.size[0] / item.size[1]);
     }
-    photo.append(picture(item), ...maskCanvases(maps.masks ?? []), overlay(item, true));
-    byId("degrees").hidden = !maps.degrees;
-    if (maps.degrees) drawDegrees(item, maps);
-    offer({ truth: hasTruth(item), seeds: Boolean(item.patch), masks: Boolean(maps.masks), degrees: Boolean(maps.degrees) });
-    fillTable(item);
+    panels[0].append(picture(item), ...maskCanvases(maps.masks ?? []), overlay(item, maps));
+    for (const [name, draw] of [["degrees", drawDegrees], ["objectness", drawObjectness]]) {
+      byId(name).hidden = !maps[name];
+      if (maps[name]) draw(item, maps, byId(name));
+    }
+    const there = ["masks", "candidates", "degrees", "objectness"].map((name) => [name, Boolean(maps[name])]);
+    offer({ truth: hasTruth(item), seeds: Boolean(item.patch), ...Object.fromEntries(there) });
+    fillTable(item, maps.candidates ?? []);
     history.replaceState(null, "", `#${item.number}`);
     if (!view.open) view.showModal();
     view.scrollTop = 0;
@@ -237,10 +246,25 @@
     return COLOURS[low].map((value, index) => value + (COLOURS[low + 1][index] - value) * (place - low));
   }
 
-  function drawDegrees(item, maps) {
-    const [rows, columns] = maps.grid, values = readDegrees(maps);
+  function drawDegrees(item, maps, figure) {
+    const values = readDegrees(maps);
     const lowest = values.reduce((a, b) => Math.min(a, b)), highest = values.reduce((a, b) => Math.max(a, b));
-    const label = `Degree map of ${item.name}: ${rows} by ${columns} patches, from ${lowest} to ${highest}`;
+    drawMap(item, maps, figure, values, [lowest, highest], "Degree map", String);
+    figure.querySelector(".lowest").textContent = `degree ${lowest}`;
+    figure.querySelector(".highest").textContent = `${highest} of ${values.length - 1}`;
+  }
+
+  function drawObjectness(item, maps, figure) {
+    const percent = (value) => `${(value / 2.55).toFixed(0)} %`;
+    drawMap(item, maps, figure, bytesOf(maps.objectness), [0, 255], "Objectness map", percent);
+    figure.querySelector(".lowest").textContent = "objectness 0 %";
+    figure.querySelector(".highest").textContent = "100 %, an object";
+  }
+
+  // Each patch as a colour between those of the lowest and highest value; beneath the pointer, its value in words.
+  function drawMap(item, maps, figure, values, [lowest, highest], name, inWords) {
+    const [rows, columns] = maps.grid, panel = figure.firstElementChild, under = figure.querySelector(".under");
+    const label = `${name} of ${item.name}: ${rows} by ${columns} patches, from ${inWords(lowest)} to ${inWords(highest)}`;
     const canvas = element("canvas", { class: "map", width: columns, height: rows, role: "img", "aria-label": label });
     const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
     const span = Math.max(1, highest - lowest);
@@ -248,18 +272,16 @@
     context.putImageData(image, 0, 0);
     canvas.style.width = `${(100 * columns * item.patch[0]) / item.size[0]}%`;
     canvas.style.height = `${(100 * rows * item.patch[1]) / item.size[1]}%`;
-    degrees.append(canvas, overlay(item, true));
-    byId("lowest").textContent = `degree ${lowest}`;
-    byId("highest").textContent = `${highest} of ${values.length - 1}`;
-    byId("under").textContent = "";
-    degrees.onpointermove = (event) => {
+    panel.append(canvas, overlay(item, maps));
+    under.textContent = "";
+    panel.onpointermove = (event) => {
       const frame = canvas.getBoundingClientRect();
       const column = Math.floor(((event.clientX - frame.left) / frame.width) * columns);
       const row = Math.floor(((event.clientY - frame.top) / frame.height) * rows);
       const value = column >= 0 && column < columns ? values[row * columns + column] : undefined;
-      byId("under").textContent = value === undefined ? "" : `row ${row}, column ${column}: ${value}`;
+      under.textContent = value === undefined ? "" : `row ${row}, column ${column}: ${inWords(value)}`;
     };
-    degrees.onpointerleave = () => { byId("under").textContent = ""; };
+    panel.onpointerleave = () => { under.textContent = ""; };
   }
 
   const area = ([x1, y1, x2, y2]) => Math.max(0, x2 - x1) * Math.max(0, y2 - y1);
@@ -270,16 +292,25 @@
     return union > 0 ? common / union : 0;
   }
 
-  function fillTable(item) {
+  function fillTable(item, candidates) {
     for (const cell of byId("boxes").querySelectorAll(".judged")) cell.hidden = !item.truth;
-    byId("boxes").tBodies[0].replaceChildren(...item.boxes.map((box, index) => {
-      const share = (100 * area(box)) / (item.size[0] * item.size[1]);
-      const row = element("tr", {}, element("th", { scope: "row" }, element("i", { class: "key" }), String(index + 1)));
-      const cells = [written(item.scores[index]), box.map((value) => Math.round(value)).join(", "), `${share.toFixed(0)} %`];
-      if (item.truth) cells.push(item.truth.reduce((best, one) => Math.max(best, overlap(box, one)), 0).toFixed(2));
-      row.append(...cells.map((text) => element("td", {}, text)));
-      return row;
+    const [chosen, others] = byId("boxes").tBodies;
+    chosen.replaceChildren(...item.boxes.map((box, index) => tableRow(item, String(index + 1), item.scores[index], box)));
+    others.replaceChildren(...candidates.flatMap(([x1, y1, x2, y2, score]) => {
+      const box = [x1, y1, x2, y2], shares = item.boxes.map((one) => overlap(one, box));
+      const alike = shares.findIndex((share) => share >= facts.overlap);
+      if (shares.includes(1)) return [];
+      return [tableRow(item, alike < 0 ? "candidate" : `candidate, like box ${alike + 1}`, score, box)];
     }));
+  }
+
+  function tableRow(item, name, score, box) {
+    const share = (100 * area(box)) / (item.size[0] * item.size[1]);
+    const row = element("tr", {}, element("th", { scope: "row" }, element("i", { class: "key" }), name));
+    const cells = [written(score), box.map((value) => Math.round(value)).join(", "), `${share.toFixed(0)} %`];
+    if (item.truth) cells.push(item.truth.reduce((best, one) => Math.max(best, overlap(box, one)), 0).toFixed(2));
+    row.append(...cells.map((text) => element("td", {}, text)));
+    return row;
   }
 
   function step(by) {
@@ -322,7 +353,7 @@
   view.addEventListener("close", () => {
     const card = cards.get(open);
     open = null;
-    for (const panel of [photo, degrees]) release(panel);
+    for (const panel of panels) release(panel);
     history.replaceState(null, "", location.pathname + location.search);
     if (card?.isConnected) {
       card.scrollIntoView({ block: "nearest" });
@@ -330,9 +361,9 @@
     }
   });
   for (const label of document.querySelectorAll(".layers label")) {
-    label.addEventListener("change", (event) => {
-      view.classList.toggle(`without-${label.dataset.layer}`, !event.target.checked);
-    });
+    const follow = () => view.classList.toggle(`without-${label.dataset.layer}`, !label.control.checked);
+    label.addEventListener("change", follow);
+    follow();
   }
   window.addEventListener("hashchange", showFromAddress);
 

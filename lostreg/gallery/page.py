@@ -27,7 +27,8 @@ def render_page(
         choice: how those that it shows were chosen, for the reader.
         entries: the images that it shows, in order.
         facts: what the page's script is told, read after the last entry: ``gone`` and ``changed``, images whose files
-            cannot be read any more or have another size than in the run; ``sort``, the order to begin with.
+            cannot be read any more or have another size than in the run; ``sort``, the order to begin with;
+            ``overlap``, from which on boxes are of one object.
     """
     assets = resources.files("lostreg.gallery")
     return TEMPLATES.get_template("gallery/page.html").generate(

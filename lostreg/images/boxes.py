@@ -106,7 +106,9 @@ def spread(values: NDArray[Value], size: tuple[int, ...], cell: tuple[float, flo
     return picture
 
 
-def in_pixels(boxes: NDArray[np.int64], picture: PatchedPicture, patch_size: int) -> NDArray[np.float64]:
+def in_pixels(
+    boxes: NDArray[np.int64] | NDArray[np.float32], picture: PatchedPicture, patch_size: int
+) -> NDArray[np.float64]:
     """Boxes in patches as boxes in pixels of the original image; shape (..., 4) both.
 
     Args:

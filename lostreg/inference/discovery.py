@@ -41,6 +41,11 @@ class Discovery:
             where that was not asked for. See `lostreg.images.masks`.
         source: what was searched, as far as it is known: for pictures of the result.
         exif: whether the source's EXIF orientation was applied.
+        candidates: what the objects were chosen from, best first: box of its patches, in pixels of the original image,
+            and score, shape (m, 5), float32. Of equal boxes the best; at most 12, the objects before others. None
+            where nothing was compared, as in LOST.
+        objectness: how likely each patch is part of an object, by what a collection taught, shape (h, w), float32, in
+            [0, 1]; None where nothing was taught.
 
     Example:
         >>> found = lostreg.Discoverer("dinov2_vits14_reg", device="cpu").discover("dog.jpg")
@@ -61,6 +66,8 @@ class Discovery:
     refined: NDArray[np.bool_] | None = None
     source: ImageSource | None = field(default=None, repr=False)
     exif: bool = True
+    candidates: NDArray[np.float32] | None = None
+    objectness: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         count = len(self.xyxy)
@@ -74,6 +81,10 @@ class Discovery:
             )
         if self.refined is not None and (self.refined.ndim != 3 or len(self.refined) != count):
             raise ValueError(f"expected {count} refined masks, got shape {self.refined.shape}")
+        if self.candidates is not None and self.candidates.shape != (len(self.candidates), 5):
+            raise ValueError(f"expected candidates of shape (m, 5), got {self.candidates.shape}")
+        if self.objectness is not None and self.objectness.shape != self.degrees.shape:
+            raise ValueError(f"expected objectness on {self.degrees.shape} patches, got {self.objectness.shape}")
 
     def __len__(self) -> int:
         return len(self.xyxy)

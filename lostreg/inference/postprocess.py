@@ -60,6 +60,10 @@ def to_discovery(
         boxes = mask_boxes(refined, picture.width, picture.height)
     else:
         boxes = in_pixels(objects.xyxy, picture, patch_size).astype(np.float32)
+    candidates = objects.candidates
+    if candidates is not None:
+        corners = in_pixels(candidates[:, :4], picture, patch_size)
+        candidates = np.column_stack([corners, candidates[:, 4]]).astype(np.float32)
     return Discovery(
         xyxy=boxes,
         scores=objects.scores,
@@ -74,4 +78,6 @@ def to_discovery(
         refined=refined,
         source=picture.pixels if keep_pixels else source,
         exif=exif,
+        candidates=candidates,
+        objectness=objects.objectness,
     )

@@ -60,7 +60,8 @@ class LinearObjectness:
         """
         with exact_float32(tokens.device):
             rows = prepare(tokens, normalize=True)
-            return torch.sigmoid(rows @ self.weight.to(rows.device) + self.bias)
+            # Not `rows @ weight`, which rounds a row differently among others than alone.
+            return torch.sigmoid((rows * self.weight.to(rows.device)).sum(dim=-1) + self.bias)
 
 
 def contrast(probabilities: NDArray[np.float32], masks: Mask) -> NDArray[np.float32]:

@@ -12,6 +12,7 @@ B images, N = h*w patches row by row, D dimensions. Memory grows with N*D, never
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final, cast
 
 import cv2
@@ -36,6 +37,7 @@ _RESOLUTION: Final = 1e-5  # of float32: shares below are rounding
 _LEAST_PATCHES: Final = 4  # of a part
 _LARGEST_SHARE: Final = 0.9  # of the image
 _MOST_PARTS: Final = 64  # of an image: the largest
+_MOST_TOLD: Final = 12  # candidates that a result tells of
 
 Mask = NDArray[np.bool_]
 
@@ -235,7 +237,9 @@ def find_parts(
     objects = []
     for image, (masks, scores) in enumerate(candidate_masks(candidates, labels)):
         ranks = scores if probabilities is None else scores * contrast(probabilities[image], masks)
-        objects.append(ranked_objects(candidates, image, masks, ranks, max_objects, min_score))
+        one = ranked_objects(candidates, image, masks, ranks, max_objects, min_score)
+        taught = None if probabilities is None else probabilities[image].reshape(masks.shape[1:])
+        objects.append(replace(one, objectness=taught))
     return objects
 
 
@@ -276,7 +280,16 @@ def ranked_objects(
         heat=degrees.reshape(height, width),
         seeds=np.stack(np.divmod(np.array(seeds), width), axis=1),
         biases=maps.bias[image].numpy()[[place if place < trials else 0 for place in kept]],
+        candidates=_told(boxes, scores, kept),
     )
+
+
+def _told(boxes: NDArray[np.int64], scores: NDArray[np.float32], kept: list[int]) -> NDArray[np.float32]:
+    """Boxes and scores of those that are kept and of the best others, see `Objects`; shape (m, 5)."""
+    order = np.argsort(-scores, kind="stable")
+    order = order[np.sort(np.unique(boxes[order], axis=0, return_index=True)[1])]  # of equal boxes the best
+    order = order[np.sort(np.argsort(~np.isin(order, kept), kind="stable")[:_MOST_TOLD])]
+    return np.column_stack([boxes[order], scores[order]]).astype(np.float32)
 
 
 def _lowest(degrees: NDArray[np.int64], mask: Mask) -> int:

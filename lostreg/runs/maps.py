@@ -34,6 +34,10 @@ class ImageMaps:
         patch_height: of a patch, in pixels of the original image.
         exif: whether the file's EXIF orientation was applied.
         truth: ground-truth boxes, ``[x1, y1, x2, y2]`` in pixels; None where there is no ground truth.
+        candidates: what the objects were chosen from, ``[x1, y1, x2, y2, score]``, best first; None where nothing was
+            compared. See `Discovery`.
+        objectness: how likely each patch is part of an object, in 255ths, shape (h, w), uint8; None where nothing was
+            taught.
     """
 
     image_id: ImageId
@@ -43,6 +47,8 @@ class ImageMaps:
     patch_height: float
     exif: bool = True
     truth: Sequence[Sequence[float]] | None = None
+    candidates: Sequence[Sequence[float]] | None = None
+    objectness: NDArray[np.uint8] | None = None
 
     def covers(self, width: int, height: int) -> bool:
         """Whether these are patches of an image of that size: as many as cover it, and no more."""
@@ -50,18 +56,21 @@ class ImageMaps:
         return all((count - 1) * patch - _ROUNDED < side < count * patch + _ROUNDED for count, patch, side in sides)
 
     def to_line(self) -> str:
-        """The JSON object, without a line break; degrees are deflated little-endian uint32 in base64."""
-        packed = zlib.compress(self.degrees.astype("<u4").tobytes(), 1)  # higher levels gain nothing on degrees
+        """The JSON object, without a line break; maps are deflated and in base64, degrees as little-endian uint32."""
         fields: dict[str, Any] = {
             "image_id": self.image_id,
             "path": self.path,
             "grid": list(self.degrees.shape),
             "patch": [round(self.patch_width, 6), round(self.patch_height, 6)],
             "exif": self.exif,
-            "degrees": base64.b64encode(packed).decode("ascii"),
+            "degrees": _pack(self.degrees.astype("<u4")),
         }
         if self.truth is not None:
             fields["truth"] = [[float(value) for value in box] for box in self.truth]
+        if self.candidates is not None:
+            fields["candidates"] = [list(candidate) for candidate in self.candidates]
+        if self.objectness is not None:
+            fields["objectness"] = _pack(self.objectness)
         return as_line(fields)
 
 
@@ -76,7 +85,17 @@ def maps_of(image_id: ImageId, path: Path, found: Discovery, truth: Any = None) 
     """
     boxes = None if truth is None else np.asarray(truth, dtype=float).tolist()
     place = os.path.abspath(path)  # noqa: PTH100 - without `..`, and without following links
-    return ImageMaps(image_id, place, found.degrees, found.patch_width, found.patch_height, found.exif, boxes)
+    return ImageMaps(
+        image_id,
+        place,
+        found.degrees,
+        found.patch_width,
+        found.patch_height,
+        found.exif,
+        boxes,
+        None if found.candidates is None else found.candidates.astype(float).round(3).tolist(),
+        None if found.objectness is None else np.rint(255 * found.objectness).astype(np.uint8),
+    )
 
 
 def read_maps(path: Path) -> Iterator[ImageMaps]:
@@ -101,21 +120,39 @@ def _parse(line: bytes, where: str) -> ImageMaps:
         for name, is_sound in _SOUND.items():
             if not is_sound(fields.get(name)):
                 raise ValueError(f"{name} is {shown(fields.get(name))}")
-        degrees = _unpack(fields["degrees"], rows, columns)
-        return ImageMaps(fields["image_id"], fields["path"], degrees, wide, high, fields["exif"], fields.get("truth"))
+        degrees = _unpack(fields["degrees"], rows, columns, "<u4").astype(np.int64)
+        objectness = fields.get("objectness")
+        return ImageMaps(
+            fields["image_id"],
+            fields["path"],
+            degrees,
+            wide,
+            high,
+            fields["exif"],
+            fields.get("truth"),
+            fields.get("candidates"),
+            None if objectness is None else _unpack(objectness, rows, columns, "u1"),
+        )
     except (ValueError, TypeError, KeyError, zlib.error, RecursionError) as error:
         raise PredictionsError(f"{where}: expected maps as `lostreg discover` writes them ({error})") from error
 
 
-def _unpack(text: str, rows: int, columns: int) -> NDArray[np.int64]:
+def _pack(values: NDArray[Any]) -> str:
+    return base64.b64encode(zlib.compress(values.tobytes(), 1)).decode("ascii")  # higher levels gain nothing
+
+
+def _unpack(text: str, rows: int, columns: int, kind: str) -> NDArray[Any]:
     if rows * columns > _MOST_PATCHES:
         raise ValueError(f"{rows} x {columns} are more patches than any image has")
-    size = 4 * rows * columns
+    size = np.dtype(kind).itemsize * rows * columns
     content = zlib.decompressobj().decompress(base64.b64decode(text), size + 1)  # no more, whatever it promises
     if len(content) != size:
-        raise ValueError(f"degrees are not those of {rows} x {columns} patches")
-    degrees: NDArray[np.int64] = np.frombuffer(content, dtype="<u4").reshape(rows, columns).astype(np.int64)
-    return degrees
+        raise ValueError(f"a map is not of {rows} x {columns} patches")
+    return np.frombuffer(content, dtype=kind).reshape(rows, columns)
+
+
+def _is_candidate(value: Any) -> bool:
+    return isinstance(value, list) and is_box(value[:-1]) and is_finite_number(value[-1]) and 0 <= value[-1] <= 1
 
 
 def _is_path(value: Any) -> bool:
@@ -128,5 +165,6 @@ _SOUND: Final[dict[str, Callable[[Any], bool]]] = {
     "exif": lambda value: isinstance(value, bool),
     "grid": lambda value: all(type(count) is int and count >= 1 for count in value),
     "patch": lambda value: all(is_finite_number(side) and side >= 1 for side in value),
-    "truth": lambda value: value is None or (isinstance(value, list) and all(is_box(box) for box in value)),
+    "truth": lambda value: value is None or (isinstance(value, list) and all(map(is_box, value))),
+    "candidates": lambda value: value is None or (isinstance(value, list) and all(map(_is_candidate, value))),
 }

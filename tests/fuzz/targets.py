@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import disc_picture
-from fabricate_run import map_of, predict
+from fabricate_run import GRID, map_of, predict
 from fuzz.mutations import (
     Mutation,
     mutate_bytes,
@@ -286,7 +286,8 @@ def _run() -> dict[str, bytes]:
         predict("b/c.png", 1, masks=[encode_rle(_MASK)]),
         predict("broken.jpg", boxes=[], scores=[], seeds=[], error="not a readable image"),
     ]
-    maps = [map_of("a.jpg", Path("a.jpg"), 0, truth=[[1, 2, 30, 40]]), map_of("b/c.png", Path("b/c.png"), 1)]
+    why = {"candidates": [[1, 2, 30, 40, 0.5]], "objectness": np.zeros(GRID, np.uint8)}
+    maps = [map_of("a.jpg", Path("a.jpg"), 0, truth=[[1, 2, 30, 40]], **why), map_of("b/c.png", Path("b/c.png"), 1)]
     options = {"backbone": "imgfocus_vits14", "feature": "k", "exif": True, "max_pixels": MAX_PIXELS}
     results = {"complete": True, "options": options, "collection": {"root": "photos", "images": 3}}
     return {

@@ -23,6 +23,14 @@ SEVERAL = {
     "scores": [0.6, 0.3, 0.1],
     "seeds": [[2, 4], [1, 0], [7, 10]],
 }
+WHY = {
+    "candidates": [
+        [100, 70, 140, 105, 0.7],
+        [102, 70, 140, 105, 0.655],
+        [40, 20, 90, 80.5, 0],
+    ],  # the box, one alike, another
+    "objectness": np.arange(GRID[0] * GRID[1], dtype=np.uint8).reshape(GRID)[::-1] + 168,
+}
 
 
 def mask_of(columns: slice) -> dict[str, Any]:
@@ -41,12 +49,12 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run with ground truth: even numbers are hits; masks on the second image, three boxes on the third."""
+    """A run with ground truth: even numbers are hits; the second image has masks, the third three boxes."""
     place = tmp_path_factory.mktemp("judged")
     names = [f"trip {number % 3}/{number}.jpg" for number in range(COUNT)]
     names[5] = NASTY
     changes = {1: {"masks": [mask_of(slice(30, 90))]}, 2: SEVERAL}
-    run = write_run(place / "run", names, truth=TRUTH, changes=changes)
+    run = write_run(place / "run", names, truth=TRUTH, changes=changes, maps_changes={1: WHY})
     (place / "photos/im0011.jpg").unlink()
     return write(run)
 
@@ -211,9 +219,38 @@ def test_the_degree_map_lies_over_its_patches(page: Any) -> None:
     assert (np.diff(brightness) > 0).mean() > 0.95  # degrees rise from patch to patch
     assert wide == pytest.approx(GRID[1] * PATCH / WIDTH, abs=0.01)
     assert high == pytest.approx(GRID[0] * PATCH / HEIGHT, abs=0.01)
-    assert find(page, "#lowest")[0].text == "degree 0"
-    assert find(page, "#highest")[0].text == "87 of 87"
+    assert find(page, "#degrees .lowest")[0].text == "degree 0"
+    assert find(page, "#degrees .highest")[0].text == "87 of 87"
     assert len(find(page, "#degrees .seeds rect")) == 1
+
+
+def test_candidates_and_what_was_taught_say_why_a_box_was_chosen(page: Any) -> None:
+    find(page, "#grid li:nth-child(2) .card")[0].click()
+    rows = find(page, "#boxes .candidates tr")
+    assert not any(row.is_displayed() for row in rows)  # until they are asked for
+    find(page, "[data-layer=candidates]")[0].click()
+    assert [row.text for row in rows] == [
+        "candidate, like box 1 0.66 102, 70, 140, 105 8 % 0.00",
+        "candidate 0.00 40, 20, 90, 81 18 % 0.86",
+    ]
+    for panel in ("photo", "objectness"):
+        drawn = attributes(find(page, f"#{panel} .candidates rect:last-child"), "x", "y", "width", "height")
+        assert drawn == [[100, 70, 40, 35], [102, 70, 38, 35], [40, 20, 50, 60.5]]
+    script = (
+        "const edge = document.querySelector('#photo .candidates g:last-child rect').getBoundingClientRect();"
+        "return document.elementFromPoint(edge.left + edge.width / 2, edge.bottom).parentNode.textContent"
+    )
+    assert page.execute_script(script) == "candidate, score 0.00"  # told beneath the pointer
+    script = (
+        "const canvas = document.querySelector('#objectness canvas');"
+        "return [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data]"
+    )
+    pixels = np.array(page.execute_script(script)).reshape(*GRID, 4)
+    assert pixels[0, -1].tolist() == [253, 231, 37, 255]
+    assert pixels[-1, 0].tolist() != [68, 10, 85, 255]  # two thirds, though the lowest of this image
+    press(page, "ARROW_RIGHT")
+    assert not find(page, "#objectness")[0].is_displayed()
+    assert not find(page, "[data-layer=candidates]")[0].is_displayed()
 
 
 def test_a_mask_is_laid_over_the_picture(page: Any) -> None:
@@ -238,14 +275,17 @@ def test_layers_are_turned_off_and_stay_off(page: Any) -> None:
         "seeds": "#photo .seeds rect",
         "masks": "#photo canvas.mask",
         "degrees": "#degrees canvas",
+        "candidates": "#photo .candidates rect",
+        "objectness": "#objectness canvas",
     }
     assert layers.keys() == drawn.keys()
+    layers["candidates"].click()
     for layer, selector in drawn.items():
         assert find(page, selector)[0].is_displayed(), layer
         layers[layer].click()
         assert not find(page, selector)[0].is_displayed(), layer
     press(page, "ARROW_RIGHT")
-    assert not any(find(page, selector)[0].is_displayed() for layer, selector in drawn.items() if layer != "masks")
+    assert not any(element.is_displayed() for selector in drawn.values() for element in find(page, selector))
     assert not layers["masks"].is_displayed()  # the next image has none
     assert layers["boxes"].is_displayed()
 

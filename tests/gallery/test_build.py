@@ -60,6 +60,15 @@ def test_a_page_holds_pictures_boxes_and_maps_in_the_order_of_the_run(tmp_path: 
     assert "imgfocus_vits14" in page.text
 
 
+def test_candidates_and_objectness_are_on_the_page_where_a_run_has_them(tmp_path: Path) -> None:
+    objectness = np.arange(GRID[0] * GRID[1], dtype=np.uint8).reshape(GRID)
+    why = {"candidates": [[1, 2.346, 3, 4, 0.567]], "objectness": objectness}
+    page = page_of(write_run(tmp_path / "run", ["a", "b"], maps_changes={0: why}))
+    assert page.maps(1)["candidates"] == [[1, 2.35, 3, 4, 0.567]]
+    assert base64.b64decode(page.maps(1)["objectness"]) == objectness.tobytes()
+    assert page.maps(2).keys() == {"grid", "degrees"}
+
+
 def test_a_large_picture_becomes_small(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", ["one"], changes={0: {"width": 1500, "height": 1100}})
     write_photo(tmp_path / "photos/im0000.jpg", 0, 1500, 1100)
@@ -188,7 +197,7 @@ def test_images_that_are_gone_or_changed_are_counted(tmp_path: Path) -> None:
     written = write_gallery(RunFolder(run), run / "report.html")
     assert (written.shown, written.gone, written.changed) == (4, 2, 1)
     page = Page(run / "report.html")
-    assert json.loads(page.by_id["facts"]) == {"gone": 2, "changed": 1, "bare": 0, "sort": "run"}
+    assert json.loads(page.by_id["facts"]) == {"gone": 2, "changed": 1, "bare": 0, "sort": "run", "overlap": 0.5}
     assert [page.picture(number) is None for number in (1, 2, 3, 4)] == [False, True, True, False]
     assert page.cards[1]["note"] == "im0001.jpg: no such file"
     assert page.cards[2]["note"].startswith("im0002.jpg: not a readable image")

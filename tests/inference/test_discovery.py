@@ -1,5 +1,6 @@
 """One image's result for supervision."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -33,6 +34,12 @@ def test_supervision_gets_boxes_scores_and_masks_of_the_image(found: Discovery) 
     assert detections["class_name"].tolist() == ["object"] * len(found)
     assert np.array_equal(detections["seeds"], found.seeds)
     assert found.to_supervision(masks=False).mask is None
+
+
+@pytest.mark.parametrize("unfit", [{"candidates": np.zeros((3, 4), np.float32)}, {"objectness": np.zeros((2, 2))}])
+def test_what_objects_were_chosen_from_has_its_shape(found: Discovery, unfit: dict[str, np.ndarray]) -> None:
+    with pytest.raises(ValueError, match=next(iter(unfit))):
+        dataclasses.replace(found, **unfit)  # type: ignore[arg-type]
 
 
 def test_without_supervision_the_way_to_it_is_named(found: Discovery, monkeypatch: pytest.MonkeyPatch) -> None:

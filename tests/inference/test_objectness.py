@@ -66,11 +66,17 @@ def test_parts_of_a_stream_are_those_of_each_image(backbone: Backbone) -> None:
             np.testing.assert_array_equal(found.xyxy, objects.xyxy * 14)
             np.testing.assert_allclose(found.scores, objects.scores, atol=1e-5)
             np.testing.assert_array_equal(found.seeds, objects.seeds)
+            assert objects.candidates is not None
+            np.testing.assert_allclose(found.candidates, objects.candidates * [14, 14, 14, 14, 1], atol=1e-5)
+            assert (found.objectness is None) == (given is None)
+            if chances is not None:
+                np.testing.assert_allclose(found.objectness, chances.reshape(grid), atol=1e-5)
             study = Study(discoverer, picture)
             assert same(study.discover(), found)
             if given is None:
                 lost = Discoverer(backbone, device="cpu", bias=-0.5, normalize=True).discover(picture)
                 assert same(study.discover(method="lost", bias=-0.5, max_objects=1), lost)
+                assert (lost.candidates, lost.objectness) == (None, None)
 
 
 def test_learning_sees_every_image_once_and_says_where_it_comes_from(backbone: Backbone, tmp_path: Path) -> None:

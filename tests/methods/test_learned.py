@@ -42,6 +42,12 @@ def share_right(objectness: LinearObjectness, seeds: range) -> float:
     return float(np.mean(right))
 
 
+def test_an_image_has_the_same_map_alone_and_in_a_batch() -> None:
+    tokens, random = torch.randn(3, 43, 384), LinearObjectness(torch.randn(384), 0.5)
+    together = random.probabilities(tokens)
+    assert all(torch.equal(together[image], random.probabilities(tokens[image, None])[0]) for image in range(3))
+
+
 def test_a_planted_direction_is_recovered() -> None:
     objectness = fit(image(seed) for seed in range(20))
     assert objectness.weight.dtype == torch.float32

@@ -1,6 +1,7 @@
 """The maps file: what goes in comes out, and what else may stand in it is refused in one line."""
 
 import base64
+import dataclasses
 import json
 import tracemalloc
 import zlib
@@ -28,10 +29,19 @@ def written(folder: Path, *lines: str) -> Path:
     return path
 
 
-@given(degree_maps, st.booleans(), st.sampled_from([None, [], [[0.0, 1.5, 20.0, 30.0]]]))
+@given(
+    degree_maps,
+    st.booleans(),
+    st.sampled_from([None, [], [[0.0, 1.5, 20.0, 30.0]]]),
+    st.sampled_from([None, [], [[0.0, 1.5, 20.0, 30.0, 0.5], [0.0, 0.0, 1.0, 1.0, 0.0]]]),
+    st.booleans(),
+)
 @settings(deadline=None, max_examples=40)
-def test_a_line_comes_back_as_it_was(tmp_path_factory, degrees: np.ndarray, exif: bool, truth: Any) -> None:
-    image = ImageMaps("a/ö.jpg", "/photos/a/ö.jpg", degrees, 14.0, 13.5, exif, truth)
+def test_a_line_comes_back_as_it_was(
+    tmp_path_factory, degrees: np.ndarray, exif: bool, truth: Any, candidates: Any, taught: bool
+) -> None:
+    objectness = (degrees % 256).astype(np.uint8) if taught else None
+    image = ImageMaps("a/ö.jpg", "/photos/a/ö.jpg", degrees, 14.0, 13.5, exif, truth, candidates, objectness)
     (found,) = read_maps(written(tmp_path_factory.mktemp("maps"), image.to_line()))
     np.testing.assert_array_equal(found.degrees, degrees)
     assert (found.image_id, found.path, found.patch_width, found.patch_height) == (
@@ -40,7 +50,8 @@ def test_a_line_comes_back_as_it_was(tmp_path_factory, degrees: np.ndarray, exif
         14,
         13.5,
     )
-    assert (found.exif, found.truth) == (exif, truth)
+    assert (found.exif, found.truth, found.candidates) == (exif, truth, candidates)
+    np.testing.assert_array_equal(found.objectness, objectness)
 
 
 def test_a_discovery_leaves_what_pictures_of_it_need(backbone: Backbone, tmp_path: Path) -> None:
@@ -50,6 +61,13 @@ def test_a_discovery_leaves_what_pictures_of_it_need(backbone: Backbone, tmp_pat
     np.testing.assert_array_equal(maps.degrees, found.degrees)
     assert (maps.image_id, maps.exif, maps.truth) == (7, False, [[1, 2, 3, 4]])
     assert Path(maps.path) == Path("photos/a.jpg").absolute()
+    assert "candidates" not in line
+    assert "objectness" not in line
+    why = {"candidates": np.float32([[1, 2, 3.3333333, 4, 0.12345]]), "objectness": found.degrees / np.float32(100)}
+    (maps,) = read_maps(written(tmp_path, maps_of(7, Path("a.jpg"), dataclasses.replace(found, **why)).to_line()))
+    assert maps.candidates == [[1, 2, 3.333, 4, 0.123]]
+    assert maps.objectness is not None
+    np.testing.assert_allclose(maps.objectness / 255, why["objectness"], atol=0.5001 / 255)
 
 
 def test_a_last_line_that_was_not_finished_is_left_out(tmp_path: Path) -> None:
@@ -89,6 +107,17 @@ def test_a_last_line_that_was_not_finished_is_left_out(tmp_path: Path) -> None:
         {"degrees": "abc"},
         {"degrees": 3},
         {"degrees": None},
+        {"candidates": "abc"},
+        {"candidates": [[]]},
+        {"candidates": [[1, 2, 3, 4]]},
+        {"candidates": [[1, 2, 3, 4, 1.1]]},
+        {"candidates": [[1, 2, 3, 4, float("nan")]]},
+        {"candidates": [[1, 2, 3, float("inf"), 0.5]]},
+        {"candidates": [[1, 2, 3, 4, 5, 0.5]]},
+        {"objectness": 3},
+        {"objectness": "abc"},
+        {"objectness": base64.b64encode(zlib.compress(bytes(3))).decode()},
+        {"objectness": base64.b64encode(zlib.compress(bytes(5))).decode()},
     ],
     ids=str,
 )
@@ -103,13 +132,17 @@ def test_a_map_is_no_larger_than_any_images_whatever_its_line_promises(tmp_path:
     line = json.loads(ImageMaps("a", "/a.jpg", np.zeros((2, 2), np.int64), 1, 1).to_line())
     rows = 1 << 14
     bomb = base64.b64encode(zlib.compress(bytes(4 * rows * rows // 16), 9) * 16).decode("ascii")
-    path = written(tmp_path, json.dumps({**line, "grid": [rows, rows], "degrees": bomb}))
-    tracemalloc.start()
-    with pytest.raises(PredictionsError, match=r"line 1: .*16384 x 16384 are more patches than any image has"):
-        list(read_maps(path))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 24
+    for promise, told in (
+        ({"grid": [rows, rows], "degrees": bomb}, "16384 x 16384 are more patches than any image has"),
+        ({"objectness": bomb}, "a map is not of 2 x 2 patches"),
+    ):
+        path = written(tmp_path, json.dumps({**line, **promise}))
+        tracemalloc.start()
+        with pytest.raises(PredictionsError, match=rf"line 1: .*{told}"):
+            list(read_maps(path))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1 << 24
 
 
 @pytest.mark.parametrize(
