@@ -60,8 +60,9 @@ class LinearObjectness:
         """
         with exact_float32(tokens.device):
             rows = prepare(tokens, normalize=True)
-            # Not `rows @ weight`, which rounds a row differently among others than alone.
-            return torch.sigmoid((rows * self.weight.to(rows.device)).sum(dim=-1) + self.bias)
+            # Among others a row is as alone: `rows @ weight` would round it differently, and a sigmoid in float32, too.
+            logits = (rows * self.weight.to(rows.device)).sum(dim=-1) + self.bias
+            return torch.sigmoid(logits.double()).float()
 
 
 def contrast(probabilities: NDArray[np.float32], masks: Mask) -> NDArray[np.float32]:
