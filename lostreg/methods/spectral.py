@@ -37,7 +37,7 @@ TOKENCUT_TAU: Final = 0.2
 MASKCUT_TAU: Final = 0.15
 
 _WEAK: Final = 1e-5  # ε
-_STEPS: Final = 24  # of Lanczos
+_STEPS: Final = 16  # of Lanczos
 _LIMBS: Final = 3  # whole numbers that a vector is split into
 _SQUARINGS: Final = 30  # of the small matrix: tells eigenvalues apart that differ by 1e-7
 _NOTHING: Final = 1e-9  # a vector of unit length is used up where this is left of it
