@@ -267,9 +267,11 @@ def test_objects_mix_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_one_feature_of_one_image_that_is_not_finite_is_noticed(value: float) -> None:
     features = prepare(real_features((3, 30, 8)), normalize=True)
+    plain = spectral_maps(features, (5, 6), 0.2)
     features[2, 29, 7] = value
     maps = spectral_maps(features, (5, 6), 0.2)
     assert maps.finite.tolist() == [True, True, False]
+    assert torch.equal(maps.vectors[:2], plain.vectors[:2])
     for cut in (
         lambda: tokencut_objects(maps, features, (5, 6)),
         lambda: maskcut_objects(maps, features, (5, 6), 2, 0),
