@@ -17,8 +17,9 @@ Box = tuple[int, int, int, int]
 class Cut:
     """An object: box in patches, seed as (row, column), mask, score, the graph's degrees, and what it was cut by.
 
-    `margin` is how clear the closest decision was: cosines from tau, values from their mean and from the largest, the
-    eigenvalue from the next. Shorter numbers may decide otherwise what lies within their rounding.
+    `margin` is how clear the closest decision was: cosines from tau, values from their mean and from the largest, and a
+    five-hundredth of the way from the eigenvalue to the next. Shorter numbers, and fewer steps towards the eigenvector,
+    may decide otherwise what lies within their error.
     """
 
     box: Box
@@ -75,7 +76,7 @@ def _cut(unit: np.ndarray, grid: Place, tau: float, corners: bool) -> Cut:
     eigenvalues, eigenvectors = eigh(total - weights, total)
     values = eigenvectors[:, 1]
     if len(values) > 2:
-        margin = min(margin, eigenvalues[2] - eigenvalues[1])
+        margin = min(margin, (eigenvalues[2] - eigenvalues[1]) / 500)
     values = values / np.abs(values).max()
     strongest = _first_largest(np.abs(values))
     values = values * np.sign(values[strongest])

@@ -13,7 +13,7 @@ from lostreg.inference.jobs import Grid, Method
 from lostreg.inference.options import ResolvedOptions
 from lostreg.methods.dinoseg import attended_maps, dinoseg_objects
 from lostreg.methods.learned import LinearObjectness
-from lostreg.methods.lost import Bias, Candidates, Lost, LostMaps, Objects, copy_to_host, lost_maps
+from lostreg.methods.lost import Bias, Candidates, Lost, LostMaps, Objects, lost_maps, to_host
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.parts import find_parts, labels_of_pack
 from lostreg.methods.spectral import (
@@ -57,9 +57,8 @@ class PartsMaps:
 
     def to_host(self, *, wait: bool = True) -> "PartsMaps":
         """The same on the CPU but for the tokens; see `LostMaps.to_host`."""
-        chances = None if self.probabilities is None else copy_to_host(self.probabilities)
-        labels = copy_to_host(self.labels)
-        return replace(self, lost=self.lost.to_host(wait=wait), labels=labels, probabilities=chances)
+        small = to_host(replace(self, tokens=None), wait=wait)
+        return replace(small, lost=self.lost.to_host(wait=wait), tokens=self.tokens)
 
     def candidates(self, features: Tensor, grid: Grid) -> PartsFound:
         """What maps on the CPU hold; see `LostMaps.candidates`."""

@@ -5,7 +5,7 @@ ICCV 2021), and of them the largest 4-connected part. LOST's published code leav
 last in reading order, and boxes what is not attended to where there is one part alone; here each part counts.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Final
 
 import cv2
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.errors import OptionError
-from lostreg.methods.lost import Objects, copy_to_host, main_objects, require_finite
+from lostreg.methods.lost import Objects, main_objects, require_finite, to_host
 
 HEAD: Final = 4  # the fifth: what LOST's published code takes, of the six of a ViT-S
 
@@ -37,15 +37,8 @@ class AttendedMaps:
     finite: Tensor
 
     def to_host(self, *, wait: bool = True) -> "AttendedMaps":
-        """The same on the CPU.
-
-        Args:
-            wait: as for `lostreg.methods.lost.LostMaps.to_host`.
-        """
-        on_host = AttendedMaps(*(copy_to_host(getattr(self, field.name)) for field in fields(self)))
-        if wait and self.masks.is_cuda:
-            torch.cuda.current_stream(self.masks.device).synchronize()
-        return on_host
+        """The same on the CPU, see `lostreg.methods.lost.to_host`."""
+        return to_host(self, wait=wait)
 
 
 @torch.no_grad()

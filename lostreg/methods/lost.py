@@ -10,8 +10,8 @@ Similarities are float32, whatever the features were computed in. Ties go to the
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import cv2
 import numpy as np
@@ -27,6 +27,10 @@ from lostreg.methods.exact import exact_float32
 from lostreg.methods.objectness import near_one, object_scores
 from lostreg.methods.similarity import Similarities
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Maps = TypeVar("Maps", bound="DataclassInstance")
 Bias = float | Literal["auto"] | Tensor | Callable[[Similarities], Tensor]
 
 
@@ -239,16 +243,8 @@ class LostMaps:
     finite: Tensor
 
     def to_host(self, *, wait: bool = True) -> "LostMaps":
-        """The same on the CPU.
-
-        Args:
-            wait: whether the copies are there on return. Else they are only queued where the device is a GPU, behind
-                what is queued already: synchronise with its stream before looking.
-        """
-        on_host = LostMaps(*(copy_to_host(getattr(self, field.name)) for field in fields(self)))
-        if wait and self.masks.is_cuda:
-            torch.cuda.current_stream(self.masks.device).synchronize()
-        return on_host
+        """The same on the CPU, see `to_host`."""
+        return to_host(self, wait=wait)
 
     def candidates(self, features: Tensor, grid: tuple[int, int]) -> Candidates:
         """The connected components around the seeds (LOST, section 3.4), and their scores. Takes maps on the CPU.
@@ -273,7 +269,34 @@ class LostMaps:
         return Candidates(components, np.where(connected, scores, np.float32(0)), connected, self, features)
 
 
-def copy_to_host(tensor: Tensor) -> Tensor:
+def to_host(maps: Maps, *, wait: bool = True) -> Maps:
+    """What a method computed on a device, on the CPU: a dataclass of tensors, and whatever else it holds.
+
+    Args:
+        maps: see `LostMaps`.
+        wait: whether the copies are there on return. Else they are only queued where the device is a GPU, behind
+            what is queued already: synchronise with its stream before looking.
+    """
+    tensors = _tensors(maps)
+    on_host = replace(maps, **{name: _copy_to_host(tensor) for name, tensor in tensors.items()})
+    for device in {tensor.device for tensor in tensors.values() if wait and tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
+    return on_host
+
+
+def joined_maps(parts: Sequence[Maps]) -> Maps:
+    """The maps of several batches of one grid as those of one."""
+    if len(parts) == 1:
+        return parts[0]
+    names = _tensors(parts[0])
+    return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def _tensors(maps: Maps) -> dict[str, Tensor]:
+    return {name: value for name, value in vars(maps).items() if isinstance(value, Tensor)}
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
     """A copy in pinned memory, queued, of what is on a GPU; the same where it is on the CPU."""
     if not tensor.is_cuda:
         return tensor.cpu()
@@ -306,9 +329,7 @@ def lost_maps(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: in
         part_bias = bias[part] if isinstance(bias, Tensor) else bias
         with exact_float32(features.device):
             parts.append(_maps_of_part(features[part], part_bias, k_patches))
-    if len(parts) == 1:
-        return parts[0]
-    return LostMaps(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(LostMaps)))
+    return joined_maps(parts)
 
 
 def lowest_degrees(degree: Tensor, k: int) -> Tensor:

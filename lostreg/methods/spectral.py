@@ -10,8 +10,9 @@ of it the 4-connected part around that patch. MaskCut takes the other side where
 corners, and cuts again after what was found has left the graph.
 
 The published code asks LAPACK for y. Here it comes from a fixed number of Lanczos steps (Golub & Van Loan, Matrix
-Computations, 10.1), each one product with W, which takes N² memory no longer than `Similarities` keeps it, and never
-waits for the device. Products with W are exact, so that neither batch nor tiles nor device change them by rounding.
+Computations, 10.1), each of them a product with W, in tiles: `Similarities` bounds the memory, and nothing waits for
+the device. Products with W are exact, so that neither batch nor tiles nor device change them by rounding. Ten steps
+give LAPACK's cut on the features of ViTs; a graph of many parts with no similar pair between them may take more.
 
 LAPACK's sign of y is arbitrary, and MaskCut's published corner rule acts for one of the two signs only. Here the sign
 is that which makes the largest |y| positive: then the rule looks at the corners of the object, as it is meant to.
@@ -29,7 +30,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.methods.exact import exact_float32
-from lostreg.methods.lost import Objects, check_shape, copy_to_host, main_objects, require_finite, seed_components
+from lostreg.methods.lost import (
+    Objects,
+    check_shape,
+    joined_maps,
+    main_objects,
+    require_finite,
+    seed_components,
+    to_host,
+)
 from lostreg.methods.multi_object import joined, may_count
 from lostreg.methods.similarity import Similarities, Tile
 
@@ -37,7 +46,7 @@ TOKENCUT_TAU: Final = 0.2
 MASKCUT_TAU: Final = 0.15
 
 _WEAK: Final = 1e-5  # ε
-_STEPS: Final = 24  # of Lanczos
+_STEPS: Final = 16  # of Lanczos
 _LIMBS: Final = 3  # whole numbers that a vector is split into
 _SQUARINGS: Final = 30  # of the small matrix: tells eigenvalues apart that differ by 1e-7
 _NOTHING: Final = 1e-9  # a vector of unit length is used up where this is left of it
@@ -54,7 +63,7 @@ class SpectralMaps:
 
     Attributes:
         vectors: of each patch, its value in the eigenvector y of the second smallest eigenvalue, of any sign and size;
-            shape (B, N), float64. All 0 where there is nothing to cut: each patch is similar to each other.
+            shape (B, N), float64. All 0 where there is nothing to cut: all patches are similar to each other.
         degrees: how many other patches each patch is similar to, shape (B, N), int64.
         finite: whether each image's features were, shape (B,), bool.
         tau: the cosine above which two patches are similar.
@@ -66,15 +75,8 @@ class SpectralMaps:
     tau: float
 
     def to_host(self, *, wait: bool = True) -> "SpectralMaps":
-        """The same on the CPU.
-
-        Args:
-            wait: as for `lostreg.methods.lost.LostMaps.to_host`.
-        """
-        vectors, degrees, finite = (copy_to_host(tensor) for tensor in (self.vectors, self.degrees, self.finite))
-        if wait and self.vectors.is_cuda:
-            torch.cuda.current_stream(self.vectors.device).synchronize()
-        return SpectralMaps(vectors, degrees, finite, self.tau)
+        """The same on the CPU, see `lostreg.methods.lost.to_host`."""
+        return to_host(self, wait=wait)
 
 
 @torch.no_grad()
@@ -97,13 +99,7 @@ def spectral_maps(features: Tensor, grid: tuple[int, int], tau: float) -> Spectr
     check_shape(features, grid)
     at_once = Similarities.images_at_once(features.shape[1], features.device)
     with exact_float32(features.device):
-        parts = [_maps_of_part(part, tau) for part in torch.split(features, at_once)]
-    if len(parts) == 1:
-        return parts[0]
-    vectors, degrees, finite = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("vectors", "degrees", "finite")
-    )
-    return SpectralMaps(vectors, degrees, finite, tau)
+        return joined_maps([_maps_of_part(part, tau) for part in torch.split(features, at_once)])
 
 
 def tokencut_objects(maps: SpectralMaps, features: Tensor, grid: tuple[int, int]) -> list[Objects]:
@@ -137,8 +133,8 @@ def maskcut_objects(
     union above 0.5, or has no more than 1 % of the patches, or whose score is 0 or below ``min_score``: it is left out,
     unless it is the first.
 
-    The published code knows no score, looks at square images only, and goes on after a mask that it leaves out: the
-    next cut is the same, and is kept, as the mask before it is empty then.
+    The published code knows no score, takes further masks of square images only, and goes on after a mask that it
+    leaves out: the next cut is the same, compared with an empty mask, and what earlier masks left of it is kept.
 
     Args:
         maps: on the CPU.

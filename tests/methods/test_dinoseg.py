@@ -23,7 +23,7 @@ def objects_of(attention: np.ndarray, grid: tuple[int, int], head: int = HEAD) -
 
 
 @given(arrays(np.float32, (2, 6, 30), elements=st.integers(0, 16).map(float)), st.integers(0, 5))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 def test_objects_equal_the_oracles(attention: np.ndarray, head: int) -> None:
     assume((attention[:, head].sum(axis=1) > 0).all())
     for image, objects in zip(attention, objects_of(attention, (5, 6), head), strict=True):

@@ -69,7 +69,7 @@ def real_features(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 @given(integer_features(), taus)
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 def test_tokencut_equals_the_oracle(case: tuple[np.ndarray, Grid], tau: float) -> None:
     features, grid = case
     expected = [reference_tokencut(image, grid, tau) for image in features]
@@ -80,7 +80,7 @@ def test_tokencut_equals_the_oracle(case: tuple[np.ndarray, Grid], tau: float) -
 
 
 @given(integer_features(), taus, st.integers(1, 5), st.sampled_from([0.0, 0.3]))
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=50)
 def test_maskcut_equals_the_oracle(case: tuple[np.ndarray, Grid], tau: float, most: int, least_score: float) -> None:
     features, grid = case
     found = maskcut(torch.from_numpy(features), grid, tau, most, least_score)
@@ -93,24 +93,22 @@ def test_maskcut_equals_the_oracle(case: tuple[np.ndarray, Grid], tau: float, mo
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.2, 0.3])
-def test_random_real_features_give_the_oracles_objects(tau: float) -> None:
-    features = real_features((4, 20 * 25, 12))
-    expected = [
-        (reference_tokencut(f, (20, 25), tau), reference_maskcut(f, (20, 25), tau, 3)) for f in features.numpy()
-    ]
-    one, several = tokencut(features, (20, 25), tau), maskcut(features, (20, 25), tau, 3)
-    for place, (cut, cuts) in enumerate(expected):
-        assert one[place].xyxy.tolist() == [list(cut.box)]
-        assert several[place].xyxy.tolist() == [list(each.box) for each in cuts]
+def test_noisy_scenes_give_the_oracles_objects(tau: float) -> None:
+    features, grid = three_squares()
+    features = features + 0.35 * torch.randn(4, 168, 4, generator=torch.Generator().manual_seed(3))
+    one, several = tokencut(features, grid, tau), maskcut(features, grid, tau, 3)
+    for place, image in enumerate(features.numpy()):
+        assert one[place].xyxy.tolist() == [list(reference_tokencut(image, grid, tau).box)]
+        assert several[place].xyxy.tolist() == [list(cut.box) for cut in reference_maskcut(image, grid, tau, 3)]
 
 
-@pytest.mark.parametrize("tau", [0.2, 0.4])
-def test_real_dinov2_features_give_the_oracles_boxes(shared_data, tau: float) -> None:
+def test_real_dinov2_features_give_the_oracles_object(shared_data) -> None:
     (features,) = load_file(shared_data / "dinov2-reference" / "dinov2_vits14_patch_tokens.safetensors").values()
     features = features.float().reshape(1, 37 * 37, -1)
-    expected = reference_tokencut(features[0].numpy(), (37, 37), tau)
-    (objects,) = tokencut(features, (37, 37), tau)
-    assert_same(objects, [expected], tau)
+    expected = reference_tokencut(features[0].numpy(), (37, 37), TOKENCUT_TAU)
+    (objects,) = tokencut(features, (37, 37))
+    assert objects.xyxy.tolist() == [list(expected.box)]
+    np.testing.assert_array_equal(objects.masks, [expected.mask])
 
 
 def test_three_squares_are_cut_one_after_the_other() -> None:
@@ -213,7 +211,7 @@ def test_vectors_are_the_same_to_the_bit_alone_in_a_batch_and_in_other_tiles(
 
 
 @given(st.integers(0, 10_000), st.permutations(range(3)))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 def test_neighbours_in_the_batch_change_no_object(seed: int, order: list[int]) -> None:
     features = real_features((3, 42, 5), seed)
     moved = maskcut(features[order], (6, 7), most=3)
@@ -224,10 +222,10 @@ def test_neighbours_in_the_batch_change_no_object(seed: int, order: list[int]) -
 
 
 @given(st.integers(0, 10_000), st.sampled_from([(1,), (2,), (1, 2)]))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 def test_a_mirrored_image_has_the_mirrored_object(seed: int, axes: tuple[int, ...]) -> None:
     features = real_features((1, 42, 8), seed)
-    assume(reference_maskcut(features[0].numpy(), (6, 7), 0.15)[0].margin > 1e-3)
+    assume(reference_maskcut(features[0].numpy(), (6, 7), 0.15)[0].margin > CLEAR)
     flipped = features.view(1, 6, 7, -1).flip(axes).reshape(features.shape)
     (plain,), (mirrored,) = maskcut(features, (6, 7)), maskcut(flipped, (6, 7))
     np.testing.assert_array_equal(np.flip(mirrored.masks, axes), plain.masks)
@@ -235,7 +233,7 @@ def test_a_mirrored_image_has_the_mirrored_object(seed: int, axes: tuple[int, ..
 
 
 @given(st.integers(0, 10_000), st.integers(1, 90), st.integers(-30, 30))
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 def test_products_with_the_graph_are_those_of_the_dense_matrix(seed: int, count: int, exponent: int) -> None:
     features = prepare(real_features((2, count, 4), seed), normalize=True)
     vectors = real_features((2, count), seed + 1).double() * 2.0**exponent
@@ -247,11 +245,10 @@ def test_products_with_the_graph_are_those_of_the_dense_matrix(seed: int, count:
 
 
 def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    features = torch.zeros(2, 20, 4)
     with fake_gpu(monkeypatch) as dispatched:
-        there = features.to(DEVICE)
+        features = torch.zeros(2, 20, 4, device=DEVICE)
         dispatched.take()
-        maps = spectral_maps(there, (4, 5), 0.2)
+        maps = spectral_maps(features, (4, 5), 0.2)
         launches, waits = dispatched.take()
     assert maps.vectors.device == DEVICE
     assert launches
@@ -270,9 +267,11 @@ def test_objects_mix_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_one_feature_of_one_image_that_is_not_finite_is_noticed(value: float) -> None:
     features = prepare(real_features((3, 30, 8)), normalize=True)
+    plain = spectral_maps(features, (5, 6), 0.2)
     features[2, 29, 7] = value
     maps = spectral_maps(features, (5, 6), 0.2)
     assert maps.finite.tolist() == [True, True, False]
+    assert torch.equal(maps.vectors[:2], plain.vectors[:2])
     for cut in (
         lambda: tokencut_objects(maps, features, (5, 6)),
         lambda: maskcut_objects(maps, features, (5, 6), 2, 0),
