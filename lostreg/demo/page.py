@@ -115,7 +115,10 @@ class Page:
 
     def _lay_out_options(self) -> None:
         self.automatic = gr.Checkbox(
-            True, label="Choose the bias", info="Tries a few and keeps the clearest object.", elem_id="automatic"
+            True,
+            label="Choose the bias",
+            info="Tries a few, and parts of the photo; the clearest object is kept.",
+            elem_id="automatic",
         )
         self.bias = gr.Slider(
             -1,

@@ -25,7 +25,7 @@ COLOURS: Final = (
 )
 _SMALLEST: Final = 640  # longer side in pixels, so that lines and letters have room
 _LARGEST: Final = 1024
-_FAINT: Final = 0.6  # opacity of candidates
+_FAINT: Final = 0.5  # opacity of candidates
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
@@ -53,7 +53,7 @@ def draw_objects(pixels: Pixels, found: Discovery, *, candidates: bool = False) 
     if candidates and found.candidates is not None:
         lines = panel.copy()
         for box in found.candidates[:, :4] * scale:
-            draw_box(lines, box, (0, 0, 0), 3)
+            draw_box(lines, box, (0, 0, 0), 2)
             draw_box(lines, box, (255, 255, 255), 1)
         panel = np.asarray(cv2.addWeighted(lines, _FAINT, panel, 1 - _FAINT, 0), dtype=np.uint8)
     for index in reversed(range(len(found))):

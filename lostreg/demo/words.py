@@ -39,8 +39,8 @@ def _why(found: Discovery) -> str:
     if found.candidates is None:
         return f"Method: LOST with the bias {found.bias:.2f}, which compares no candidates."
     text = (
-        f"Method: parts. Of the {len(found.candidates)} best candidates, objects of LOST and pieces of the photo whose "
-        "patches are alike, the first box has the highest score"
+        "Method: parts, which compares LOST's objects and pieces of the photo whose patches are alike. Of its "
+        f"{len(found.candidates)} best candidates the first box has the highest score"
     )
     return text + (", and each further one is the next that does not overlap it by half." if len(found) > 1 else ".")
 

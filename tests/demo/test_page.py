@@ -102,7 +102,7 @@ def test_candidates_are_drawn_where_they_are_asked_for(page: Page, visitor: Visi
     plain, shown = run(page, visitor), run(page, visitor, view=(*VIEW[:-1], True))
     assert visitor.found is not None
     assert visitor.found.candidates is not None
-    assert f"Of the {len(visitor.found.candidates)} best candidates" in plain[1]
+    assert f"Of its {len(visitor.found.candidates)} best candidates" in plain[1]
     assert (plain[2] != shown[2]).any()
     assert plain[4:6] == shown[4:6]
     assert "LOST with the bias -0.90" in page.redraw_by_hand(visitor, -0.9, 1, "patches")[1]
