@@ -111,7 +111,7 @@ def looks_at(send: Callable[[Path], str], ask: Callable[..., list[Any]], photo: 
     try:
         kept = {"path": send(photo), "orig_name": photo.name, "meta": {"_type": "gradio.FileData"}}
         ask("receive", [kept, None])
-        answer = ask("run", [None, *model, True, 0, 1, "patches"])
+        answer = ask("run", [None, *model, True, 0, 1, "patches", False])
         attention = ask("attend", [None, *model])
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         print(f"{photo.name}: {error!r}", file=sys.stderr)

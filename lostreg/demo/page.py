@@ -115,7 +115,10 @@ class Page:
 
     def _lay_out_options(self) -> None:
         self.automatic = gr.Checkbox(
-            True, label="Choose the bias", info="Tries a few and keeps the clearest object.", elem_id="automatic"
+            True,
+            label="Choose the bias",
+            info="Tries a few, and parts of the photo; the clearest object is kept.",
+            elem_id="automatic",
         )
         self.bias = gr.Slider(
             -1,
@@ -135,6 +138,9 @@ class Page:
             value="patches",
             label="Mask",
             elem_id="masks",
+        )
+        self.candidates = gr.Checkbox(
+            False, label="Show candidates", info="Thin boxes: what else was considered.", elem_id="candidates"
         )
         with gr.Accordion("Model", open=True):
             self._lay_out_model()
@@ -177,7 +183,7 @@ class Page:
 
     def _connect(self) -> None:
         choice = [self.backbone, self.feature, self.layer, self.registers]
-        view = [self.automatic, self.bias, self.objects, self.masks]
+        view = [self.automatic, self.bias, self.objects, self.masks, self.candidates]
         answer = [self.told, self.picture, self.degrees, self.table, self.json, self.bias]
         whole = [self.visitor, *answer, self.photo]
         attention = [self.attention, self.attention_told]
@@ -206,7 +212,7 @@ class Page:
         redrawn = [self.visitor, *answer]
         by_hand = [self.visitor, self.bias, self.objects, self.masks]
         self.bias.input(self.redraw_by_hand, by_hand, [*redrawn[:-1], self.automatic], **steady)
-        others = [self.automatic.input, self.objects.input, self.masks.input]
+        others = [self.automatic.input, self.objects.input, self.masks.input, self.candidates.input]
         gr.on(others, self.redraw, [self.visitor, *view], redrawn, **steady)
 
     def receive(self, file: Any, visitor: Visitor | None) -> Visitor:
@@ -261,6 +267,7 @@ class Page:
         bias: float,
         objects: int,
         masks: Any,
+        candidates: bool,
         progress: Callable[..., Any] = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
         """Look at the photo with the chosen model and show what was found."""
@@ -273,25 +280,27 @@ class Page:
                 self._chosen(backbone, feature, layer, registers),
                 lambda text: progress(0.3, desc=text),
             )
-            answer = self._answer(visitor, automatic, bias, objects, masks)
+            answer = self._answer(visitor, automatic, bias, objects, masks, candidates)
         except Exception as error:
             unreadable = isinstance(error, ImageError)
             return [visitor, *_nothing(_explain(error, visitor)), None if unreadable else gr.skip()]
         return [visitor, *answer, self._preview(visitor)]
 
-    def redraw(self, visitor: Visitor | None, automatic: bool, bias: float, objects: int, masks: Any) -> list[Any]:
+    def redraw(
+        self, visitor: Visitor | None, automatic: bool, bias: float, objects: int, masks: Any, candidates: bool
+    ) -> list[Any]:
         """Run LOST again on the same features: no forward."""
         visitor = visitor or Visitor()
         if visitor.study is None:  # the last photo or model failed, and why is still being told
             return [visitor, *(gr.skip() for _ in range(6))]
         try:
-            return [visitor, *self._answer(visitor, automatic, bias, objects, masks)]
+            return [visitor, *self._answer(visitor, automatic, bias, objects, masks, candidates)]
         except Exception as error:
             return [visitor, *_nothing(_explain(error, visitor))]
 
     def redraw_by_hand(self, visitor: Visitor | None, bias: float, objects: int, masks: Any) -> list[Any]:
         """The same with the bias of the slider: it is left where it is, and no bias is chosen any more."""
-        return [*self.redraw(visitor, False, bias, objects, masks)[:-1], False]
+        return [*self.redraw(visitor, False, bias, objects, masks, False)[:-1], False]
 
     def attend(self, visitor: Visitor | None, backbone: str, feature: Any, layer: int, registers: int) -> list[Any]:
         """What the first token attends to, once the answer is shown."""
@@ -311,7 +320,9 @@ class Page:
         )
         return [drawn, caption(text + "it is on patches. For comparison: LOST does not use it.")]
 
-    def _answer(self, visitor: Visitor, automatic: bool, bias: float, objects: int, masks: Any) -> list[Any]:
+    def _answer(
+        self, visitor: Visitor, automatic: bool, bias: float, objects: int, masks: Any, candidates: bool
+    ) -> list[Any]:
         found = visitor.discover(
             max_objects=int(objects),
             method="parts" if automatic else "lost",  # a bias that is chosen by hand is for LOST to show
@@ -322,7 +333,7 @@ class Page:
         pixels = visitor.study.picture.pixels
         return [
             verdict(found, int(objects)),
-            draw_objects(pixels, found),
+            draw_objects(pixels, found, candidates=candidates),
             draw_degrees(pixels, found),
             box_table(found),
             box_json(visitor.name, found),

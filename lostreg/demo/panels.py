@@ -2,6 +2,7 @@
 
 from typing import Final
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +25,7 @@ COLOURS: Final = (
 )
 _SMALLEST: Final = 640  # longer side in pixels, so that lines and letters have room
 _LARGEST: Final = 1024
+_FAINT: Final = 0.5  # opacity of candidates
 
 
 def colour_of(index: int) -> tuple[int, int, int]:
@@ -31,12 +33,13 @@ def colour_of(index: int) -> tuple[int, int, int]:
     return COLOURS[index % len(COLOURS)]
 
 
-def draw_objects(pixels: Pixels, found: Discovery) -> Pixels:
+def draw_objects(pixels: Pixels, found: Discovery, *, candidates: bool = False) -> Pixels:
     """The photo with each object's mask, box, number and score, and its seed patch.
 
     Args:
         pixels: RGB (h, w, 3), at any scale.
         found: in pixels of the original.
+        candidates: whether the boxes of all candidates are drawn, too, faintly.
     """
     panel = _fitted(pixels, found)
     size = panel.shape[:2]
@@ -47,6 +50,12 @@ def draw_objects(pixels: Pixels, found: Discovery) -> Pixels:
         else:
             mask = stretched(found.refined[index], size)
         draw_mask(panel, mask, colour_of(index))
+    if candidates and found.candidates is not None:
+        lines = panel.copy()
+        for box in found.candidates[:, :4] * scale:
+            draw_box(lines, box, (0, 0, 0), 2)
+            draw_box(lines, box, (255, 255, 255), 1)
+        panel = np.asarray(cv2.addWeighted(lines, _FAINT, panel, 1 - _FAINT, 0), dtype=np.uint8)
     for index in reversed(range(len(found))):
         label = f"{index + 1}: {score_text(found.scores[index])}"
         draw_box(panel, found.xyxy[index] * scale, colour_of(index), 3, label)

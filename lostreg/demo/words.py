@@ -25,14 +25,24 @@ def verdict(found: Discovery, asked: int) -> str:
             f"The best box has a score of {best}, under {CLEAR_SCORE}: such boxes are often background. Another "
             "bias or backbone may do better."
         )
-        return _note("unclear", text, "No clear object.")
+        return _note("unclear", f"{text} {_why(found)}", "No clear object.")
     plural = "s" * (clear > 1)
     text = f"Score{plural}: " + ", ".join(score_text(score) for score in scores if score >= CLEAR_SCORE)
     if len(found) > clear:
         text += f"; {len(found) - clear} more under {CLEAR_SCORE}, likely background"
     if len(found) < asked:
         text += f". You asked for up to {asked}; nothing else stands out"
-    return _note("clear", f"{text}.", f"{clear} object{plural} found.")
+    return _note("clear", f"{text}. {_why(found)}", f"{clear} object{plural} found.")
+
+
+def _why(found: Discovery) -> str:
+    if found.candidates is None:
+        return f"Method: LOST with the bias {found.bias:.2f}, which compares no candidates."
+    text = (
+        "Method: parts, which compares LOST's objects and pieces of the photo whose patches are alike. Of its "
+        f"{len(found.candidates)} best candidates the first box has the highest score"
+    )
+    return text + (", and each further one is the next that does not overlap it by half." if len(found) > 1 else ".")
 
 
 def problem(message: str) -> str:

@@ -21,7 +21,7 @@ from lostreg.inference.jobs import FeaturesJob
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = (FIRST, "k", -1, 0)
-VIEW = (True, 0.0, 1, "patches")
+VIEW = (True, 0.0, 1, "patches", False)
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +91,21 @@ def test_the_slider_redraws_without_a_forward_and_takes_over_from_auto(
 
 
 def test_several_objects_and_refined_masks_are_asked_for(page: Page, visitor: Visitor) -> None:
-    run(page, visitor, view=(False, -0.9, 1, "patches"))
+    run(page, visitor, view=(False, -0.9, 1, "patches", False))
     assert visitor.found is not None
     assert visitor.found.refined is None
-    page.redraw(visitor, False, -0.9, 5, "refined")
+    page.redraw(visitor, False, -0.9, 5, "refined", False)
     assert visitor.found.refined is not None
+
+
+def test_candidates_are_drawn_where_they_are_asked_for(page: Page, visitor: Visitor) -> None:
+    plain, shown = run(page, visitor), run(page, visitor, view=(*VIEW[:-1], True))
+    assert visitor.found is not None
+    assert visitor.found.candidates is not None
+    assert f"Of its {len(visitor.found.candidates)} best candidates" in plain[1]
+    assert (plain[2] != shown[2]).any()
+    assert plain[4:6] == shown[4:6]
+    assert "LOST with the bias -0.90" in page.redraw_by_hand(visitor, -0.9, 1, "patches")[1]
 
 
 def test_nothing_is_answered_before_the_first_photo(page: Page) -> None:

@@ -30,6 +30,18 @@ def test_boxes_masks_and_seeds_lie_where_they_were_found() -> None:
     assert (GREY == 128).all()  # the photo itself is left alone
 
 
+def test_candidates_are_faint_and_beneath_what_was_chosen() -> None:
+    candidates = np.array([[140, 140, 420, 420, 0.6], [1000, 140, 1380, 630, 0.1]], np.float32)
+    found = dataclasses.replace(discovery(), candidates=candidates)
+    without, panel = draw_objects(GREY, found), draw_objects(GREY, found, candidates=True)
+    assert close(panel[175, 70], colour_of(0))  # the first is the box
+    edge = panel[250, 685:695].max(axis=1)
+    assert 150 < edge.max() < 250
+    panel[60:325, 490:700] = without[60:325, 490:700]
+    assert np.abs(panel.astype(int) - without).max() < 100  # no line elsewhere
+    assert (draw_objects(GREY, discovery(), candidates=True) == draw_objects(GREY, discovery())).all()
+
+
 def test_refined_masks_take_the_place_of_patches() -> None:
     refined = np.zeros((2, 50, 100), bool)
     refined[0, 40:50, 90:100] = True

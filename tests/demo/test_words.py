@@ -27,6 +27,16 @@ def test_the_verdict_says_where_fewer_were_found_than_asked_for() -> None:
     assert "You asked" not in verdict(discovery(), 2)
 
 
+def test_the_verdict_says_why() -> None:
+    assert "Method: LOST with the bias -0.20" in verdict(discovery(), 1)
+    candidates = np.array([[140, 140, 420, 420, 0.6], [840, 280, 1260, 560, 0.3], [0, 0, 140, 140, 0]], np.float32)
+    found = dataclasses.replace(discovery(), candidates=candidates)
+    for scores in ([0.6, 0.3], [0.1, 0.1]):
+        told = verdict(dataclasses.replace(found, scores=np.array(scores, np.float32)), 2)
+        assert "Of its 3 best candidates the first box has the highest score" in told
+        assert "each further one" in told
+
+
 def test_the_table_has_a_row_a_box_and_marks_the_unclear() -> None:
     table = box_table(dataclasses.replace(discovery(), scores=np.array([0.6, 0.1], np.float32)))
     first, second = table.split("<tbody>")[1].split("</tr>")[:2]
