@@ -52,7 +52,7 @@ class Searched:
 
     Attributes:
         lost: the boxes of LOST alone.
-        candidates: LOST's, without the features.
+        candidates: LOST's, with features in half precision.
         masks: of all candidates, shape (P, h, w), bool.
         scores: of these, shape (P,).
         reachable: whether one of these would be a hit.
@@ -140,13 +140,13 @@ def search(
     candidates = find_candidates(features, picture.grid, "auto", 100)
     times.append(time.perf_counter())
     ((masks, scores),) = candidate_masks(candidates, part_labels(features).numpy())
-    ranked_objects(candidates, 0, masks, scores, 1, 0)
+    ranked_objects(candidates, 0, masks, scores, None, 1, 0)
     times.append(time.perf_counter())
     (lost,) = find_objects(candidates, 100, MOST, 0)
     every = to_pixels(replace(lost, xyxy=tight_boxes(masks)))[0]
     reachable = bool((pairwise_iou(every, example.boxes) >= IOU_THRESHOLD).any())
-    without = replace(candidates, features=features[:, :0])
-    return Searched(to_pixels(lost), without, masks, scores, reachable, (times[1] - times[0], times[2] - times[1]))
+    smaller = replace(candidates, features=features.half())
+    return Searched(to_pixels(lost), smaller, masks, scores, reachable, (times[1] - times[0], times[2] - times[1]))
 
 
 def judge(images: Sequence[Seen], feature: int) -> dict[str, Any]:
@@ -189,10 +189,10 @@ def taught(images: Sequence[Seen], feature: int) -> LinearObjectness | None:
 def boxes(image: Seen, feature: int, objectness: LinearObjectness | None) -> Boxes:
     """The objects among all candidates of an image."""
     one = image.features[feature]
-    ranks = one.scores
+    contrasts = None
     if objectness is not None:
-        ranks = ranks * contrast(objectness.probabilities(image.tokens).numpy(), one.masks)
-    return image.to_pixels(ranked_objects(one.candidates, 0, one.masks, ranks, MOST, 0))
+        contrasts = contrast(objectness.probabilities(image.tokens).numpy(), one.masks)
+    return image.to_pixels(ranked_objects(one.candidates, 0, one.masks, one.scores, contrasts, MOST, 0))
 
 
 def figures(found: Sequence[Boxes], lost: Sequence[Boxes], images: Sequence[Seen]) -> dict[str, Any]:

@@ -5,8 +5,8 @@
 
 w and b separate what the best candidates of many images hold from what they leave: a balanced logistic regression, each
 image weighing as much as its candidate's score. One image's candidate may be wrong; what many agree on seldom is. The
-map is linear, so that it cannot learn mistakes by heart. Then all candidates are ranked again, by score times contrast,
-and the new best ones teach once more.
+map is linear, so that it cannot learn mistakes by heart. Then all candidates are ranked again, by score times contrast
+squared, and the new best ones teach once more.
 """
 
 from collections.abc import Iterable
@@ -26,10 +26,11 @@ from lostreg.methods.lost import prepare
 
 _PENALTY: Final = 1e-2
 _ROUNDS: Final = 2
-_PATCHES: Final = 256  # of an image that take part
+_PATCHES: Final = 64  # of an image that take part
 _LEAST_DEVIATION: Final = 1e-6  # of a dimension: what is the same in all tokens is not blown up
 
 Mask = NDArray[np.bool_]
+Teacher = tuple[Tensor, Mask, NDArray[np.float32]]  # tokens, candidates, and their scores
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,12 @@ def contrast(probabilities: NDArray[np.float32], masks: Mask) -> NDArray[np.floa
     return contrasts
 
 
-def fit(images: Iterable[tuple[Tensor, Mask, NDArray[np.float32]]]) -> LinearObjectness:
+def taught_ranks(scores: NDArray[np.float32], contrasts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """By what the candidates of an image are ranked: score times contrast squared; shape (P,), in [0, 1]."""
+    return scores * contrasts**2
+
+
+def fit(images: Iterable[Teacher]) -> LinearObjectness:
     """Learn from images without labels.
 
     Of each image an even sample of patches is kept, so memory grows with the number of images and no faster.
@@ -106,13 +112,33 @@ def fit(images: Iterable[tuple[Tensor, Mask, NDArray[np.float32]]]) -> LinearObj
         >>> bool((objectness.probabilities(tokens).view(4, 5).numpy() > 0.5)[mask].all())
         True
     """
-    samples = [_sample(*image) for image in images if image[2].max() > 0]
+    return _teach([_sample(*image) for image in images])
+
+
+def fit_halves(images: Iterable[Teacher]) -> tuple[LinearObjectness, LinearObjectness]:
+    """Learn twice, so that no image is ranked by what it taught itself: a map agrees too well with its own teachers.
+
+    Args:
+        images: as for `fit`.
+
+    Returns:
+        What images at odd places teach, for those at even places (0, 2, 4, ...), and what those at even places teach.
+
+    Raises:
+        OptionError: as `fit`, for either half.
+    """
+    samples = [_sample(*image) for image in images]
+    return _teach(samples[1::2]), _teach(samples[::2])
+
+
+def _teach(samples: list[Teacher]) -> LinearObjectness:
+    samples = [sample for sample in samples if sample[2].max() > 0]
     if not samples:
         raise OptionError("expected at least one image with a candidate whose score is above 0")
-    dimensions = sorted({sample.shape[1] for sample, _, _ in samples})
+    dimensions = sorted({tokens.shape[1] for tokens, _, _ in samples})
     if len(dimensions) > 1:
         raise OptionError(f"expected tokens of as many dimensions in each image, not {dimensions}")
-    tokens = torch.cat([sample for sample, _, _ in samples])
+    tokens = torch.cat([tokens for tokens, _, _ in samples])
     if not tokens.isfinite().all():
         raise OptionError("tokens must be finite: in half precision, try bf16 or fp32")
     deviation, mean = torch.std_mean(tokens, dim=0, correction=0)
@@ -120,22 +146,23 @@ def fit(images: Iterable[tuple[Tensor, Mask, NDArray[np.float32]]]) -> LinearObj
     standard = tokens.sub_(mean).div_(deviation)
     ranks = [scores for _, _, scores in samples]
     for _ in range(_ROUNDS):
-        best = [int(rank.argmax()) for rank in ranks]
-        targets = np.concatenate([masks[place] for place, (_, masks, _) in zip(best, samples, strict=True)])
-        weights = np.concatenate(
-            [np.full(masks.shape[1], scores[place]) for place, (_, masks, scores) in zip(best, samples, strict=True)]
-        )
+        best = [
+            (masks[rank.argmax()], scores[rank.argmax()])
+            for rank, (_, masks, scores) in zip(ranks, samples, strict=True)
+        ]
+        targets = np.concatenate([mask for mask, _ in best])
+        weights = np.concatenate([np.full(len(mask), score, dtype=np.float64) for mask, score in best])
         weight, bias = _logistic_regression(standard, targets, weights)
-        chances = torch.split(torch.sigmoid(standard @ weight + bias), [len(sample) for sample, _, _ in samples])
+        chances = torch.split(torch.sigmoid(standard @ weight + bias), [len(mask) for mask, _ in best])
         ranks = [
-            scores * contrast(chance.numpy(), masks)
+            taught_ranks(scores, contrast(chance.numpy(), masks))
             for chance, (_, masks, scores) in zip(chances, samples, strict=True)
         ]
     weight = weight / deviation
     return LinearObjectness(weight, bias - float(weight @ mean))
 
 
-def _sample(tokens: Tensor, masks: Mask, scores: NDArray[np.float32]) -> tuple[Tensor, Mask, NDArray[np.float32]]:
+def _sample(tokens: Tensor, masks: Mask, scores: NDArray[np.float32]) -> Teacher:
     """Patches of one image, drawn with a fixed seed: their tokens, (n, D), and which candidates hold them, (P, n)."""
     picked = np.sort(np.random.default_rng(0).permutation(len(tokens))[:_PATCHES])
     sample = prepare(tokens[torch.from_numpy(picked).to(tokens.device)], normalize=True).cpu()
@@ -150,7 +177,7 @@ def _logistic_regression(
     a_i are the weights, scaled so that those of either class add up to 1/2.
     """
     signs = np.where(targets, 1.0, -1.0)
-    shares = weights.astype(np.float64)
+    shares = weights.copy()
     for side in (targets, ~targets):
         shares[side] /= max(2 * shares[side].sum(), np.finfo(np.float64).tiny)
 

@@ -50,6 +50,30 @@ def score_factors(features: Tensor, masks: NDArray[np.bool_]) -> tuple[NDArray[n
     return distinct.cpu().numpy(), size, inside
 
 
+@torch.no_grad()
+def apartness(features: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """How little a patch inside has in common with one outside, on average: (1 - mean cosine) / 2.
+
+    Unlike the score's factors it is not measured in units of the image's own spread, so that it compares boxes of
+    different images: a monotonous image has a clear split of something that differs little.
+
+    Args:
+        features: shape (N, D), any floating dtype, rows of length 1.
+        masks: shape (P, h, w), bool; N = h * w.
+
+    Returns:
+        Shape (P,), float32, in [0, 1]; 1/2 for a mask that covers everything or nothing.
+    """
+    vectors = features.float()
+    members = torch.from_numpy(masks).to(vectors.device).flatten(1).float()
+    inside = members @ vectors
+    pairs = members.sum(dim=1) * (members.shape[1] - members.sum(dim=1))
+    # Σ_{i in M} Σ_{j not in M} F[i] · F[j]
+    cosine = (inside * (vectors.sum(dim=0) - inside)).sum(dim=1) / pairs.clamp(min=1)
+    apart: NDArray[np.float32] = ((1 - cosine) / 2).clamp(0, 1).cpu().numpy()
+    return apart
+
+
 def border_share(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
     """The share of each mask's outline, counted in sides of patches, that is the image's border.
 

@@ -3,7 +3,7 @@
 LOST asks what is connected to one seed. Here the features themselves are parted, coarsely and more finely:
 
     Z = X V₄, X = F - mean(F), V₄ a basis of the four directions of largest variance        (principal components)
-    labels_K = k-means of the rows of Z into K = 2, 3, 4 clusters, from farthest points
+    labels_K = k-means of the rows of Z into K = 2, 3, 4, 6, 8 clusters, from farthest points
     candidates = LOST's objects, and each 4-connected piece of a cluster
     objects = candidates by rank, without those whose box overlaps a better one's
 
@@ -24,19 +24,20 @@ from torch.nn import functional
 
 from lostreg.defaults import OVERLAP
 from lostreg.images.boxes import pairwise_iou
+from lostreg.methods.bias import on_device
 from lostreg.methods.exact import exact_float32
-from lostreg.methods.learned import contrast
+from lostreg.methods.learned import contrast, taught_ranks
 from lostreg.methods.lost import Candidates, Objects, tight_boxes
-from lostreg.methods.objectness import object_scores
+from lostreg.methods.objectness import apartness, object_scores
 
-CLUSTERS: Final = (2, 3, 4)
+CLUSTERS: Final = (2, 3, 4, 6, 8)
 _COMPONENTS: Final = 4
-_POWER_STEPS: Final = 12
+_POWER_STEPS: Final = 8
 _LLOYD_STEPS: Final = 10
 _RESOLUTION: Final = 1e-5  # of float32: shares below are rounding
 _LEAST_PATCHES: Final = 4  # of a part
 _LARGEST_SHARE: Final = 0.9  # of the image
-_MOST_PARTS: Final = 64  # of an image: the largest
+_MOST_PARTS: Final = 128  # of an image: the largest
 _MOST_TOLD: Final = 12  # candidates that a result tells of
 
 Mask = NDArray[np.bool_]
@@ -50,7 +51,7 @@ def part_labels(features: Tensor) -> Tensor:
         features: shape (B, N, D), float32, rows of length 1.
 
     Returns:
-        For each number of `CLUSTERS` the cluster of each patch, shape (B, 3, N), uint8, on the device of the features.
+        For each number of `CLUSTERS` the cluster of each patch, shape (B, 5, N), uint8, on the device of the features.
         Nothing is told of features that are not finite: their labels mean nothing.
     """
     with exact_float32(features.device):
@@ -111,17 +112,16 @@ def _orthonormal(basis: Tensor) -> Tensor:
 
 
 def _cluster(points: Tensor, present: Tensor | None = None) -> Tensor:
-    """k-means for each number of clusters at once, (B, C, N) to (B, 3, N), from starts that they share.
+    """k-means for each number of clusters at once, (B, C, N) to (B, 5, N), from starts that they share.
 
     Points that are not present, (B, N), have no say.
     """
     most = CLUSTERS[-1]
     numbers = torch.arange(most, device=points.device, dtype=torch.uint8)
-    counts = torch.arange(CLUSTERS[0], most + 1, device=points.device)
-    unused = numbers >= counts[:, None]  # (3, most)
+    unused = numbers >= on_device(CLUSTERS, points.device)[:, None]  # (clusterings, most)
     centres = _farthest_points(points, most, present)[:, None].expand(-1, len(CLUSTERS), -1, -1)
     for _ in range(_LLOYD_STEPS):
-        members = _nearest(points, centres, unused)[:, :, None] == numbers[:, None]  # (B, 3, most, N)
+        members = _nearest(points, centres, unused)[:, :, None] == numbers[:, None]  # (B, 5, most, N)
         members = (members if present is None else members & present[:, None, None]).float()
         sizes = members.sum(dim=3, keepdim=True)
         means = members @ points[:, None].mT / sizes.clamp(min=1)
@@ -147,7 +147,7 @@ def _farthest_points(points: Tensor, count: int, present: Tensor | None) -> Tens
 
 
 def _nearest(points: Tensor, centres: Tensor, unused: Tensor) -> Tensor:
-    """The nearest centre of each point, (B, C, N) and (B, 3, most, C) to (B, 3, N), uint8; of equal ones the first."""
+    """The nearest centre of each point, (B, C, N) and (B, 5, most, C) to (B, 5, N), uint8; of equal ones the first."""
     # |z - c|² = |z|² - 2 z·c + |c|², of which the first is the same for all centres
     distances = centres.square().sum(dim=3, keepdim=True) - 2 * centres @ points[:, None]
     distances = distances.masked_fill(unused[..., None], torch.inf)
@@ -162,11 +162,11 @@ def part_masks(labels: NDArray[np.uint8], grid: tuple[int, int]) -> Mask:
     """The 4-connected pieces of the clusters of one image.
 
     Args:
-        labels: shape (3, N), as `part_labels` gives them.
+        labels: shape (5, N), as `part_labels` gives them.
         grid: (h, w), rows and columns of patches.
 
     Returns:
-        Shape (P, h, w), bool, P from 0 to 64: pieces of at least 4 patches and at most 90 % of the image, each of them
+        Shape (P, h, w), bool, P from 0 to 128: pieces of at least 4 patches and at most 90 % of the image, each of them
         once; where there are more, the largest.
     """
     height, width = grid
@@ -197,7 +197,7 @@ def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[t
 
     Args:
         candidates: what LOST found, with K biases an image.
-        labels: of the same images, shape (B, 3, N), as `part_labels` gives them.
+        labels: of the same images, shape (B, 5, N), as `part_labels` gives them.
 
     Returns:
         An image: masks, shape (P, h, w), bool, the K of LOST first, and their scores, shape (P,), float32, see
@@ -225,71 +225,87 @@ def find_parts(
 
     Args:
         candidates: what LOST found, with the biases of ``auto``.
-        labels: of the same images, shape (B, 3, N), as `part_labels` gives them.
+        labels: of the same images, shape (B, 5, N), as `part_labels` gives them.
         max_objects: at least 1.
         min_score: in [0, 1]; a further object with a lower score is left out.
-        probabilities: how likely each patch is part of an object, see `lostreg.methods.learned`, shape (B, N): a
-            candidate's score is then multiplied by its contrast. None for none.
+        probabilities: how likely each patch is part of an object, see `lostreg.methods.learned`, shape (B, N), which
+            then helps to rank the candidates. None for none.
 
     Returns:
         One `Objects` an image, with one object at least: see `ranked_objects`.
     """
     objects = []
     for image, (masks, scores) in enumerate(candidate_masks(candidates, labels)):
-        ranks = scores if probabilities is None else scores * contrast(probabilities[image], masks)
-        one = ranked_objects(candidates, image, masks, ranks, max_objects, min_score)
+        contrasts = None if probabilities is None else contrast(probabilities[image], masks)
+        one = ranked_objects(candidates, image, masks, scores, contrasts, max_objects, min_score)
         taught = None if probabilities is None else probabilities[image].reshape(masks.shape[1:])
         objects.append(replace(one, objectness=taught))
     return objects
 
 
 def ranked_objects(
-    candidates: Candidates, image: int, masks: Mask, scores: NDArray[np.float32], max_objects: int, min_score: float
+    candidates: Candidates,
+    image: int,
+    masks: Mask,
+    scores: NDArray[np.float32],
+    contrasts: NDArray[np.float32] | None,
+    max_objects: int,
+    min_score: float,
 ) -> Objects:
     """The best candidate of an image, and each further one whose box overlaps that of none before it.
 
-    Overlap is an intersection over union of `lostreg.defaults.OVERLAP` or more.
+    Overlap is an intersection over union of `lostreg.defaults.OVERLAP` or more. Candidates are ranked by their score,
+    with contrasts by `lostreg.methods.learned.taught_ranks`. What an object's own score says has to hold between
+    images, too: it is the geometric mean of score and apartness, and that of both and the contrast.
 
     Args:
         candidates: what LOST found.
         image: its place among them.
         masks: as `candidate_masks` gives them.
-        scores: what decides, shape (P,); of equal ones the first is better.
+        scores: likewise.
+        contrasts: see `lostreg.methods.learned.contrast`, shape (P,); None for none.
         max_objects: at least 1.
         min_score: as for `find_parts`.
 
     Returns:
-        At least one object. A box is that of the candidate; of its mask those patches are left out that belong to an
-        object before it. The seed of a part is its patch of lowest degree in LOST's first trial, whose bias and
-        degrees stand for it.
+        At least one object, ranked. A box is that of the candidate; of its mask those patches are left out that belong
+        to an object before it, which may be all of them. The seed of a part is its patch of lowest degree in LOST's
+        first trial, whose bias and degrees stand for it.
     """
-    boxes = tight_boxes(masks)
-    kept = _suppress(boxes, scores, max_objects, min_score)
-    maps, trials = candidates.maps, candidates.masks.shape[1]
-    degrees = maps.degrees[image, 0].numpy()
+    boxes, ranks = tight_boxes(masks), scores if contrasts is None else taught_ranks(scores, contrasts)
+    kept = _suppress(boxes, ranks, max_objects)
+    with exact_float32(candidates.features.device):
+        clear = np.sqrt(scores[kept] * apartness(candidates.features[image], masks[kept]))
+    if contrasts is not None:
+        clear = np.sqrt(clear * contrasts[kept])
+    enough = clear >= min_score
+    enough[0] = True
+    kept, clear = kept[enough], clear[enough]
     own = masks[kept]
     own[1:] &= ~np.logical_or.accumulate(own, axis=0)[:-1]
-    seeds = [
-        int(maps.seeds[image, place]) if place < trials else _lowest(degrees, masks[place].ravel()) for place in kept
-    ]
+    maps, trials = candidates.maps, candidates.masks.shape[1]
+    degrees = maps.degrees[image, 0].numpy()
+    lowest = [_lowest(degrees, mask.ravel()) for mask in masks[kept]]
+    trial = np.minimum(kept, trials - 1)
+    seeds = np.where(kept < trials, maps.seeds[image].numpy()[trial], lowest)
     height, width = masks.shape[1:]
     return Objects(
         xyxy=boxes[kept],
-        scores=scores[kept],
+        scores=clear,
         masks=own,
         heat=degrees.reshape(height, width),
-        seeds=np.stack(np.divmod(np.array(seeds), width), axis=1),
-        biases=maps.bias[image].numpy()[[place if place < trials else 0 for place in kept]],
-        candidates=_told(boxes, scores, kept),
+        seeds=np.stack(np.divmod(seeds, width), axis=1),
+        biases=maps.bias[image].numpy()[np.where(kept < trials, kept, 0)],
+        candidates=_told(boxes, ranks, kept),
     )
 
 
-def _told(boxes: NDArray[np.int64], scores: NDArray[np.float32], kept: list[int]) -> NDArray[np.float32]:
-    """Boxes and scores of those that are kept and of the best others, see `Objects`; shape (m, 5)."""
-    order = np.argsort(-scores, kind="stable")
+def _told(boxes: NDArray[np.int64], ranks: NDArray[np.float32], kept: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Boxes and ranks of those that are kept and of the best others, see `Objects`; shape (m, 5)."""
+    order = np.argsort(-ranks, kind="stable")
     order = order[np.sort(np.unique(boxes[order], axis=0, return_index=True)[1])]  # of equal boxes the best
     order = order[np.sort(np.argsort(~np.isin(order, kept), kind="stable")[:_MOST_TOLD])]
-    return np.column_stack([boxes[order], scores[order]]).astype(np.float32)
+    return np.column_stack([boxes[order], ranks[order]]).astype(np.float32)
 
 
 def _lowest(degrees: NDArray[np.int64], mask: Mask) -> int:
@@ -298,14 +314,14 @@ def _lowest(degrees: NDArray[np.int64], mask: Mask) -> int:
     return int(places[degrees[places].argmin()])
 
 
-def _suppress(boxes: NDArray[np.int64], scores: NDArray[np.float32], max_objects: int, min_score: float) -> list[int]:
-    """Places of the candidates that are kept, the best first; of equal scores the first."""
+def _suppress(boxes: NDArray[np.int64], ranks: NDArray[np.float32], max_objects: int) -> NDArray[np.int64]:
+    """Places of the candidates that are kept, the best first; of equal ranks the first."""
     kept: list[int] = []
     free = np.ones(len(boxes), dtype=bool)
-    for place in np.argsort(-scores, kind="stable"):
-        if (kept and scores[place] < min_score) or len(kept) == max_objects:
+    for place in np.argsort(-ranks, kind="stable"):
+        if len(kept) == max_objects:
             break
         if free[place]:
-            kept.append(int(place))
+            kept.append(place)
             free &= pairwise_iou(boxes[place, None], boxes)[0] < OVERLAP
-    return kept
+    return np.array(kept)

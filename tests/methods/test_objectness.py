@@ -10,7 +10,7 @@ from reference_lost import object_score, outline_on_border
 from torch import Tensor
 
 from lostreg.methods.lost import prepare
-from lostreg.methods.objectness import border_share, near_one, object_scores, score_factors
+from lostreg.methods.objectness import apartness, border_share, near_one, object_scores, score_factors
 
 Case = tuple[Tensor, np.ndarray]
 
@@ -156,6 +156,17 @@ def test_scores_lie_between_nothing_and_one(seed: int, exponent: float) -> None:
     for normalize in (False, True):
         scores = object_scores(prepare(features, normalize=normalize), random.random((2, 5, 6, 7)) < random.random())
         assert ((scores >= 0) & (scores <= 1)).all()
+
+
+@given(st.integers(0, 10_000))
+@settings(deadline=None, max_examples=20)
+def test_apartness_is_the_mean_cosine_between_object_and_rest(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    features = prepare(torch.from_numpy(random.normal(0.3, 1, (30, 4))), normalize=True)
+    masks = random.random((3, 5, 6)) < random.random()
+    for found, mask in zip(apartness(features, masks), masks.reshape(3, 30), strict=True):
+        cosines = features[mask].double() @ features[~mask].double().T
+        assert found == pytest.approx((1 - cosines.mean().item()) / 2 if cosines.numel() else 0.5, abs=1e-5)
 
 
 def test_a_mask_of_everything_or_nothing_has_score_zero() -> None:

@@ -13,6 +13,7 @@ from lostreg.images.boxes import pairwise_iou
 from lostreg.methods import parts
 from lostreg.methods.learned import contrast
 from lostreg.methods.lost import Candidates, Objects, find_candidates, prepare, tight_boxes
+from lostreg.methods.objectness import apartness
 from lostreg.methods.parts import CLUSTERS, candidate_masks, find_parts, labels_of_pack, part_labels, part_masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,7 +94,7 @@ def test_components_hold_the_variance_of_the_largest_four() -> None:
 
 def test_labels_are_small_and_of_as_many_clusters_as_were_asked_for() -> None:
     labels = part_labels(noise(0, images=3, grid=(20, 21)))
-    assert (labels.dtype, labels.shape) == (torch.uint8, (3, 3, 420))
+    assert (labels.dtype, labels.shape) == (torch.uint8, (3, len(CLUSTERS), 420))
     assert [[len(one.unique()) for one in image] for image in labels] == [list(CLUSTERS)] * 3
 
 
@@ -151,18 +152,18 @@ def pieces(labels: np.ndarray) -> list[np.ndarray]:
 def test_parts_are_the_pieces_that_a_walk_finds(data) -> None:
     grid = data.draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
     labels = np.stack([data.draw(arrays(np.uint8, grid, elements=st.integers(0, count - 1))) for count in CLUSTERS])
-    found = part_masks(labels.reshape(3, -1), grid)
+    found = part_masks(labels.reshape(len(CLUSTERS), -1), grid)
     expected = {mask.tobytes() for one in labels for mask in pieces(one) if 4 <= mask.sum() <= 0.9 * grid[0] * grid[1]}
     assert found.shape == (len(expected), *grid)
     assert {mask.tobytes() for mask in found} == expected
 
 
 def test_of_many_parts_the_largest_are_kept() -> None:
-    lengths = [*range(4, 104), 200]  # of 101 stripes, one patch wide
-    stripes = np.zeros((3, 101, 401), dtype=np.uint8)
+    lengths = [*range(4, 204), 300]  # of 201 stripes, one patch wide
+    stripes = np.zeros((len(CLUSTERS), 201, 601), dtype=np.uint8)
     for row, length in enumerate(lengths):
-        stripes[0, row, 100 * (row % 2) : 100 * (row % 2) + length] = 1
-    found = part_masks(stripes.reshape(3, -1), (101, 401))
+        stripes[0, row, 210 * (row % 2) : 210 * (row % 2) + length] = 1
+    found = part_masks(stripes.reshape(len(CLUSTERS), -1), (201, 601))
     assert len(found) == parts._MOST_PARTS
 
 
@@ -186,7 +187,7 @@ def test_what_is_likelier_to_be_an_object_comes_first() -> None:
         assert found.xyxy.tolist() == [[x1, y1, x2, y2]]
 
 
-@given(st.integers(0, 10_000), st.integers(1, 6), st.sampled_from([0.0, 0.1, 0.3]), st.booleans())
+@given(st.integers(0, 10_000), st.integers(1, 6), st.sampled_from([0.0, 0.25, 0.4]), st.booleans())
 @settings(deadline=None, max_examples=30)
 def test_objects_are_the_best_candidates_without_those_that_overlap(seed, most, least, taught) -> None:
     features, grid = noise(seed, images=2), (6, 7)
@@ -194,23 +195,26 @@ def test_objects_are_the_best_candidates_without_those_that_overlap(seed, most, 
     chances = np.random.default_rng(seed).random((2, 42)).astype(np.float32) if taught else None
     found = find_parts(candidates, labels, most, least, chances)
     for image, (masks, scores) in enumerate(candidate_masks(candidates, labels)):
-        ranks = scores if chances is None else scores * contrast(chances[image], masks)
-        boxes, kept = tight_boxes(masks), []
+        contrasts = contrast(chances[image], masks) if taught else np.ones(len(masks), np.float32)
+        ranks, boxes, ranked = scores * contrasts**2, tight_boxes(masks), []
+        clear = (scores * apartness(features[image], masks)) ** 0.5
+        clear = (clear * contrasts) ** 0.5 if taught else clear
         for place in sorted(range(len(masks)), key=lambda place: -ranks[place]):
-            apart = not kept or pairwise_iou(boxes[[place]], boxes[kept]).max() < 0.5
-            if apart and len(kept) < most and (not kept or ranks[place] >= least):
-                kept.append(place)
+            if len(ranked) < most and (not ranked or pairwise_iou(boxes[[place]], boxes[ranked]).max() < 0.5):
+                ranked.append(place)
+        kept = [place for place in ranked if place == ranked[0] or clear[place] >= least]
         one = found[image]
         assert one.xyxy.tolist() == boxes[kept].tolist()
-        assert one.scores.tolist() == ranks[kept].tolist()
+        np.testing.assert_allclose(one.scores, clear[kept], rtol=1e-5)
+        assert one.scores.dtype == np.float32
         taken = np.zeros(grid, dtype=bool)
         for place, mask, seed_place, bias in zip(kept, one.masks, one.seeds, one.biases, strict=True):
             np.testing.assert_array_equal(mask, masks[place] & ~taken)
             taken |= mask
-            trial = place if place < 6 else 0
-            assert bias == candidates.maps.bias[image, trial]
-            assert masks[place][tuple(seed_place)]
-            if place >= 6:
+            assert bias == candidates.maps.bias[image, place if place < 6 else 0]
+            if place < 6:
+                assert candidates.maps.seeds[image, place] == np.ravel_multi_index(seed_place, grid)
+            else:
                 degrees = np.where(masks[place], one.heat, 999)
                 assert tuple(seed_place) == np.unravel_index(degrees.argmin(), grid)
         np.testing.assert_array_equal(one.heat.ravel(), candidates.maps.degrees[image, 0])
@@ -271,7 +275,7 @@ def test_every_image_has_an_object(grid: Grid, same: bool) -> None:
 def test_features_that_are_not_finite_are_declined(value: float) -> None:
     features = torch.ones(2, 12, 5)
     features[1, 3, 2] = value
-    assert part_labels(features).shape == (2, 3, 12)  # nothing waits for the device to say so
+    assert part_labels(features).shape == (2, len(CLUSTERS), 12)  # nothing waits for the device to say so
     with pytest.raises(OptionError, match="must be finite"):
         parts_of(features, (3, 4))
 
