@@ -203,15 +203,27 @@ def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[t
         An image: masks, shape (P, h, w), bool, the K of LOST first, and their scores, shape (P,), float32, see
         `lostreg.methods.objectness`.
     """
-    gathered = []
+    parts = []
     for image, trials in enumerate(candidates.masks):
         masks = np.concatenate([trials, part_masks(labels[image], trials.shape[1:])])
         new = _first_of_equal(masks)
-        parts = masks[new[new >= len(trials)]]
-        with exact_float32(candidates.features.device):
-            scores = object_scores(candidates.features[image, None], parts[None])[0]
-        gathered.append((np.concatenate([trials, parts]), np.concatenate([candidates.scores[image], scores])))
-    return gathered
+        parts.append(masks[new[new >= len(trials)]])
+    with exact_float32(candidates.features.device):
+        scores = _scores(candidates.features, parts)
+    return [
+        (np.concatenate([trials, masks]), np.concatenate([of_trials, of_parts]))
+        for trials, masks, of_trials, of_parts in zip(candidates.masks, parts, candidates.scores, scores, strict=True)
+    ]
+
+
+def _scores(features: Tensor, parts: Sequence[Mask]) -> list[NDArray[np.float32]]:
+    """`object_scores` of the parts of each image; of all images at once on a GPU, which would wait for the host."""
+    if features.device.type == "cpu":
+        return [object_scores(image[None], masks[None])[0] for image, masks in zip(features, parts, strict=True)]
+    padded = np.zeros((len(parts), max(map(len, parts)), *parts[0].shape[1:]), dtype=np.bool_)
+    for place, masks in zip(padded, parts, strict=True):
+        place[: len(masks)] = masks
+    return [scores[: len(masks)] for scores, masks in zip(object_scores(features, padded), parts, strict=True)]
 
 
 def find_parts(

@@ -13,7 +13,7 @@ from lostreg.images.boxes import pairwise_iou
 from lostreg.methods import parts
 from lostreg.methods.learned import contrast
 from lostreg.methods.lost import Candidates, Objects, find_candidates, prepare, tight_boxes
-from lostreg.methods.objectness import apartness
+from lostreg.methods.objectness import apartness, object_scores
 from lostreg.methods.parts import CLUSTERS, candidate_masks, find_parts, labels_of_pack, part_labels, part_masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -287,3 +287,14 @@ def test_a_pack_of_several_grids_has_the_labels_of_each_image() -> None:
     alone = [part_labels(features) for features in runs]
     for found in (labels_of_pack(runs), parts._padded_labels(runs)):
         assert all(torch.equal(labels, expected) for labels, expected in zip(found, alone, strict=True))
+
+
+def test_parts_are_scored_together_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = noise(0, images=3, grid=(6, 7))
+    masks = np.random.default_rng(0).random((9, 6, 7)) > 0.5
+    several = [masks[:4], masks[4:4], masks[4:]]
+    alone = parts._scores(features, several)
+    meta = features.to("meta")
+    monkeypatch.setattr(parts, "object_scores", lambda _, padded: object_scores(features, padded))
+    for found, expected in zip(parts._scores(meta, several), alone, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
