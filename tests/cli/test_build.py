@@ -9,7 +9,7 @@ from lostreg.cli.main import build_parser
 from lostreg.errors import OptionError
 from lostreg.inference.options import Options
 
-DECIDED = {"backbone", "exif", "registers"}  # named elsewhere, by the command, and found in images or a file
+DECIDED = {"backbone", "exif", "registers", "objectness"}  # named elsewhere, by the command, and found in images or a file
 COMMANDS = {
     "predict": ["photo.jpg"],
     "discover": ["photos", "--out", "out"],
@@ -25,6 +25,7 @@ def test_every_option_has_a_flag_with_the_same_default(command: str) -> None:
         expected["max_side"] = None
     if command == "discover":  # for people who want boxes, not figures to compare
         expected["precision"] = "auto"
+        expected["method"] = None  # parts, or what a run was begun with
     assert given == expected
 
 
