@@ -29,7 +29,7 @@ from lostreg.images.boxes import in_pixels, pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import PatchedPicture, cut_patches
 from lostreg.jsonio import write_json
-from lostreg.methods.learned import Objectness, contrast, fit
+from lostreg.methods.learned import Objectness, contrast, fit, fit_halves
 from lostreg.methods.lost import Candidates, Objects, find_candidates, prepare, tight_boxes
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.parts import candidate_masks, part_labels, ranked_objects
@@ -153,13 +153,13 @@ def judge(images: Sequence[Seen], feature: int) -> dict[str, Any]:
     """Each method in one feature."""
     searched = [image.features[feature] for image in images]
     plain = [boxes(image, feature, None) for image in images]
-    own = taught(images, feature)
-    crossed = [taught(images[1 - half :: 2], feature) for half in (0, 1)]
+    teachers = [(image.tokens, one.masks, one.scores) for image, one in zip(images, searched, strict=True)]
+    own, halves = fit(teachers), fit_halves(teachers)
     methods = {
         "lost": [one.lost for one in searched],
         "parts": plain,
         "taught": [boxes(image, feature, own) for image in images],
-        "taught by others": [boxes(image, feature, crossed[place % 2]) for place, image in enumerate(images)],
+        "taught by others": [boxes(image, feature, halves[place % 2]) for place, image in enumerate(images)],
     }
     return {
         "methods": {
@@ -178,12 +178,6 @@ def judge(images: Sequence[Seen], feature: int) -> dict[str, Any]:
             )
         ),
     }
-
-
-def taught(images: Sequence[Seen], feature: int) -> Objectness | None:
-    """What images teach; None for no images."""
-    searched = [(image.tokens, image.features[feature]) for image in images]
-    return fit((tokens, one.masks, one.scores) for tokens, one in searched) if images else None
 
 
 def boxes(image: Seen, feature: int, objectness: Objectness | None) -> Boxes:

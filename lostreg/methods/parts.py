@@ -34,7 +34,7 @@ _LLOYD_STEPS: Final = 10
 _RESOLUTION: Final = 1e-5  # of float32: shares below are rounding
 _LEAST_PATCHES: Final = 4  # of a part
 _LARGEST_SHARE: Final = 0.9  # of the image
-_MOST_PARTS: Final = 128  # of an image: the largest
+_MOST_PARTS: Final = 64  # of an image: the largest
 
 Mask = NDArray[np.bool_]
 
@@ -130,7 +130,7 @@ def part_masks(labels: NDArray[np.uint8], grid: tuple[int, int]) -> Mask:
         grid: (h, w), rows and columns of patches.
 
     Returns:
-        Shape (P, h, w), bool, P from 0 to 128: pieces of at least 4 patches and at most 90 % of the image, each of them
+        Shape (P, h, w), bool, P from 0 to 64: pieces of at least 4 patches and at most 90 % of the image, each of them
         once; where there are more, the largest.
     """
     height, width = grid

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from dispatch import DEVICE, fake_gpu
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -11,7 +12,7 @@ from torch import Tensor
 from lostreg.errors import OptionError
 from lostreg.images.boxes import pairwise_iou
 from lostreg.methods import parts
-from lostreg.methods.learned import contrast
+from lostreg.methods.learned import Objectness, contrast
 from lostreg.methods.lost import Candidates, Objects, find_candidates, prepare, tight_boxes
 from lostreg.methods.objectness import apartness
 from lostreg.methods.parts import CLUSTERS, candidate_masks, find_parts, part_labels, part_masks
@@ -112,6 +113,19 @@ def test_neighbours_in_the_batch_change_nothing() -> None:
     together = part_labels(features)
     for image in range(5):
         assert torch.equal(part_labels(features[image, None])[0], together[image])
+
+
+def test_nothing_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_gpu(monkeypatch) as dispatched:
+        features, head = torch.zeros(2, 42, 8, device=DEVICE), Objectness(torch.zeros(8, device=DEVICE), 0.5)
+        part_labels(features)  # its constants come to the device once
+        dispatched.take()
+        labels, probabilities = part_labels(features), head.probabilities(features)
+        launches, waits = dispatched.take()
+        assert (labels.device, labels.shape) == (DEVICE, (2, len(CLUSTERS), 42))
+        assert (probabilities.device, probabilities.shape) == (DEVICE, (2, 42))
+    assert waits == []
+    assert launches < 1500
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 50])
