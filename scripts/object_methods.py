@@ -32,7 +32,7 @@ from lostreg.jsonio import write_json
 from lostreg.methods.learned import LinearObjectness, contrast, fit
 from lostreg.methods.lost import Candidates, Objects, find_candidates, prepare, tight_boxes
 from lostreg.methods.multi_object import find_objects
-from lostreg.methods.parts import candidate_masks, part_labels, ranked_objects
+from lostreg.methods.parts import Parted, candidate_masks, find_parts, part_labels, ranked_objects
 from lostreg.metrics import IOU_THRESHOLD, Detections, detection_scores, is_hit, score_auc
 from lostreg.models.backbone import load_backbone
 from lostreg.models.features import FeatureExtractor
@@ -53,16 +53,14 @@ class Searched:
     Attributes:
         lost: the boxes of LOST alone.
         candidates: LOST's, with features in half precision.
-        masks: of all candidates, shape (P, h, w), bool.
-        scores: of these, shape (P,).
-        reachable: whether one of these would be a hit.
+        parted: all candidates.
+        reachable: whether one of those that may be the main object would be a hit.
         seconds: that LOST took for one object, and the parts on top of it.
     """
 
     lost: Boxes
     candidates: Candidates
-    masks: NDArray[np.bool_]
-    scores: NDArray[np.float32]
+    parted: Parted
     reachable: bool
     seconds: tuple[float, float]
 
@@ -139,27 +137,30 @@ def search(
     times = [time.perf_counter()]
     candidates = find_candidates(features, picture.grid, "auto", 100)
     times.append(time.perf_counter())
-    ((masks, scores),) = candidate_masks(candidates, part_labels(features).numpy())
-    ranked_objects(candidates, 0, masks, scores, None, 1, 0)
+    find_parts(candidates, part_labels(features).numpy(), 1, 0)
     times.append(time.perf_counter())
     (lost,) = find_objects(candidates, 100, MOST, 0)
-    every = to_pixels(replace(lost, xyxy=tight_boxes(masks)))[0]
+    (parted,) = candidate_masks(candidates, part_labels(features, several=True).numpy())
+    every = to_pixels(replace(lost, xyxy=tight_boxes(parted.masks[: parted.leading])))[0]
     reachable = bool((pairwise_iou(every, example.boxes) >= IOU_THRESHOLD).any())
     smaller = replace(candidates, features=features.half())
-    return Searched(to_pixels(lost), smaller, masks, scores, reachable, (times[1] - times[0], times[2] - times[1]))
+    return Searched(to_pixels(lost), smaller, parted, reachable, (times[1] - times[0], times[2] - times[1]))
 
 
 def judge(images: Sequence[Seen], feature: int) -> dict[str, Any]:
     """Each method in one feature."""
     searched = [image.features[feature] for image in images]
     plain = [boxes(image, feature, None) for image in images]
-    own = taught(images, feature)
-    crossed = [taught(images[1 - half :: 2], feature) for half in (0, 1)]
+    teachers = [
+        (image.tokens, one.parted.masks[: one.parted.leading], one.parted.scores[: one.parted.leading])
+        for image, one in zip(images, searched, strict=True)
+    ]
+    own, halves = fit(teachers), [fit(teachers[1 - half :: 2]) for half in (0, 1)]
     methods = {
         "lost": [one.lost for one in searched],
         "parts": plain,
         "taught": [boxes(image, feature, own) for image in images],
-        "taught by others": [boxes(image, feature, crossed[place % 2]) for place, image in enumerate(images)],
+        "taught by others": [boxes(image, feature, halves[place % 2]) for place, image in enumerate(images)],
     }
     return {
         "methods": {
@@ -180,19 +181,13 @@ def judge(images: Sequence[Seen], feature: int) -> dict[str, Any]:
     }
 
 
-def taught(images: Sequence[Seen], feature: int) -> LinearObjectness | None:
-    """What images teach; None for no images."""
-    searched = [(image.tokens, image.features[feature]) for image in images]
-    return fit((tokens, one.masks, one.scores) for tokens, one in searched) if images else None
-
-
 def boxes(image: Seen, feature: int, objectness: LinearObjectness | None) -> Boxes:
     """The objects among all candidates of an image."""
     one = image.features[feature]
     contrasts = None
     if objectness is not None:
-        contrasts = contrast(objectness.probabilities(image.tokens).numpy(), one.masks)
-    return image.to_pixels(ranked_objects(one.candidates, 0, one.masks, one.scores, contrasts, MOST, 0))
+        contrasts = contrast(objectness.probabilities(image.tokens).numpy(), one.parted.masks)
+    return image.to_pixels(ranked_objects(one.candidates, 0, one.parted, contrasts, MOST, 0))
 
 
 def figures(found: Sequence[Boxes], lost: Sequence[Boxes], images: Sequence[Seen]) -> dict[str, Any]:

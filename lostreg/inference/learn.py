@@ -89,4 +89,5 @@ def _lessons(found: list[PartsFound], pictures: list[PatchedPicture]) -> list[Le
     del pictures
     of_run = found[0]
     candidates = candidate_masks(of_run.candidates, of_run.labels)
-    return [(tokens, *several) for tokens, several in zip(cast("Tensor", of_run.tokens), candidates, strict=True)]
+    tokens = cast("Tensor", of_run.tokens)
+    return [(of_image, one.masks, one.scores) for of_image, one in zip(tokens, candidates, strict=True)]

@@ -35,7 +35,7 @@ class PartsFound:
 
     Attributes:
         candidates: what LOST found at each bias.
-        labels: clusters of patches, shape (B, 3, N), uint8.
+        labels: clusters of patches, shape (B, 3 or 5, N), uint8.
         probabilities: how likely each patch is part of an object, shape (B, N), if that was learned.
         tokens: output tokens of the last layer, shape (B, N, D), on the device, where they were wanted.
     """
@@ -74,16 +74,18 @@ class Parts:
         bias: of LOST's trials.
         k_patches: as for `lost_boxes`.
         head: what a collection taught, if it ranks the candidates.
+        several: whether several objects are wanted.
     """
 
     bias: Bias
     k_patches: int
     head: LinearObjectness | None = None
+    several: bool = False
 
     def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> list[list[PartsMaps]]:
         """Queue the work on normalised features and, behind them, the output tokens of the last layer if wanted."""
         maps = []
-        clusters = labels_of_pack([features for features, *_ in runs])
+        clusters = labels_of_pack([features for features, *_ in runs], several=self.several)
         for (features, *rest), labels, grid in zip(runs, clusters, grids, strict=True):
             tokens = rest[0] if rest else None
             chances = None if self.head is None or tokens is None else self.head.probabilities(tokens)
@@ -155,7 +157,7 @@ class Row:
 
 def _parts(options: ResolvedOptions, device: torch.device) -> Parts:
     head = None if options.objectness is None else options.objectness.head.to(device)
-    return Parts(options.bias, options.k_patches, head)
+    return Parts(options.bias, options.k_patches, head, options.max_objects > 1)
 
 
 def _objects_of_parts(found: PartsFound, options: ResolvedOptions) -> list[Objects]:

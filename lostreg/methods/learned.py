@@ -112,27 +112,7 @@ def fit(images: Iterable[Teacher]) -> LinearObjectness:
         >>> bool((objectness.probabilities(tokens).view(4, 5).numpy() > 0.5)[mask].all())
         True
     """
-    return _teach([_sample(*image) for image in images])
-
-
-def fit_halves(images: Iterable[Teacher]) -> tuple[LinearObjectness, LinearObjectness]:
-    """Learn twice, so that no image is ranked by what it taught itself: a map agrees too well with its own teachers.
-
-    Args:
-        images: as for `fit`.
-
-    Returns:
-        What images at odd places teach, for those at even places (0, 2, 4, ...), and what those at even places teach.
-
-    Raises:
-        OptionError: as `fit`, for either half.
-    """
-    samples = [_sample(*image) for image in images]
-    return _teach(samples[1::2]), _teach(samples[::2])
-
-
-def _teach(samples: list[Teacher]) -> LinearObjectness:
-    samples = [sample for sample in samples if sample[2].max() > 0]
+    samples = [_sample(*image) for image in images if image[2].max() > 0]
     if not samples:
         raise OptionError("expected at least one image with a candidate whose score is above 0")
     dimensions = sorted({tokens.shape[1] for tokens, _, _ in samples})

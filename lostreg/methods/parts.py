@@ -1,11 +1,12 @@
 """Parts beside LOST's trials: clusters of an image's patches, cut into connected pieces, are candidates too.
 
-LOST asks what is connected to one seed. Here the features themselves are parted, coarsely and more finely:
+LOST asks what is connected to one seed. Here the features themselves are parted, coarsely and, for further objects,
+finely:
 
     Z = X V₄, X = F - mean(F), V₄ a basis of the four directions of largest variance        (principal components)
-    labels_K = k-means of the rows of Z into K = 2, 3, 4, 6, 8 clusters, from farthest points
+    labels_K = k-means of the rows of Z into K clusters, from farthest points: K = 2, 3, 4; and 6, 8 for further objects
     candidates = LOST's objects, and each 4-connected piece of a cluster
-    objects = candidates by rank, without those whose box overlaps a better one's
+    objects = candidates by rank, without those whose box overlaps a better one's; the main one is no piece of 6 or 8
 
 Distances between rows of Z are the same for any basis of the same directions, so no single component is needed. Shapes:
 B images, N = h*w patches row by row, D dimensions. Memory grows with N*D, never with N².
@@ -13,7 +14,7 @@ B images, N = h*w patches row by row, D dimensions. Memory grows with N*D, never
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -30,54 +31,62 @@ from lostreg.methods.learned import contrast, taught_ranks
 from lostreg.methods.lost import Candidates, Objects, tight_boxes
 from lostreg.methods.objectness import apartness, object_scores
 
-CLUSTERS: Final = (2, 3, 4, 6, 8)
+CLUSTERS: Final = (2, 3, 4)
+FINE_CLUSTERS: Final = (6, 8)  # whose pieces are further objects alone: small ones win too often
 _COMPONENTS: Final = 4
 _POWER_STEPS: Final = 8
 _LLOYD_STEPS: Final = 10
 _RESOLUTION: Final = 1e-5  # of float32: shares below are rounding
 _LEAST_PATCHES: Final = 4  # of a part
 _LARGEST_SHARE: Final = 0.9  # of the image
-_MOST_PARTS: Final = 128  # of an image: the largest
+_MOST_PARTS: Final = 64  # of an image, of either kind: the largest
 _MOST_TOLD: Final = 12  # candidates that a result tells of
 
 Mask = NDArray[np.bool_]
 
 
 @torch.no_grad()
-def part_labels(features: Tensor) -> Tensor:
-    """Clusters of each image's patches: coarse, finer and finest.
+def part_labels(features: Tensor, *, several: bool = False) -> Tensor:
+    """Clusters of each image's patches, from coarse to fine.
 
     Args:
         features: shape (B, N, D), float32, rows of length 1.
+        several: whether several objects are wanted.
 
     Returns:
-        For each number of `CLUSTERS` the cluster of each patch, shape (B, 5, N), uint8, on the device of the features.
-        Nothing is told of features that are not finite: their labels mean nothing.
+        For each number of `CLUSTERS`, for several objects of `FINE_CLUSTERS`, too, the cluster of each patch, shape
+        (B, 3 or 5, N), uint8, on the device of the features. Nothing is told of features that are not finite: their
+        labels mean nothing.
     """
     with exact_float32(features.device):
-        return _cluster(_principal_components(_centred(features)))
+        return _cluster(_principal_components(_centred(features)), _numbers(several))
 
 
 @torch.no_grad()
-def labels_of_pack(runs: Sequence[Tensor]) -> list[Tensor]:
+def labels_of_pack(runs: Sequence[Tensor], *, several: bool = False) -> list[Tensor]:
     """`part_labels` of images of several grids; on a GPU, which would wait for the host to queue each step, together.
 
     Args:
         runs: of images of one grid each, as `part_labels` takes them.
+        several: as there.
     """
     if runs[0].device.type == "cpu" or len(runs) == 1:
-        return [part_labels(features) for features in runs]
+        return [part_labels(features, several=several) for features in runs]
     with exact_float32(runs[0].device):
-        return _padded_labels(runs)
+        return _padded_labels(runs, _numbers(several))
 
 
-def _padded_labels(runs: Sequence[Tensor]) -> list[Tensor]:
+def _numbers(several: bool) -> tuple[int, ...]:
+    return CLUSTERS + FINE_CLUSTERS if several else CLUSTERS
+
+
+def _padded_labels(runs: Sequence[Tensor], numbers: tuple[int, ...]) -> list[Tensor]:
     sizes, counts = [len(features) for features in runs], [features.shape[1] for features in runs]
     most = max(counts)
     padded = torch.cat([functional.pad(_centred(one), (0, 0, 0, most - one.shape[1])) for one in runs])
     patches = torch.cat([padded.new_full((size,), count) for size, count in zip(sizes, counts, strict=True)])
     present = torch.arange(most, device=padded.device) < patches[:, None]
-    labels = torch.split(_cluster(_principal_components(padded, patches), present), sizes)
+    labels = torch.split(_cluster(_principal_components(padded, patches), numbers, present), sizes)
     return [of_run[:, :, :count].contiguous() for of_run, count in zip(labels, counts, strict=True)]
 
 
@@ -111,17 +120,17 @@ def _orthonormal(basis: Tensor) -> Tensor:
     return cast("Tensor", torch.linalg.solve_triangular(lower, basis, upper=False))
 
 
-def _cluster(points: Tensor, present: Tensor | None = None) -> Tensor:
-    """k-means for each number of clusters at once, (B, C, N) to (B, 5, N), from starts that they share.
+def _cluster(points: Tensor, numbers: tuple[int, ...], present: Tensor | None = None) -> Tensor:
+    """k-means for each number of clusters at once, (B, C, N) to (B, numbers, N), from starts that they share.
 
     Points that are not present, (B, N), have no say.
     """
-    most = CLUSTERS[-1]
-    numbers = torch.arange(most, device=points.device, dtype=torch.uint8)
-    unused = numbers >= on_device(CLUSTERS, points.device)[:, None]  # (clusterings, most)
-    centres = _farthest_points(points, most, present)[:, None].expand(-1, len(CLUSTERS), -1, -1)
+    most = numbers[-1]
+    places = torch.arange(most, device=points.device, dtype=torch.uint8)
+    unused = places >= on_device(numbers, points.device)[:, None]  # (numbers, most)
+    centres = _farthest_points(points, most, present)[:, None].expand(-1, len(numbers), -1, -1)
     for _ in range(_LLOYD_STEPS):
-        members = _nearest(points, centres, unused)[:, :, None] == numbers[:, None]  # (B, 5, most, N)
+        members = _nearest(points, centres, unused)[:, :, None] == places[:, None]  # (B, numbers, most, N)
         members = (members if present is None else members & present[:, None, None]).float()
         sizes = members.sum(dim=3, keepdim=True)
         means = members @ points[:, None].mT / sizes.clamp(min=1)
@@ -162,15 +171,15 @@ def part_masks(labels: NDArray[np.uint8], grid: tuple[int, int]) -> Mask:
     """The 4-connected pieces of the clusters of one image.
 
     Args:
-        labels: shape (5, N), as `part_labels` gives them.
+        labels: shape (L, N): the cluster of each patch, of L clusterings.
         grid: (h, w), rows and columns of patches.
 
     Returns:
-        Shape (P, h, w), bool, P from 0 to 128: pieces of at least 4 patches and at most 90 % of the image, each of them
+        Shape (P, h, w), bool, P from 0 to 64: pieces of at least 4 patches and at most 90 % of the image, each of them
         once; where there are more, the largest.
     """
     height, width = grid
-    panels = [labels[place] == cluster for place, count in enumerate(CLUSTERS) for cluster in range(count)]
+    panels = [of_one == cluster for of_one in labels for cluster in range(of_one.max() + 1)]
     # One tall picture, as for LOST's components.
     tall = np.zeros((len(panels), height + 1, width), dtype=np.uint8)
     tall[:, :height] = np.reshape(panels, (-1, height, width))
@@ -192,27 +201,43 @@ def _first_of_equal(masks: Mask) -> NDArray[np.int64]:
     return places
 
 
-def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[tuple[Mask, NDArray[np.float32]]]:
-    """What may be an object in each image: what LOST found with each bias, first, then the parts that differ from it.
+class Parted(NamedTuple):
+    """What may be an object in one image.
+
+    Attributes:
+        masks: shape (P, h, w), bool, each once: what LOST found with each bias, then coarse parts, then fine ones.
+        scores: of each, shape (P,), float32, see `lostreg.methods.objectness`.
+        leading: how many of the first ones may be the main object.
+    """
+
+    masks: Mask
+    scores: NDArray[np.float32]
+    leading: int
+
+
+def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[Parted]:
+    """What may be an object in each image of a batch.
 
     Args:
-        candidates: what LOST found, with K biases an image.
-        labels: of the same images, shape (B, 5, N), as `part_labels` gives them.
-
-    Returns:
-        An image: masks, shape (P, h, w), bool, the K of LOST first, and their scores, shape (P,), float32, see
-        `lostreg.methods.objectness`.
+        candidates: what LOST found, with K biases an image; the first K of the masks, whether they differ or not.
+        labels: of the same images, shape (B, 3 or 5, N), as `part_labels` gives them.
     """
-    parts = []
-    for image, trials in enumerate(candidates.masks):
-        masks = np.concatenate([trials, part_masks(labels[image], trials.shape[1:])])
-        new = _first_of_equal(masks)
-        parts.append(masks[new[new >= len(trials)]])
+    parts, leading = [], []
+    for trials, of_image in zip(candidates.masks, labels, strict=True):
+        grid = trials.shape[1:]
+        split = (of_image[: len(CLUSTERS)], of_image[len(CLUSTERS) :])
+        coarse, fine = (part_masks(some, grid) if len(some) else trials[:0] for some in split)
+        new = _first_of_equal(np.concatenate([trials, coarse, fine]))
+        new = new[new >= len(trials)]
+        parts.append(np.concatenate([trials, coarse, fine])[new])
+        leading.append(len(trials) + int((new < len(trials) + len(coarse)).sum()))
     with exact_float32(candidates.features.device):
         scores = _scores(candidates.features, parts)
     return [
-        (np.concatenate([trials, masks]), np.concatenate([of_trials, of_parts]))
-        for trials, masks, of_trials, of_parts in zip(candidates.masks, parts, candidates.scores, scores, strict=True)
+        Parted(np.concatenate([trials, masks]), np.concatenate([of_trials, of_parts]), count)
+        for trials, masks, of_trials, of_parts, count in zip(
+            candidates.masks, parts, candidates.scores, scores, leading, strict=True
+        )
     ]
 
 
@@ -237,7 +262,7 @@ def find_parts(
 
     Args:
         candidates: what LOST found, with the biases of ``auto``.
-        labels: of the same images, shape (B, 5, N), as `part_labels` gives them.
+        labels: of the same images, shape (B, 3 or 5, N), as `part_labels` gives them.
         max_objects: at least 1.
         min_score: in [0, 1]; a further object with a lower score is left out.
         probabilities: how likely each patch is part of an object, see `lostreg.methods.learned`, shape (B, N), which
@@ -247,10 +272,10 @@ def find_parts(
         One `Objects` an image, with one object at least: see `ranked_objects`.
     """
     objects = []
-    for image, (masks, scores) in enumerate(candidate_masks(candidates, labels)):
-        contrasts = None if probabilities is None else contrast(probabilities[image], masks)
-        one = ranked_objects(candidates, image, masks, scores, contrasts, max_objects, min_score)
-        taught = None if probabilities is None else probabilities[image].reshape(masks.shape[1:])
+    for image, parted in enumerate(candidate_masks(candidates, labels)):
+        contrasts = None if probabilities is None else contrast(probabilities[image], parted.masks)
+        one = ranked_objects(candidates, image, parted, contrasts, max_objects, min_score)
+        taught = None if probabilities is None else probabilities[image].reshape(parted.masks.shape[1:])
         objects.append(replace(one, objectness=taught))
     return objects
 
@@ -258,8 +283,7 @@ def find_parts(
 def ranked_objects(
     candidates: Candidates,
     image: int,
-    masks: Mask,
-    scores: NDArray[np.float32],
+    parted: Parted,
     contrasts: NDArray[np.float32] | None,
     max_objects: int,
     min_score: float,
@@ -273,8 +297,7 @@ def ranked_objects(
     Args:
         candidates: what LOST found.
         image: its place among them.
-        masks: as `candidate_masks` gives them.
-        scores: likewise.
+        parted: what may be an object.
         contrasts: see `lostreg.methods.learned.contrast`, shape (P,); None for none.
         max_objects: at least 1.
         min_score: as for `find_parts`.
@@ -284,8 +307,9 @@ def ranked_objects(
         to an object before it, which may be all of them. The seed of a part is its patch of lowest degree in LOST's
         first trial, whose bias and degrees stand for it.
     """
+    masks, scores, leading = parted
     boxes, ranks = tight_boxes(masks), scores if contrasts is None else taught_ranks(scores, contrasts)
-    kept = _suppress(boxes, ranks, max_objects)
+    kept = _suppress(boxes, ranks, leading, max_objects)
     with exact_float32(candidates.features.device):
         clear = np.sqrt(scores[kept] * apartness(candidates.features[image], masks[kept]))
     if contrasts is not None:
@@ -326,11 +350,14 @@ def _lowest(degrees: NDArray[np.int64], mask: Mask) -> int:
     return int(places[degrees[places].argmin()])
 
 
-def _suppress(boxes: NDArray[np.int64], ranks: NDArray[np.float32], max_objects: int) -> NDArray[np.int64]:
-    """Places of the candidates that are kept, the best first; of equal ranks the first."""
+def _suppress(
+    boxes: NDArray[np.int64], ranks: NDArray[np.float32], leading: int, max_objects: int
+) -> NDArray[np.int64]:
+    """Places of the candidates that are kept, the best of those that may lead first; of equal ranks the first."""
+    main = int(ranks[:leading].argmax())
     kept: list[int] = []
     free = np.ones(len(boxes), dtype=bool)
-    for place in np.argsort(-ranks, kind="stable"):
+    for place in (main, *np.argsort(-ranks, kind="stable")):
         if len(kept) == max_objects:
             break
         if free[place]:

@@ -9,7 +9,12 @@ from lostreg.cli.main import build_parser
 from lostreg.errors import OptionError
 from lostreg.inference.options import Options
 
-DECIDED = {"backbone", "exif", "registers", "objectness"}  # named elsewhere, by the command, and found in images or a file
+DECIDED = {
+    "backbone",
+    "exif",
+    "registers",
+    "objectness",
+}  # named elsewhere, by the command, and found in images or a file
 COMMANDS = {
     "predict": ["photo.jpg"],
     "discover": ["photos", "--out", "out"],

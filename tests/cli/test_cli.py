@@ -210,6 +210,8 @@ def test_method_options_reach_the_results(root: Path, tmp_path: Path) -> None:
         "backbone": "imgfocus_vits14",
         "feature": "v",
         "layer": 0,
+        "method": "lost",
+        "objectness": None,
         "bias": -0.5,
         "auto_trials": None,
         "normalize": False,
@@ -733,7 +735,7 @@ def test_photos_are_scored_in_the_frame_of_their_annotations(
     truth, out = tmp_path / "boxes.json", str(tmp_path / "scored")
     assert main(["discover", str(photos), "--out", str(tmp_path / "run"), *FAST]) == 0
     assert main(["export", str(tmp_path / "run"), "--format", "coco", "--out", str(truth)]) == 0
-    scored = ["eval", "coco", "--images", str(photos), "--annotations", str(truth), *FAST, "--out"]
+    scored = ["eval", "coco", "--images", str(photos), "--annotations", str(truth), *FAST, "--method", "parts", "--out"]
     capsys.readouterr()
     assert main([*scored, out]) == 0
     told = capsys.readouterr()

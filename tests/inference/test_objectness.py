@@ -61,7 +61,7 @@ def test_parts_of_a_stream_are_those_of_each_image(backbone: Backbone) -> None:
             keys, tokens, grid = features_of(backbone, picture)
             chances = None if given is None else given.head.probabilities(tokens).numpy()
             candidates = find_candidates(keys, grid, "auto", 100)
-            (objects,) = find_parts(candidates, part_labels(keys).numpy(), 4, 0.0, chances)
+            (objects,) = find_parts(candidates, part_labels(keys, several=True).numpy(), 4, 0.0, chances)
             np.testing.assert_array_equal(found.masks, objects.masks)
             np.testing.assert_array_equal(found.xyxy, objects.xyxy * 14)
             np.testing.assert_allclose(found.scores, objects.scores, atol=1e-5)
@@ -90,7 +90,7 @@ def test_learning_sees_every_image_once_and_says_where_it_comes_from(backbone: B
     lessons = []
     for picture in pictures:
         keys, tokens, grid = features_of(backbone, picture)
-        ((masks, scores),) = candidate_masks(find_candidates(keys, grid, "auto", 100), part_labels(keys).numpy())
+        ((masks, scores, _),) = candidate_masks(find_candidates(keys, grid, "auto", 100), part_labels(keys).numpy())
         lessons.append((tokens[0], masks, scores))
     expected = fit(lessons)
     torch.testing.assert_close(found.head.weight, expected.weight, rtol=0.02, atol=0.02)

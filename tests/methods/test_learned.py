@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lostreg.errors import OptionError
 from lostreg.methods import learned
-from lostreg.methods.learned import LinearObjectness, contrast, fit, fit_halves, taught_ranks
+from lostreg.methods.learned import LinearObjectness, contrast, fit, taught_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRID = (9, 10)
@@ -102,17 +102,6 @@ def test_object_and_rest_weigh_the_same() -> None:
         images.append((torch.from_numpy(random.normal(0, 1, (90, 3))).float(), masks, scores))
     chances = fit(images).probabilities(torch.randn(200, 3))
     assert 0.4 < chances.min() <= chances.max() < 0.6
-
-
-def test_no_image_is_ranked_by_what_it_taught() -> None:
-    images = [image(seed) for seed in range(9)]
-    for_even, for_odd = fit_halves(images)
-    for found, teachers in ((for_even, images[1::2]), (for_odd, images[::2])):
-        expected = fit(teachers)
-        assert torch.equal(found.weight, expected.weight)
-        assert found.bias == expected.bias
-    with pytest.raises(OptionError, match="at least one image"):
-        fit_halves(images[:1])
 
 
 def test_few_patches_of_an_image_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:

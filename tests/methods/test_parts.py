@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from dispatch import DEVICE, fake_gpu
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -11,10 +12,18 @@ from torch import Tensor
 from lostreg.errors import OptionError
 from lostreg.images.boxes import pairwise_iou
 from lostreg.methods import parts
-from lostreg.methods.learned import contrast
+from lostreg.methods.learned import LinearObjectness, contrast
 from lostreg.methods.lost import Candidates, Objects, find_candidates, prepare, tight_boxes
 from lostreg.methods.objectness import apartness, object_scores
-from lostreg.methods.parts import CLUSTERS, candidate_masks, find_parts, labels_of_pack, part_labels, part_masks
+from lostreg.methods.parts import (
+    CLUSTERS,
+    FINE_CLUSTERS,
+    candidate_masks,
+    find_parts,
+    labels_of_pack,
+    part_labels,
+    part_masks,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Grid = tuple[int, int]
@@ -25,7 +34,8 @@ def candidates_of(features: Tensor, grid: Grid) -> Candidates:
 
 
 def parts_of(features: Tensor, grid: Grid, most: int = 10, least: float = 0.0) -> list[Objects]:
-    return find_parts(candidates_of(features, grid), part_labels(features).numpy(), most, least)
+    labels = part_labels(features, several=most > 1).numpy()
+    return find_parts(candidates_of(features, grid), labels, most, least)
 
 
 def noise(seed: int, images: int = 1, grid: Grid = (6, 7), depth: int = 4) -> Tensor:
@@ -114,6 +124,19 @@ def test_neighbours_in_the_batch_change_nothing() -> None:
         assert torch.equal(part_labels(features[image, None])[0], together[image])
 
 
+def test_nothing_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_gpu(monkeypatch) as dispatched:
+        features, head = torch.zeros(2, 42, 8, device=DEVICE), LinearObjectness(torch.zeros(8, device=DEVICE), 0.5)
+        part_labels(features)  # its constants come to the device once
+        dispatched.take()
+        labels, probabilities = part_labels(features), head.probabilities(features)
+        launches, waits = dispatched.take()
+        assert (labels.device, labels.shape) == (DEVICE, (2, len(CLUSTERS), 42))
+        assert (probabilities.device, probabilities.shape) == (DEVICE, (2, 42))
+    assert waits == []
+    assert launches < 1500
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 50])
 def test_equal_patches_are_one_cluster(count: int) -> None:
     features = prepare(torch.full((2, count, 7), 0.3), normalize=True)
@@ -191,15 +214,20 @@ def test_what_is_likelier_to_be_an_object_comes_first() -> None:
 @settings(deadline=None, max_examples=30)
 def test_objects_are_the_best_candidates_without_those_that_overlap(seed, most, least, taught) -> None:
     features, grid = noise(seed, images=2), (6, 7)
-    labels, candidates = part_labels(features).numpy(), candidates_of(features, grid)
+    labels, candidates = part_labels(features, several=most > 1).numpy(), candidates_of(features, grid)
     chances = np.random.default_rng(seed).random((2, 42)).astype(np.float32) if taught else None
     found = find_parts(candidates, labels, most, least, chances)
-    for image, (masks, scores) in enumerate(candidate_masks(candidates, labels)):
+    for image, (masks, scores, leading) in enumerate(candidate_masks(candidates, labels)):
+        coarse = part_masks(labels[image, :3], grid)
+        assert {mask.tobytes() for mask in masks[:leading]} == {
+            mask.tobytes() for mask in [*candidates.masks[image], *coarse]
+        }
+        assert most > 1 or leading == len(masks)
         contrasts = contrast(chances[image], masks) if taught else np.ones(len(masks), np.float32)
         ranks, boxes, ranked = scores * contrasts**2, tight_boxes(masks), []
         clear = (scores * apartness(features[image], masks)) ** 0.5
         clear = (clear * contrasts) ** 0.5 if taught else clear
-        for place in sorted(range(len(masks)), key=lambda place: -ranks[place]):
+        for place in [ranks[:leading].argmax(), *sorted(range(len(masks)), key=lambda place: -ranks[place])]:
             if len(ranked) < most and (not ranked or pairwise_iou(boxes[[place]], boxes[ranked]).max() < 0.5):
                 ranked.append(place)
         kept = [place for place in ranked if place == ranked[0] or clear[place] >= least]
@@ -232,7 +260,7 @@ def test_objects_are_the_best_candidates_without_those_that_overlap(seed, most, 
 def test_candidates_are_those_of_lost_and_then_parts_that_differ() -> None:
     features, grid = three_squares()
     candidates = candidates_of(features, grid)
-    ((masks, scores),) = candidate_masks(candidates, part_labels(features).numpy())
+    ((masks, scores, _),) = candidate_masks(candidates, part_labels(features).numpy())
     np.testing.assert_array_equal(masks[:6], candidates.masks[0])
     np.testing.assert_array_equal(scores[:6], candidates.scores[0])
     others = [mask.tobytes() for mask in masks[6:]]
@@ -284,8 +312,8 @@ def test_a_pack_of_several_grids_has_the_labels_of_each_image() -> None:
     """Images that are padded to the longest for a GPU are clustered as they are alone."""
     runs = [noise(number, images=2, grid=grid, depth=16) for number, grid in enumerate([(5, 6), (9, 8), (4, 4)])]
     runs.append(torch.zeros(1, 3, 16))
-    alone = [part_labels(features) for features in runs]
-    for found in (labels_of_pack(runs), parts._padded_labels(runs)):
+    alone = [part_labels(features, several=True) for features in runs]
+    for found in (labels_of_pack(runs, several=True), parts._padded_labels(runs, CLUSTERS + FINE_CLUSTERS)):
         assert all(torch.equal(labels, expected) for labels, expected in zip(found, alone, strict=True))
 
 
