@@ -18,6 +18,7 @@ CALIBRATION_IMAGES: Final = 512
 REGISTER_IMAGES: Final = 128
 OBJECTNESS_IMAGES: Final = 512
 LEAST_TEACHERS: Final = 64  # images from which on `discover` learns from them; docs/objects.md
+MOST_TEACHERS: Final = 128  # that a run which learns from its own images looks at first
 ARTIFACT_IMAGES: Final = 256
 OVERLAP: Final = 0.5  # further boxes that overlap one before them as much are left out
 CLEAR_SCORE: Final = 0.25  # docs/bias.md: boxes with a lower score hit half as often

@@ -118,6 +118,58 @@ def benchmark_details(results: Path) -> str:
     return "\n".join(parts)
 
 
+METHOD_NAMES = {
+    "lost": "LOST, `auto`",
+    "parts": "parts",
+    "taught": "parts, taught by the same images (transductive)",
+    "taught by others": "parts, taught by others",
+}
+
+
+def objects_tables(results: Path) -> str:
+    """What the methods of docs/objects.md find, as Markdown."""
+    found = json.loads((results / "objects-imgfocus_vits14.json").read_text(encoding="utf-8"))
+    features = found["features"]
+
+    def cell(figures: dict[str, Any]) -> str:
+        low, high = figures["gain_95"]
+        gain = f" ({figures['gain']:+.1f}, {low:+.1f} to {high:+.1f})" if figures["gain"] or low or high else ""
+        return f"{figures['corloc']:.1f}{gain}"
+
+    corloc = [
+        (METHOD_NAMES[method], half, *(cell(features[feature]["methods"][method][half]) for feature in features))
+        for method in METHOD_NAMES
+        for half in ("choosing", "reporting")
+    ]
+    others = [
+        (
+            METHOD_NAMES[method],
+            *(f"{one['ap50']:.1f} / {one['ar10']:.1f} / {one['auc']:.2f}" for one in reported),
+        )
+        for method in METHOD_NAMES
+        for reported in [[features[feature]["methods"][method]["reporting"] for feature in features]]
+    ]
+    times = ", ".join(
+        f"{name}: {one['milliseconds']['lost']:.0f} and {one['milliseconds']['parts beside it']:.0f} ms"
+        for name, one in features.items()
+    )
+    reachable = ", ".join(f"{name} {one['reachable']['all']:.0f}" for name, one in features.items())
+    counts = found["images"]
+    return "\n".join(
+        [
+            f"{counts['all']} images of the COCO sample at full size, {counts['choosing']} at even and "
+            f"{counts['reporting']} at odd places. The backbone, `imgfocus_vits14`, is a DINOv2 ViT-S/14 that was "
+            "fine-tuned for saliency with labels. Corloc, in percent, and the gain on LOST:\n",
+            _table(("method", "half", *features), corloc),
+            "AP50 and AR@10 of ten boxes, and AUC of the first box's score, on the reporting half:\n",
+            _table(("method", *features), others),
+            f"A candidate that may be the main object would be a hit in (percent of all images): {reachable}. Time "
+            f"an image of LOST's six trials and of what parts add for one object, medians ({found['cpu']}, "
+            f"{found['threads']} threads, shared with others): {times}.\n",
+        ]
+    )
+
+
 def bias_parts(results: Path) -> dict[str, str]:
     """The measured parts of docs/bias.md, by marker, as Markdown."""
     found = json.loads((results / "bias-rules-imgfocus_vits14.json").read_text(encoding="utf-8"))
@@ -363,6 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     readme, reference = args.root / "README.md", args.root / "docs" / "cli.md"
     bias, photos = args.root / "docs" / "bias.md", args.root / "docs" / "photos.md"
+    objects = args.root / "docs" / "objects.md"
     figures, results = args.root / "eval" / "README.md", args.root / "eval" / "results"
     wanted = {
         readme: in_markers(
@@ -372,6 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         figures: in_markers(figures.read_text(encoding="utf-8"), "benchmark", benchmark_details(results)),
         reference: cli_reference(),
+        objects: in_markers(objects.read_text(encoding="utf-8"), "objects", objects_tables(results)),
         bias: bias.read_text(encoding="utf-8"),
         photos: photos.read_text(encoding="utf-8"),
     }

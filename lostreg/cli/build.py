@@ -95,7 +95,7 @@ def with_objectness(
             told = "other settings: it did not learn from its images"
             raise OptionError(f"{kept.parent} holds a run with {told}; use --overwrite or another --out")
     with ProgressBar("learning") as bar:
-        found = learn(images, discoverer, on_progress=bar)
+        found = learn(images, discoverer, sample=defaults.MOST_TEACHERS, on_progress=bar)
     tell(
         f"learned from {found.facts.images} of these images, without labels, what ranks their candidates: figures "
         "with it are transductive"

@@ -157,8 +157,9 @@ def add_method_choice(group: Group, *, is_collection: bool = False) -> None:
         "--objectness",
         type=objectness_value,
         metavar="{none|self|FILE}",
-        help="what ranks the candidates of parts beside their score: self learns from a sample of these images first, "
-        f"without labels; a FILE comes from `lostreg learn` (default: none{own})",
+        help="what ranks the candidates of parts beside their score: self learns from up to "
+        f"{defaults.MOST_TEACHERS} of these images first, without labels; a FILE comes from `lostreg learn` (default: "
+        f"none{own})",
     )
 
 

@@ -6,9 +6,9 @@ import gradio as gr
 
 TITLE: Final = "Find the main object of a photo"
 INTRO: Final = (
-    "Drop a photo. A Vision Transformer that stays as it is looks at it patch by patch, and LOST boxes what is unlike "
-    "the rest. LOST needs no labels and learns nothing; what the network learned from is told beside its name. Photos "
-    "stay on the computer that runs this page."
+    "Drop a photo. A Vision Transformer that stays as it is looks at it patch by patch, and what is unlike the rest is "
+    "boxed, by LOST and by parts beside it. That needs no labels and learns nothing; what the network learned from is "
+    "told beside its name. Photos stay on the computer that runs this page."
 )
 START: Final = "Drop a photo to begin."
 OBJECTS: Final = "<b>What was found:</b> mask, box and score of each object; the red square is its seed."

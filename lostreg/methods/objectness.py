@@ -19,6 +19,7 @@ from torch import Tensor
 
 _SIZE_POWER: Final = 0.25
 _BORDER_POWER: Final = 4
+_APART_POWER: Final = 0.25
 _RESOLUTION: Final = 1e-6  # of float32: variance below this share of the features' square is rounding
 
 
@@ -52,7 +53,7 @@ def score_factors(features: Tensor, masks: NDArray[np.bool_]) -> tuple[NDArray[n
 
 @torch.no_grad()
 def apartness(features: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """How little a patch inside has in common with one outside, on average: (1 - mean cosine) / 2.
+    """How little a patch inside has in common with one outside, on average: (1 - mean cosine)^(1/4), at most 1.
 
     Unlike the score's factors it is not measured in units of the image's own spread, so that it compares boxes of
     different images: a monotonous image has a clear split of something that differs little.
@@ -62,7 +63,7 @@ def apartness(features: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.float32]
         masks: shape (P, h, w), bool; N = h * w.
 
     Returns:
-        Shape (P,), float32, in [0, 1]; 1/2 for a mask that covers everything or nothing.
+        Shape (P,), float32, in [0, 1]; 1 for a mask that covers everything or nothing.
     """
     vectors = features.float()
     members = torch.from_numpy(masks).to(vectors.device).flatten(1).float()
@@ -70,7 +71,7 @@ def apartness(features: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.float32]
     pairs = members.sum(dim=1) * (members.shape[1] - members.sum(dim=1))
     # Σ_{i in M} Σ_{j not in M} F[i] · F[j]
     cosine = (inside * (vectors.sum(dim=0) - inside)).sum(dim=1) / pairs.clamp(min=1)
-    apart: NDArray[np.float32] = ((1 - cosine) / 2).clamp(0, 1).cpu().numpy()
+    apart: NDArray[np.float32] = (1 - cosine).clamp(0, 1).pow(_APART_POWER).cpu().numpy()
     return apart
 
 

@@ -292,7 +292,7 @@ def ranked_objects(
 
     Overlap is an intersection over union of `lostreg.defaults.OVERLAP` or more. Candidates are ranked by their score,
     with contrasts by `lostreg.methods.learned.taught_ranks`. What an object's own score says has to hold between
-    images, too: it is the geometric mean of score and apartness, and that of both and the contrast.
+    images, too: it is the product of score, apartness and contrast.
 
     Args:
         candidates: what LOST found.
@@ -311,9 +311,9 @@ def ranked_objects(
     boxes, ranks = tight_boxes(masks), scores if contrasts is None else taught_ranks(scores, contrasts)
     kept = _suppress(boxes, ranks, leading, max_objects)
     with exact_float32(candidates.features.device):
-        clear = np.sqrt(scores[kept] * apartness(candidates.features[image], masks[kept]))
+        clear = scores[kept] * apartness(candidates.features[image], masks[kept])
     if contrasts is not None:
-        clear = np.sqrt(clear * contrasts[kept])
+        clear *= contrasts[kept]
     enough = clear >= min_score
     enough[0] = True
     kept, clear = kept[enough], clear[enough]

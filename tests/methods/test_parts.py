@@ -225,8 +225,7 @@ def test_objects_are_the_best_candidates_without_those_that_overlap(seed, most, 
         assert most > 1 or leading == len(masks)
         contrasts = contrast(chances[image], masks) if taught else np.ones(len(masks), np.float32)
         ranks, boxes, ranked = scores * contrasts**2, tight_boxes(masks), []
-        clear = (scores * apartness(features[image], masks)) ** 0.5
-        clear = (clear * contrasts) ** 0.5 if taught else clear
+        clear = scores * apartness(features[image], masks) * contrasts
         for place in [ranks[:leading].argmax(), *sorted(range(len(masks)), key=lambda place: -ranks[place])]:
             if len(ranked) < most and (not ranked or pairwise_iou(boxes[[place]], boxes[ranked]).max() < 0.5):
                 ranked.append(place)
