@@ -56,10 +56,10 @@ def to_discovery(
     if isinstance(source, ImageFile):
         exif, source = source.exif, source.path
     refined = refine(picture.pixels, objects.masks, (patch_size, patch_size)) if options.refine else None
+    boxes = in_pixels(objects.xyxy, picture, patch_size).astype(np.float32)
     if options.box_from == "mask" and refined is not None:
-        boxes = mask_boxes(refined, picture.width, picture.height)
-    else:
-        boxes = in_pixels(objects.xyxy, picture, patch_size).astype(np.float32)
+        is_there = refined.any(axis=(1, 2))  # the mask of an object within an earlier one may be empty
+        boxes[is_there] = mask_boxes(refined[is_there], picture.width, picture.height)
     candidates = objects.candidates
     if candidates is not None:
         corners = in_pixels(candidates[:, :4], picture, patch_size)

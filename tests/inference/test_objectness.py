@@ -247,3 +247,16 @@ def test_where_no_cls_token_is_none_is_asked_where_it_looks() -> None:
         OptionError, match="dinoseg reads the attention of the CLS token, which siglip2_vitb16 does not"
     ):
         Discoverer(without, device="cpu", method="dinoseg")
+
+
+def test_an_object_within_an_earlier_one_keeps_its_box_where_boxes_come_from_masks(backbone: Backbone) -> None:
+    options = {"device": "cpu", "method": "parts", "max_objects": 30, "min_score": 0.0, "refine": True}
+    nested = 0
+    for picture in scenes(6):
+        plain = Discoverer(backbone, **options).discover(picture)
+        found = Discoverer(backbone, **options, box_from="mask").discover(picture)
+        empty = ~found.refined.any(axis=(1, 2))
+        nested += int(empty.sum())
+        np.testing.assert_array_equal(found.xyxy[empty], plain.xyxy[empty])
+        assert (found.xyxy[:, 2:] > found.xyxy[:, :2]).all()
+    assert nested
