@@ -10,8 +10,8 @@ of them; speeds are reported as the median over rounds of ratios within a round.
 * naive: one image at a time, the whole network with the last layer's attention written out, LOST on the host.
 * backbone: timm's own forward over tensors that are on the device already, batched by shape: the limit for whoever
   computes the whole network. Once as it comes, once with lostreg's setting of the C library's allocator.
-* lostreg: `Discoverer.discover_many` from JPEG files to boxes, with the automatic bias; and with one bias, five objects
-  or refined masks, which are compared with that.
+* lostreg: `Discoverer.discover_many` from JPEG files to boxes, with the automatic bias; and with one bias, parts, five
+  objects or refined masks, which are compared with that.
 
 On a GPU, lostreg and the bare backbone go over the images several times a round, so that a round lasts; what share of
 the time any kernel runs is reported, and how many images a second are decoded.
@@ -107,6 +107,7 @@ CONTENDERS: Final = (
     Contender("lostreg bf16", "lostreg", "bf16"),
     Contender("lostreg bf16 compiled", "lostreg", "bf16", compiled=True),
     Contender("lostreg fp32, one bias", "lostreg", options={"bias": -0.5}),
+    Contender("lostreg fp32, parts", "lostreg", options={"method": "parts"}),
     Contender("lostreg fp32, 5 objects", "lostreg", options={"max_objects": 5, "min_score": 0.0}),
     Contender("lostreg fp32, refined masks", "lostreg", options={"refine": True}),
 )
@@ -124,6 +125,7 @@ RATIOS: Final = (
     ("lostreg bf16 compiled", "backbone bf16, same allocator"),
     ("lostreg bf16 compiled", "naive fp32"),
     ("lostreg fp32", "lostreg fp32, one bias"),
+    ("lostreg fp32, parts", "lostreg fp32"),
     ("lostreg fp32, 5 objects", "lostreg fp32"),
     ("lostreg fp32, refined masks", "lostreg fp32"),
 )

@@ -118,7 +118,7 @@ def test_committed_figures_were_measured_on_a_device_that_is_named(repository: P
     for path in paths:
         found = json.loads(path.read_text(encoding="utf-8"))
         assert found["device"].startswith(path.stem.removeprefix("benchmark-"))
-        assert {"python", "lostreg", "torch", "timm"} <= found["versions"].keys()
+        assert {"python", "torch", "timm"} <= found["versions"].keys()  # lostreg may run from a checkout
         assert found["runs"]
         for run in found["runs"]:
             for contender in run["contenders"].values():

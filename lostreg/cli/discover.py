@@ -9,6 +9,7 @@ from lostreg.cli.build import OBJECTNESS_FILE, REGISTERS_FILE, make_discoverer, 
 from lostreg.cli.files import check_mask_pictures
 from lostreg.cli.options import Subparsers, add_max_side, add_method_options, add_object_options, tell
 from lostreg.cli.progress import ProgressBar, judge_failures
+from lostreg.errors import ObjectnessError
 
 if TYPE_CHECKING:
     from lostreg.runs.discover import Summary
@@ -60,12 +61,18 @@ def run(args: argparse.Namespace) -> int:
     if args.mask_png:
         check_mask_pictures("--mask-png", args.max_objects)
     collection = find_collection(args.source, apart=args.out / MASKS_FOLDER)
+    is_asked = args.objectness is not None
     _choose(args, len(collection.names))
     discoverer = make_discoverer(args, args.backbone)
     if args.test_time_registers is not None or args.objectness == "self":
         paths = [collection.path(name) for name in collection.names]
         discoverer = with_registers(args, discoverer, paths, kept=args.out / REGISTERS_FILE)
-        discoverer = with_objectness(args, discoverer, paths, kept=args.out / OBJECTNESS_FILE)
+        try:
+            discoverer = with_objectness(args, discoverer, paths, kept=args.out / OBJECTNESS_FILE)
+        except ObjectnessError as error:
+            if is_asked:
+                raise
+            tell(f"{error}: going on without")
     elif args.objectness is not None:
         discoverer = with_objectness(args, discoverer, [])
     with ProgressBar(args.backbone) as bar:

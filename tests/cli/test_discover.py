@@ -370,6 +370,24 @@ def test_a_collection_large_enough_teaches_what_ranks_its_objects(
     assert "it did not learn from its images" in capsys.readouterr().err
 
 
+def test_photos_that_teach_nothing_are_listed_all_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(defaults, "LEAST_TEACHERS", 2)
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (photos / name).write_bytes(b"broken")
+    assert discover(photos, out) == 2
+    told = capsys.readouterr()
+    assert "none of 2 images could be read, so nothing was learned: going on without" in told.err
+    assert "2 could not be read, see failed.csv" in told.out
+    assert options_of(out)["objectness"] is None
+    assert discover(photos, tmp_path / "asked", "--objectness", "self") == 2
+    assert "nothing was learned" in capsys.readouterr().err
+    assert not (tmp_path / "asked" / "failed.csv").exists()
+
+
 def test_what_one_collection_taught_ranks_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_voc(tmp_path / "voc", 6) / "JPEGImages"
     file = tmp_path / "new" / "objectness.safetensors"
