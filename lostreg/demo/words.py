@@ -40,7 +40,7 @@ def _why(found: Discovery) -> str:
         return f"Method: LOST with the bias {found.bias:.2f}, which compares no candidates."
     text = (
         "Method: parts, which compares LOST's objects and pieces of the photo whose patches are alike. Of its "
-        f"{len(found.candidates)} best candidates the first box has the highest score"
+        f"{len(found.candidates)} best candidates the first box ranks highest"
     )
     return text + (", and each further one is the next that does not overlap it by half." if len(found) > 1 else ".")
 

@@ -45,8 +45,8 @@ class Objects:
         heat: what the method judged the patches by, shape (h, w): in LOST their degrees, int64.
         seeds: row and column of each object's seed, shape (n, 2), int64.
         biases: the Gram bias that each object was found with, shape (n,), float32.
-        candidates: what the objects were chosen from, best first: box in patches and score, shape (m, 5), float32. Of
-            equal boxes the best; at most 12, the objects before others. None where nothing was compared.
+        candidates: what the objects were chosen from, by rank: box in patches and score, shape (m, 5), float32. Of
+            equal boxes one; at most 12, the objects before others. None where nothing was compared.
         objectness: how likely each patch is part of an object, by what a collection taught, shape (h, w), float32, in
             [0, 1]; None where nothing was taught.
     """

@@ -310,10 +310,13 @@ def ranked_objects(
     masks, scores, leading = parted
     boxes, ranks = tight_boxes(masks), scores if contrasts is None else taught_ranks(scores, contrasts)
     kept = _suppress(boxes, ranks, leading, max_objects)
+    told = _told(boxes, ranks, kept)
+    places = np.concatenate([kept, told])
     with exact_float32(candidates.features.device):
-        clear = scores[kept] * apartness(candidates.features[image], masks[kept])
+        clear = scores[places] * apartness(candidates.features[image], masks[places])
     if contrasts is not None:
-        clear *= contrasts[kept]
+        clear *= contrasts[places]
+    clear, of_told = clear[: len(kept)], clear[len(kept) :]
     enough = clear >= min_score
     enough[0] = True
     kept, clear = kept[enough], clear[enough]
@@ -332,16 +335,18 @@ def ranked_objects(
         heat=degrees.reshape(height, width),
         seeds=np.stack(np.divmod(seeds, width), axis=1),
         biases=maps.bias[image].numpy()[np.where(kept < trials, kept, 0)],
-        candidates=_told(boxes, ranks, kept),
+        candidates=np.column_stack([boxes[told], of_told]).astype(np.float32),
     )
 
 
-def _told(boxes: NDArray[np.int64], ranks: NDArray[np.float32], kept: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Boxes and ranks of those that are kept and of the best others, see `Objects`; shape (m, 5)."""
-    order = np.argsort(-ranks, kind="stable")
-    order = order[np.sort(np.unique(boxes[order], axis=0, return_index=True)[1])]  # of equal boxes the best
-    order = order[np.sort(np.argsort(~np.isin(order, kept), kind="stable")[:_MOST_TOLD])]
-    return np.column_stack([boxes[order], ranks[order]]).astype(np.float32)
+def _told(boxes: NDArray[np.int64], ranks: NDArray[np.float32], kept: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places of those that are kept and of the best others, see `Objects`, the best first."""
+    order = np.concatenate([kept, np.argsort(-ranks, kind="stable")])
+    order = order[np.sort(np.unique(boxes[order], axis=0, return_index=True)[1])][
+        :_MOST_TOLD
+    ]  # of equal boxes the first
+    best: NDArray[np.int64] = order[np.argsort(-ranks[order], kind="stable")]
+    return best
 
 
 def _lowest(degrees: NDArray[np.int64], mask: Mask) -> int:

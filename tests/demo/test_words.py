@@ -33,7 +33,7 @@ def test_the_verdict_says_why() -> None:
     found = dataclasses.replace(discovery(), candidates=candidates)
     for scores in ([0.6, 0.3], [0.1, 0.1]):
         told = verdict(dataclasses.replace(found, scores=np.array(scores, np.float32)), 2)
-        assert "Of its 3 best candidates the first box has the highest score" in told
+        assert "Of its 3 best candidates the first box ranks highest" in told
         assert "each further one" in told
 
 
