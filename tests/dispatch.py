@@ -25,7 +25,7 @@ from lostreg.models.backbone import Backbone, place_model
 DEVICE = torch.device("cuda:1")  # not the one that "cuda" means
 needs_simulated_pinning = pytest.mark.skipif(
     tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 9),
-    reason="older PyTorch asks CUDA's driver for pinned memory without data, too",
+    reason="older PyTorch asks CUDA's driver for memory without data, too",
 )
 _MODE = FakeTensorMode()  # one for all: what lostreg keeps for a device stays of use
 

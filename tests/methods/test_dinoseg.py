@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from dispatch import DEVICE, fake_gpu
+from dispatch import DEVICE, fake_gpu, needs_simulated_pinning
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -54,6 +54,7 @@ def test_no_attention_to_any_patch_is_no_error() -> None:
     assert objects_of(np.zeros((0, 6, 30), np.float32), (5, 6)) == []
 
 
+@needs_simulated_pinning
 def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_gpu(monkeypatch) as dispatched:
         attention = torch.zeros(2, 6, 20, device=DEVICE)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from dispatch import DEVICE, fake_gpu
+from dispatch import DEVICE, fake_gpu, needs_simulated_pinning
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -124,6 +124,7 @@ def test_neighbours_in_the_batch_change_nothing() -> None:
         assert torch.equal(part_labels(features[image, None])[0], together[image])
 
 
+@needs_simulated_pinning
 def test_nothing_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_gpu(monkeypatch) as dispatched:
         features, head = torch.zeros(2, 42, 8, device=DEVICE), LinearObjectness(torch.zeros(8, device=DEVICE), 0.5)

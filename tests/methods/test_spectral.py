@@ -244,6 +244,7 @@ def test_products_with_the_graph_are_those_of_the_dense_matrix(seed: int, count:
         torch.testing.assert_close(graph.times(vectors), dense.squeeze(2), rtol=0, atol=2e-9 * 2.0**exponent)
 
 
+@needs_simulated_pinning
 def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_gpu(monkeypatch) as dispatched:
         features = torch.zeros(2, 20, 4, device=DEVICE)
