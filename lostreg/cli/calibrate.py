@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lostreg import defaults
 from lostreg.cli.build import make_discoverer
 from lostreg.cli.files import check_writable
-from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, add_seed, positive_int, tell
+from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, add_sample, tell
 from lostreg.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -27,14 +27,7 @@ def add_parser(commands: Subparsers) -> None:
     )
     add_images(parser)
     parser.add_argument("--out", type=Path, default=_FILE, metavar="FILE", help=f"where to write (default: {_FILE})")
-    parser.add_argument(
-        "--sample",
-        type=positive_int,
-        default=defaults.CALIBRATION_IMAGES,
-        metavar="N",
-        help=f"look at N of the images at most, drawn at random (default: {defaults.CALIBRATION_IMAGES})",
-    )
-    add_seed(parser)
+    add_sample(parser, defaults.CALIBRATION_IMAGES)
     add_max_side(parser, defaults.MAX_SIDE)
     add_backbone_options(parser, feature=True)
     parser.set_defaults(run=run)

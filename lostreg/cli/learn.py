@@ -6,7 +6,7 @@ from pathlib import Path
 from lostreg import defaults
 from lostreg.cli.build import OBJECTNESS_FILE, make_discoverer
 from lostreg.cli.files import check_writable
-from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, add_seed, positive_int, tell
+from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, add_sample, tell
 from lostreg.cli.progress import ProgressBar
 
 
@@ -17,8 +17,8 @@ def add_parser(commands: Subparsers) -> None:
         help="learn from unlabelled images which patches are part of objects",
         description="Learn from a collection of images, without labels, which patches are part of objects: a "
         "linear map that agrees with the best candidates of many images. The file that is written can be given as "
-        "`--objectness FILE` to predict, discover and eval with `--method parts`; `--objectness self` there learns "
-        "from the images at hand.",
+        "`--objectness FILE` to predict, discover, eval and sweep with `--method parts`; `--objectness self` there "
+        "learns from the images at hand.",
     )
     add_images(parser)
     parser.add_argument(
@@ -28,14 +28,7 @@ def add_parser(commands: Subparsers) -> None:
         metavar="FILE",
         help=f"where to write (default: {OBJECTNESS_FILE})",
     )
-    parser.add_argument(
-        "--sample",
-        type=positive_int,
-        default=defaults.OBJECTNESS_IMAGES,
-        metavar="N",
-        help=f"look at N of the images at most, drawn at random (default: {defaults.OBJECTNESS_IMAGES})",
-    )
-    add_seed(parser)
+    add_sample(parser, defaults.OBJECTNESS_IMAGES)
     add_max_side(parser, defaults.MAX_SIDE)
     add_backbone_options(parser, feature=True)
     parser.set_defaults(run=run)

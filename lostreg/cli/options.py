@@ -336,6 +336,18 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the draw, at least 0 (default: 0)")
 
 
+def add_sample(parser: argparse.ArgumentParser, most: int) -> None:
+    """The size and the seed of a random sample of the images."""
+    parser.add_argument(
+        "--sample",
+        type=positive_int,
+        default=most,
+        metavar="N",
+        help=f"look at N of the images at most, drawn at random (default: {most})",
+    )
+    add_seed(parser)
+
+
 def add_max_side(parser: argparse.ArgumentParser, default: int | None) -> None:
     """The option that bounds the size of images, whose default depends on the command."""
     parser.add_argument(

@@ -11,7 +11,7 @@ from lostreg.cli.options import (
     add_backbone_options,
     add_images,
     add_max_side,
-    add_seed,
+    add_sample,
     add_threshold,
     positive_int,
 )
@@ -46,14 +46,7 @@ def add_parser(commands: Subparsers) -> None:
         help="how many units to take (default: the fewest that make nine in ten outliers ordinary patches)",
     )
     add_threshold(parser)
-    parser.add_argument(
-        "--sample",
-        type=positive_int,
-        default=defaults.REGISTER_IMAGES,
-        metavar="N",
-        help=f"look at N of the images at most, drawn at random (default: {defaults.REGISTER_IMAGES})",
-    )
-    add_seed(parser)
+    add_sample(parser, defaults.REGISTER_IMAGES)
     add_max_side(parser, defaults.MAX_SIDE)
     add_backbone_options(parser, feature=False, lost=False)
     parser.set_defaults(run=run)
