@@ -110,7 +110,7 @@ class Kept:
     maps: Any
 
     def to_host(self, *, wait: bool = True) -> "Kept":
-        """See there."""
+        """The same on the CPU, see `lostreg.methods.lost.to_host`."""
         return Kept(self.maps.to_host(wait=wait))
 
     def candidates(self, features: Tensor, grid: Grid) -> Found:
