@@ -29,7 +29,7 @@ from lostreg.images.boxes import in_pixels, pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import PatchedPicture, cut_patches
 from lostreg.jsonio import write_json
-from lostreg.methods.learned import LinearObjectness, contrast, fit
+from lostreg.methods.learned import LinearObjectness, fit, taught_ranks
 from lostreg.methods.lost import Candidates, Objects, find_candidates, prepare, tight_boxes
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.parts import Parted, candidate_masks, find_parts, part_labels, ranked_objects
@@ -184,10 +184,10 @@ def judge(images: Sequence[Seen], feature: int) -> dict[str, Any]:
 def boxes(image: Seen, feature: int, objectness: LinearObjectness | None) -> Boxes:
     """The objects among all candidates of an image."""
     one = image.features[feature]
-    contrasts = None
+    taught = None
     if objectness is not None:
-        contrasts = contrast(objectness.probabilities(image.tokens).numpy(), one.parted.masks)
-    return image.to_pixels(ranked_objects(one.candidates, 0, one.parted, contrasts, MOST, 0))
+        taught = taught_ranks(objectness.probabilities(image.tokens).numpy(), one.parted.masks)
+    return image.to_pixels(ranked_objects(one.candidates, 0, one.parted, taught, MOST, 0))
 
 
 def figures(found: Sequence[Boxes], lost: Sequence[Boxes], images: Sequence[Seen]) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def add_method_choice(group: Group, *, is_collection: bool = False) -> None:
         "--objectness",
         type=objectness_value,
         metavar="{none|self|FILE}",
-        help="what ranks the candidates of parts beside their score: self learns from up to "
+        help="by what parts ranks its candidates instead of the score: self learns from up to "
         f"{defaults.MOST_TEACHERS} of these images first, without labels; a FILE comes from `lostreg learn` (default: "
         f"none{own})",
     )

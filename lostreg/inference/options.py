@@ -47,7 +47,7 @@ class Options:
         layer: block index from 0, or from the end when negative.
         method: what looks for objects: ``lost``; ``parts``, which takes clusters of patches as candidates beside LOST's
             trials; or a published one, ``tokencut``, ``maskcut`` or ``dinoseg``. See docs/objects.md.
-        objectness: what a collection taught, see `learn`: ranks the candidates of ``parts``, beside their score.
+        objectness: what a collection taught, see `learn`: ranks the candidates of ``parts``, instead of their score.
         bias: Gram bias, ``auto``, a `Calibration` of the same feature, or None for the row's, with ``parts`` for
             ``auto``. The published ones have none.
         normalize: whether features are L2-normalised; None takes the row's, or what ``auto`` needs. All methods

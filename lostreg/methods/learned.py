@@ -1,12 +1,13 @@
 """What a collection teaches about its objects, without labels: how likely a patch is part of one.
 
     p(x) = 1 / (1 + exp(-(w · x/|x| + b)))          x: output tokens of the backbone's last layer
-    contrast(M) = mean of p in M · (1 - mean of p outside M)
+    rank(M) = (mean of p in M)² · (1 - mean of p around M)
 
 w and b separate what the best candidates of many images hold from what they leave: a balanced logistic regression, each
 image weighing as much as its candidate's score. One image's candidate may be wrong; what many agree on seldom is. The
-map is linear, so that it cannot learn mistakes by heart. Then all candidates are ranked again, by score times contrast
-squared, and the new best ones teach once more.
+map is linear, so that it cannot learn mistakes by heart. What surrounds a candidate, see
+`lostreg.methods.objectness.surroundings`, tells a part from a whole: around a part the object goes on. All else is left
+out of it, since other objects further away say nothing against this one.
 """
 
 from collections.abc import Iterable
@@ -23,13 +24,14 @@ from torch import Tensor
 from lostreg.errors import OptionError
 from lostreg.methods.exact import exact_float32
 from lostreg.methods.lost import prepare
+from lostreg.methods.objectness import surroundings
 
 _PENALTY: Final = 1e-2
-_ROUNDS: Final = 2
 _PATCHES: Final = 64  # of an image that take part
 _LEAST_DEVIATION: Final = 1e-6  # of a dimension: what is the same in all tokens is not blown up
 
 Mask = NDArray[np.bool_]
+Sample = tuple[Tensor, Mask, NDArray[np.float64]]  # tokens, (n, D), which the best candidate holds, and weights, (n,)
 Teacher = tuple[Tensor, Mask, NDArray[np.float32]]  # tokens, candidates, and their scores
 
 
@@ -66,27 +68,25 @@ class LinearObjectness:
             return torch.sigmoid(logits.double()).float()
 
 
-def contrast(probabilities: NDArray[np.float32], masks: Mask) -> NDArray[np.float32]:
-    """How much likelier the patches of each mask are than all others: mean inside times one minus mean outside.
+def taught_ranks(probabilities: NDArray[np.float32], masks: Mask) -> NDArray[np.float32]:
+    """By what the candidates of an image are ranked: (mean inside)² · (1 - mean around the box).
 
     Args:
         probabilities: of each patch, shape (N,), in [0, 1].
         masks: shape (P, h, w), bool; N = h * w.
 
     Returns:
-        Shape (P,), float32, in [0, 1]; 0 for a mask that covers nothing.
+        Shape (P,), float32, in [0, 1]; 0 for a mask that covers nothing. Nothing around counts as a mean of 0.
     """
+    inside, around = (_means(probabilities, some) for some in (masks, surroundings(masks)))
+    ranks: NDArray[np.float32] = inside**2 * (1 - around)
+    return ranks
+
+
+def _means(probabilities: NDArray[np.float32], masks: Mask) -> NDArray[np.float32]:
     members = masks.reshape(len(masks), len(probabilities)).astype(np.float32)
-    size = members.sum(axis=1)
-    inside = members @ probabilities
-    outside = (probabilities.sum() - inside) / np.maximum(members.shape[1] - size, 1)
-    contrasts: NDArray[np.float32] = (inside / np.maximum(size, 1) * (1 - outside)).clip(0, 1)
-    return contrasts
-
-
-def taught_ranks(scores: NDArray[np.float32], contrasts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """By what the candidates of an image are ranked: score times contrast squared; shape (P,), in [0, 1]."""
-    return scores * contrasts**2
+    means: NDArray[np.float32] = (members @ probabilities / np.maximum(members.sum(axis=1), 1)).clip(0, 1)
+    return means
 
 
 def fit(images: Iterable[Teacher]) -> LinearObjectness:
@@ -123,30 +123,18 @@ def fit(images: Iterable[Teacher]) -> LinearObjectness:
         raise OptionError("tokens must be finite: in half precision, try bf16 or fp32")
     deviation, mean = torch.std_mean(tokens, dim=0, correction=0)
     deviation = deviation.clamp(min=_LEAST_DEVIATION)
-    standard = tokens.sub_(mean).div_(deviation)
-    ranks = [scores for _, _, scores in samples]
-    for _ in range(_ROUNDS):
-        best = [
-            (masks[rank.argmax()], scores[rank.argmax()])
-            for rank, (_, masks, scores) in zip(ranks, samples, strict=True)
-        ]
-        targets = np.concatenate([mask for mask, _ in best])
-        weights = np.concatenate([np.full(len(mask), score, dtype=np.float64) for mask, score in best])
-        weight, bias = _logistic_regression(standard, targets, weights)
-        chances = torch.split(torch.sigmoid(standard @ weight + bias), [len(mask) for mask, _ in best])
-        ranks = [
-            taught_ranks(scores, contrast(chance.numpy(), masks))
-            for chance, (_, masks, scores) in zip(chances, samples, strict=True)
-        ]
+    targets, weights = (np.concatenate(column) for column in list(zip(*samples, strict=True))[1:])
+    weight, bias = _logistic_regression(tokens.sub_(mean).div_(deviation), targets, weights)
     weight = weight / deviation
     return LinearObjectness(weight, bias - float(weight @ mean))
 
 
-def _sample(tokens: Tensor, masks: Mask, scores: NDArray[np.float32]) -> Teacher:
-    """Patches of one image, drawn with a fixed seed: their tokens, (n, D), and which candidates hold them, (P, n)."""
+def _sample(tokens: Tensor, masks: Mask, scores: NDArray[np.float32]) -> Sample:
+    """Patches of one image, drawn with a fixed seed."""
     picked = np.sort(np.random.default_rng(0).permutation(len(tokens))[:_PATCHES])
     sample = prepare(tokens[torch.from_numpy(picked).to(tokens.device)], normalize=True).cpu()
-    return sample, masks.reshape(len(masks), -1)[:, picked], scores
+    best = scores.argmax()
+    return sample, masks[best].ravel()[picked], np.full(len(picked), scores[best], dtype=np.float64)
 
 
 def _logistic_regression(

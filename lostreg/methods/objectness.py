@@ -10,7 +10,7 @@ It takes no label and no knob of the data's. Three questions, each answered in [
   image's border.
 """
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 _SIZE_POWER: Final = 0.25
 _BORDER_POWER: Final = 4
 _APART_POWER: Final = 0.25
+_MARGIN: Final = 0.25  # of a box's sides, beyond each of them
 _RESOLUTION: Final = 1e-6  # of float32: variance below this share of the features' square is rounding
 
 
@@ -44,35 +45,88 @@ def object_scores(features: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.floa
 @torch.no_grad()
 def score_factors(features: Tensor, masks: NDArray[np.bool_]) -> tuple[NDArray[np.floating], ...]:
     """The three answers whose product is the score: distinct, size, inside; shape (B, K) each, in [0, 1]."""
-    share = masks.mean(axis=(2, 3))
-    size = np.power(4 * share * (1 - share), _SIZE_POWER)
+    size = size_factor(masks)
     inside = np.power(1 - border_share(masks), _BORDER_POWER)
-    distinct = _correlation_ratio(features, torch.from_numpy(masks).to(features.device).flatten(2))
+    distinct = _distinct(features, torch.from_numpy(masks).to(features.device).flatten(2))
     return distinct.cpu().numpy(), size, inside
 
 
-@torch.no_grad()
-def apartness(features: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """How little a patch inside has in common with one outside, on average: (1 - mean cosine)^(1/4), at most 1.
+def size_factor(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """How much of the image a mask parts: (4 a (1 - a))^(1/4) for a share a of its patches; (..., h, w) to (...)."""
+    share = masks.mean(axis=(-2, -1))
+    factors: NDArray[np.float64] = np.power(4 * share * (1 - share), _SIZE_POWER)
+    return factors
 
-    Unlike the score's factors it is not measured in units of the image's own spread, so that it compares boxes of
-    different images: a monotonous image has a clear split of something that differs little.
+
+class Contrasts(NamedTuple):
+    """How little the patches of a mask have in common with others, on average.
+
+    Attributes:
+        apart: with all others: (1 - c)^(1/4) for a mean cosine c. Unlike the score's factors it is not measured in
+            units of the image's own spread, so that it compares boxes of different images: a monotonous image has a
+            clear split of something that differs little.
+        local: with those that surround it, see `surroundings`: (r · (1 - c))^(1/2) for a correlation ratio r. Around a
+            part the object goes on, while other objects further away say nothing against it.
+    """
+
+    apart: NDArray[np.float32]
+    local: NDArray[np.float32]
+
+
+@torch.no_grad()
+def contrasts(features: Tensor, masks: NDArray[np.bool_]) -> Contrasts:
+    """Compare K masks of each image with what they leave.
 
     Args:
-        features: shape (N, D), any floating dtype, rows of length 1.
-        masks: shape (P, h, w), bool; N = h * w.
+        features: shape (B, N, D), any floating dtype, rows of length 1.
+        masks: shape (B, K, h, w), bool; N = h * w.
 
     Returns:
-        Shape (P,), float32, in [0, 1]; 1 for a mask that covers everything or nothing.
+        Shape (B, K) each, float32, in [0, 1]; where a mask leaves nothing, ``apart`` is 1 and ``local`` 0.
     """
     vectors = features.float()
-    members = torch.from_numpy(masks).to(vectors.device).flatten(1).float()
-    inside = members @ vectors
-    pairs = members.sum(dim=1) * (members.shape[1] - members.sum(dim=1))
-    # Σ_{i in M} Σ_{j not in M} F[i] · F[j]
-    cosine = (inside * (vectors.sum(dim=0) - inside)).sum(dim=1) / pairs.clamp(min=1)
-    apart: NDArray[np.float32] = (1 - cosine).clamp(0, 1).pow(_APART_POWER).cpu().numpy()
-    return apart
+    sums, size = _sums(vectors, masks)
+    sums_around, size_around = _sums(vectors, surroundings(masks))
+    size_outside = (vectors.shape[1] - size).clamp(min=1)
+    mean, mean_around = sums / size.clamp(min=1), sums_around / size_around.clamp(min=1)
+    mean_outside = (vectors.sum(dim=1, keepdim=True) - sums) / size_outside
+    apart = (1 - (mean * mean_outside).sum(dim=2)).clamp(0, 1).pow(_APART_POWER)
+    unlike = (1 - (mean * mean_around).sum(dim=2)).clamp(0, 1)
+    ratio = _correlation_ratio(mean, mean_around, vectors.new_ones(()))  # rows of length 1 have a mean square of 1
+    local = (ratio * unlike).sqrt() * (size_around.squeeze(2) > 0)
+    return Contrasts(apart.cpu().numpy(), local.cpu().numpy())
+
+
+def _sums(vectors: Tensor, masks: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+    """Sum of the vectors of each mask, (B, K, D), and their number, (B, K, 1)."""
+    members = torch.from_numpy(masks).to(vectors.device).flatten(2).to(vectors.dtype)
+    return members @ vectors, members.sum(dim=2, keepdim=True)
+
+
+def surroundings(masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """What surrounds the box of each mask: a quarter of its height and width, and at least one patch, on each side.
+
+    Args:
+        masks: shape (..., h, w), bool.
+
+    Returns:
+        Shape (..., h, w), bool: patches outside the box; none for an empty mask.
+    """
+    (box_y, near_y), (box_x, near_x) = _span(masks, -1), _span(masks, -2)
+    around: NDArray[np.bool_] = near_y[..., :, None] & near_x[..., None, :]
+    return around & ~(box_y[..., :, None] & box_x[..., None, :])
+
+
+def _span(masks: NDArray[np.bool_], axis: int) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which rows (axis -1) or columns (axis -2) the boxes of masks take up, without the margin and with it."""
+    taken: NDArray[np.bool_] = np.any(masks, axis=axis)
+    places, last_place = np.arange(taken.shape[-1]), taken.shape[-1] - 1
+    first = taken.argmax(axis=-1)[..., None]
+    last = last_place - taken[..., ::-1].argmax(axis=-1)[..., None]
+    margin = np.maximum(np.rint(_MARGIN * (last - first + 1)), 1)
+    some = taken.max(axis=-1, keepdims=True)
+    box = some & (places >= first) & (places <= last)
+    return box, some & (places >= first - margin) & (places <= last + margin)
 
 
 def border_share(masks: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -103,8 +157,8 @@ def near_one(features: Tensor) -> Tensor:
     return torch.ldexp(features, -exponent)
 
 
-def _correlation_ratio(features: Tensor, masks: Tensor) -> Tensor:
-    """Of each split into mask and rest, both weighing the same; features (B, N, D), masks (B, K, N), to (B, K)."""
+def _distinct(features: Tensor, masks: Tensor) -> Tensor:
+    """The correlation ratio of each split into mask and rest; features (B, N, D), masks (B, K, N), to (B, K)."""
     features = near_one(features)
     members = masks.to(features.dtype)
     inside = members.sum(dim=2)
@@ -117,8 +171,12 @@ def _correlation_ratio(features: Tensor, masks: Tensor) -> Tensor:
     rest_mean = (features.sum(dim=1, keepdim=True) - sums) / outside[..., None]
     object_square = square_sums / inside
     rest_square = (squares.sum(dim=1) - square_sums) / outside
-    between = (object_mean - rest_mean).square().sum(dim=2) / 4
-    square = (object_square + rest_square) / 2
-    total = square - (object_mean + rest_mean).square().sum(dim=2) / 4
+    return _correlation_ratio(object_mean, rest_mean, (object_square + rest_square) / 2)
+
+
+def _correlation_ratio(first: Tensor, second: Tensor, square: Tensor) -> Tensor:
+    """Of two sets of vectors that weigh the same, by their means, (..., D), and the mean square of all vectors."""
+    between = (first - second).square().sum(dim=-1) / 4
+    total = square - (first + second).square().sum(dim=-1) / 4
     least = (_RESOLUTION * square).clamp(min=torch.finfo(torch.float32).tiny)
     return (between / torch.maximum(total, least)).clamp(0, 1).sqrt()

@@ -27,9 +27,9 @@ from lostreg.defaults import OVERLAP
 from lostreg.images.boxes import pairwise_iou
 from lostreg.methods.bias import on_device
 from lostreg.methods.exact import exact_float32
-from lostreg.methods.learned import contrast, taught_ranks
+from lostreg.methods.learned import taught_ranks
 from lostreg.methods.lost import Candidates, Objects, tight_boxes
-from lostreg.methods.objectness import apartness, object_scores
+from lostreg.methods.objectness import Contrasts, contrasts, object_scores, size_factor
 
 CLUSTERS: Final = (2, 3, 4)
 FINE_CLUSTERS: Final = (6, 8)  # whose pieces are further objects alone: small ones win too often
@@ -41,6 +41,7 @@ _LEAST_PATCHES: Final = 4  # of a part
 _LARGEST_SHARE: Final = 0.9  # of the image
 _MOST_PARTS: Final = 64  # of an image, of either kind: the largest
 _MOST_TOLD: Final = 12  # candidates that a result tells of
+_LEAST_SIZE: Final = 1e-6  # so that an image that is all object can be divided by it
 
 Mask = NDArray[np.bool_]
 
@@ -207,12 +208,18 @@ class Parted(NamedTuple):
     Attributes:
         masks: shape (P, h, w), bool, each once: what LOST found with each bias, then coarse parts, then fine ones.
         scores: of each, shape (P,), float32, see `lostreg.methods.objectness`.
+        contrasts: of each, shape (P,).
         leading: how many of the first ones may be the main object.
     """
 
     masks: Mask
     scores: NDArray[np.float32]
+    contrasts: Contrasts
     leading: int
+
+    def ranks(self) -> NDArray[np.float32]:
+        """By what they are chosen where nothing was taught: score times local contrast, shape (P,)."""
+        return self.scores * self.contrasts.local
 
 
 def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[Parted]:
@@ -231,24 +238,33 @@ def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[P
         new = new[new >= len(trials)]
         parts.append(np.concatenate([trials, coarse, fine])[new])
         leading.append(len(trials) + int((new < len(trials) + len(coarse)).sum()))
+    masks = [np.concatenate(pair) for pair in zip(candidates.masks, parts, strict=True)]
     with exact_float32(candidates.features.device):
-        scores = _scores(candidates.features, parts)
+        compared = _compare(candidates.features, masks)
     return [
-        Parted(np.concatenate([trials, masks]), np.concatenate([of_trials, of_parts]), count)
-        for trials, masks, of_trials, of_parts, count in zip(
-            candidates.masks, parts, candidates.scores, scores, leading, strict=True
+        Parted(of_image, np.concatenate([of_trials, scores[len(of_trials) :]]), of_masks, count)
+        for of_image, of_trials, (scores, of_masks), count in zip(
+            masks, candidates.scores, compared, leading, strict=True
         )
     ]
 
 
-def _scores(features: Tensor, parts: Sequence[Mask]) -> list[NDArray[np.float32]]:
-    """`object_scores` of the parts of each image; of all images at once on a GPU, which would wait for the host."""
+def _compare(features: Tensor, images: Sequence[Mask]) -> list[tuple[NDArray[np.float32], Contrasts]]:
+    """Scores and contrasts of each image's masks; of all images at once on a GPU, which would wait for the host."""
     if features.device.type == "cpu":
-        return [object_scores(image[None], masks[None])[0] for image, masks in zip(features, parts, strict=True)]
-    padded = np.zeros((len(parts), max(map(len, parts)), *parts[0].shape[1:]), dtype=np.bool_)
-    for place, masks in zip(padded, parts, strict=True):
-        place[: len(masks)] = masks
-    return [scores[: len(masks)] for scores, masks in zip(object_scores(features, padded), parts, strict=True)]
+        batches = [(one[None], masks[None]) for one, masks in zip(features, images, strict=True)]
+    else:
+        padded = np.zeros((len(images), max(map(len, images)), *images[0].shape[1:]), dtype=np.bool_)
+        for place, masks in zip(padded, images, strict=True):
+            place[: len(masks)] = masks
+        batches = [(features, padded)]
+    rows = [
+        row for some, masks in batches for row in zip(object_scores(some, masks), *contrasts(some, masks), strict=True)
+    ]
+    return [
+        (scores[: len(masks)], Contrasts(apart[: len(masks)], local[: len(masks)]))
+        for (scores, apart, local), masks in zip(rows, images, strict=True)
+    ]
 
 
 def find_parts(
@@ -273,10 +289,12 @@ def find_parts(
     """
     objects = []
     for image, parted in enumerate(candidate_masks(candidates, labels)):
-        contrasts = None if probabilities is None else contrast(probabilities[image], parted.masks)
-        one = ranked_objects(candidates, image, parted, contrasts, max_objects, min_score)
-        taught = None if probabilities is None else probabilities[image].reshape(parted.masks.shape[1:])
-        objects.append(replace(one, objectness=taught))
+        chances = None if probabilities is None else probabilities[image]
+        taught = None if chances is None else taught_ranks(chances, parted.masks)
+        one = ranked_objects(candidates, image, parted, taught, max_objects, min_score)
+        if chances is not None:
+            one = replace(one, objectness=chances.reshape(parted.masks.shape[1:]))
+        objects.append(one)
     return objects
 
 
@@ -284,42 +302,47 @@ def ranked_objects(
     candidates: Candidates,
     image: int,
     parted: Parted,
-    contrasts: NDArray[np.float32] | None,
+    taught: NDArray[np.float32] | None,
     max_objects: int,
     min_score: float,
 ) -> Objects:
-    """The best candidate of an image, and each further one whose box overlaps that of none before it.
+    """The best candidate of an image, and further ones whose boxes overlap none before them.
 
-    Overlap is an intersection over union of `lostreg.defaults.OVERLAP` or more. Candidates are ranked by their score,
-    with contrasts by `lostreg.methods.learned.taught_ranks`. What an object's own score says has to hold between
-    images, too: it is the product of score, apartness and contrast.
+    Overlap is an intersection over union of `lostreg.defaults.OVERLAP` or more. The main object is the best of those
+    that may lead, by what was taught if anything was; further ones are chosen by `Parted.ranks`. What an object's own
+    score says has to hold between images, too. It is
+
+        score · apart / size^(1/2)        or, taught, rank · apart
+
+    and at most that of the main object, so that scores never rise from one object to the next.
 
     Args:
         candidates: what LOST found.
         image: its place among them.
         parted: what may be an object.
-        contrasts: see `lostreg.methods.learned.contrast`, shape (P,); None for none.
+        taught: see `lostreg.methods.learned.taught_ranks`, shape (P,); None for nothing.
         max_objects: at least 1.
         min_score: as for `find_parts`.
 
     Returns:
-        At least one object, ranked. A box is that of the candidate; of its mask those patches are left out that belong
-        to an object before it, which may be all of them. The seed of a part is its patch of lowest degree in LOST's
-        first trial, whose bias and degrees stand for it.
+        At least one object. A box is that of the candidate; of its mask those patches are left out that belong to an
+        object before it, which may be all of them. The seed of a part is its patch of lowest degree in LOST's first
+        trial, whose bias and degrees stand for it.
     """
-    masks, scores, leading = parted
-    boxes, ranks = tight_boxes(masks), scores if contrasts is None else taught_ranks(scores, contrasts)
-    kept = _suppress(boxes, ranks, leading, max_objects)
-    told = _told(boxes, ranks, kept)
-    places = np.concatenate([kept, told])
-    with exact_float32(candidates.features.device):
-        clear = scores[places] * apartness(candidates.features[image], masks[places])
-    if contrasts is not None:
-        clear *= contrasts[places]
-    clear, of_told = clear[: len(kept)], clear[len(kept) :]
-    enough = clear >= min_score
+    masks, leading, boxes = parted.masks, parted.leading, tight_boxes(parted.masks)
+    ranks = parted.ranks()
+    lead = ranks if taught is None else taught
+    main = int(lead[:leading].argmax())
+    of_patches = parted.scores / np.sqrt(size_factor(masks).clip(_LEAST_SIZE)) if taught is None else taught
+    clear = (of_patches * parted.contrasts.apart).astype(np.float32)
+    kept = _suppress(boxes, ranks, main, max_objects)
+    told = _told(boxes, lead, kept)
+    of_told = clear[told]
+    clear = np.minimum(clear, clear[main])
+    enough = clear[kept] >= min_score
     enough[0] = True
-    kept, clear = kept[enough], clear[enough]
+    kept = kept[enough]
+    kept = kept[np.argsort(-clear[kept], kind="stable")]
     own = masks[kept]
     own[1:] &= ~np.logical_or.accumulate(own, axis=0)[:-1]
     maps, trials = candidates.maps, candidates.masks.shape[1]
@@ -330,7 +353,7 @@ def ranked_objects(
     height, width = masks.shape[1:]
     return Objects(
         xyxy=boxes[kept],
-        scores=clear,
+        scores=clear[kept],
         masks=own,
         heat=degrees.reshape(height, width),
         seeds=np.stack(np.divmod(seeds, width), axis=1),
@@ -355,11 +378,8 @@ def _lowest(degrees: NDArray[np.int64], mask: Mask) -> int:
     return int(places[degrees[places].argmin()])
 
 
-def _suppress(
-    boxes: NDArray[np.int64], ranks: NDArray[np.float32], leading: int, max_objects: int
-) -> NDArray[np.int64]:
-    """Places of the candidates that are kept, the best of those that may lead first; of equal ranks the first."""
-    main = int(ranks[:leading].argmax())
+def _suppress(boxes: NDArray[np.int64], ranks: NDArray[np.float32], main: int, max_objects: int) -> NDArray[np.int64]:
+    """Places of the candidates that are kept, the main one first and then by rank; of equal ranks the first."""
     kept: list[int] = []
     free = np.ones(len(boxes), dtype=bool)
     for place in (main, *np.argsort(-ranks, kind="stable")):

@@ -90,7 +90,7 @@ def test_learning_sees_every_image_once_and_says_where_it_comes_from(backbone: B
     lessons = []
     for picture in pictures:
         keys, tokens, grid = features_of(backbone, picture)
-        ((masks, scores, _),) = candidate_masks(find_candidates(keys, grid, "auto", 100), part_labels(keys).numpy())
+        ((masks, scores, _, _),) = candidate_masks(find_candidates(keys, grid, "auto", 100), part_labels(keys).numpy())
         lessons.append((tokens[0], masks, scores))
     expected = fit(lessons)
     torch.testing.assert_close(found.head.weight, expected.weight, rtol=0.02, atol=0.02)

@@ -10,7 +10,7 @@ from reference_lost import object_score, outline_on_border
 from torch import Tensor
 
 from lostreg.methods.lost import prepare
-from lostreg.methods.objectness import apartness, border_share, near_one, object_scores, score_factors
+from lostreg.methods.objectness import border_share, contrasts, near_one, object_scores, score_factors, surroundings
 
 Case = tuple[Tensor, np.ndarray]
 
@@ -158,16 +158,53 @@ def test_scores_lie_between_nothing_and_one(seed: int, exponent: float) -> None:
         assert ((scores >= 0) & (scores <= 1)).all()
 
 
-@given(st.integers(0, 10_000))
-@settings(deadline=None, max_examples=20)
-def test_apartness_is_the_mean_cosine_between_object_and_rest(seed: int) -> None:
+def around(mask: np.ndarray) -> np.ndarray:
+    """A quarter of the box, and at least one patch, on each side of it, patch by patch."""
+    rows, columns = np.nonzero(mask)
+    found = np.zeros_like(mask)
+    for row, column in np.ndindex(mask.shape):
+        beyond = [max(places.min() - at, at - places.max(), 0) for places, at in ((rows, row), (columns, column))]
+        margins = [max(1, round(0.25 * (np.ptp(places) + 1))) for places in (rows, columns)]
+        found[row, column] = any(beyond) and all(far <= most for far, most in zip(beyond, margins, strict=True))
+    return found
+
+
+@given(st.integers(0, 10_000), st.integers(1, 9), st.integers(1, 9), st.floats(0.02, 1))
+@settings(deadline=None, max_examples=40)
+def test_contrasts_are_those_of_all_pairs(seed: int, height: int, width: int, share: float) -> None:
     random = np.random.default_rng(seed)
-    features = prepare(torch.from_numpy(random.normal(0.3, 1, (30, 4))), normalize=True)
-    masks = random.random((3, 5, 6)) < random.random()
-    for found, mask in zip(apartness(features, masks), masks.reshape(3, 30), strict=True):
-        cosines = features[mask].double() @ features[~mask].double().T
-        apart = min(1, 1 - cosines.mean().item()) if cosines.numel() else 1
-        assert found**4 == pytest.approx(apart, abs=1e-5)
+    features = prepare(torch.from_numpy(random.normal(0.3, 1, (height * width, 4))), normalize=True)
+    masks = random.random((3, height, width)) < share
+    masks[:, 0, 0] = True
+    found = contrasts(features[None], masks[None])
+    for mask, apart, local in zip(masks, found.apart[0], found.local[0], strict=True):
+        near = around(mask)
+        np.testing.assert_array_equal(surroundings(mask), near)
+        rows = [features[torch.from_numpy(some.ravel())].double().numpy() for some in (mask, ~mask, near)]
+        expected = min(1, 1 - (rows[0] @ rows[1].T).mean()) if len(rows[1]) else 1
+        assert apart**4 == pytest.approx(expected, abs=1e-5)
+        if not len(rows[2]):
+            assert local == 0
+            continue
+        means = [rows[0].mean(axis=0), rows[2].mean(axis=0)]
+        middle = (means[0] + means[1]) / 2
+        variance = np.mean([((some - middle) ** 2).sum(axis=1).mean() for some in (rows[0], rows[2])])
+        between = np.mean([((mean - middle) ** 2).sum() for mean in means])
+        unlike = min(1, max(0, 1 - (rows[0] @ rows[2].T).mean()))
+        if variance > 1e-4:
+            assert local**2 == pytest.approx((between / variance) ** 0.5 * unlike, abs=1e-4)
+
+
+def test_what_lies_further_away_says_nothing_against_an_object() -> None:
+    kinds = np.zeros((9, 16), dtype=int)
+    kinds[3:6, 2:5] = kinds[3:6, 11:14] = 1  # two objects that are alike
+    features = torch.eye(2)[torch.from_numpy(kinds.ravel())][None]
+    one, half = rectangle((9, 16), slice(3, 6), slice(2, 5)), rectangle((9, 16), slice(3, 6), slice(2, 4))
+    found = contrasts(features, np.stack([one, half, np.zeros_like(one)])[None])
+    assert found.local[0, 0] == 1
+    assert found.local[0, 1] < 0.9
+    assert found.apart[0, 0] < 1
+    assert found.local[0, 2] == 0
 
 
 def test_a_mask_of_everything_or_nothing_has_score_zero() -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from lostreg.errors import OptionError
 from lostreg.images.boxes import pairwise_iou
 from lostreg.methods import parts
-from lostreg.methods.learned import LinearObjectness, contrast
+from lostreg.methods.learned import LinearObjectness, taught_ranks
 from lostreg.methods.lost import Candidates, Objects, find_candidates, prepare, tight_boxes
-from lostreg.methods.objectness import apartness, object_scores
+from lostreg.methods.objectness import contrasts, object_scores, size_factor
 from lostreg.methods.parts import (
     CLUSTERS,
     FINE_CLUSTERS,
@@ -218,23 +218,29 @@ def test_objects_are_the_best_candidates_without_those_that_overlap(seed, most, 
     labels, candidates = part_labels(features, several=most > 1).numpy(), candidates_of(features, grid)
     chances = np.random.default_rng(seed).random((2, 42)).astype(np.float32) if taught else None
     found = find_parts(candidates, labels, most, least, chances)
-    for image, (masks, scores, leading) in enumerate(candidate_masks(candidates, labels)):
+    for image, (masks, scores, contrasted, leading) in enumerate(candidate_masks(candidates, labels)):
         coarse = part_masks(labels[image, :3], grid)
         assert {mask.tobytes() for mask in masks[:leading]} == {
             mask.tobytes() for mask in [*candidates.masks[image], *coarse]
         }
         assert most > 1 or leading == len(masks)
-        contrasts = contrast(chances[image], masks) if taught else np.ones(len(masks), np.float32)
-        ranks, boxes, ranked = scores * contrasts**2, tight_boxes(masks), []
-        clear = scores * apartness(features[image], masks) * contrasts
-        for place in [ranks[:leading].argmax(), *sorted(range(len(masks)), key=lambda place: -ranks[place])]:
+        apart, local = (one[0] for one in contrasts(features[image, None], masks[None]))
+        np.testing.assert_allclose(contrasted.apart, apart, rtol=1e-5)
+        ranks, boxes, ranked = scores * contrasted.local, tight_boxes(masks), []
+        np.testing.assert_allclose(ranks, scores * local, rtol=1e-5, atol=1e-7)
+        lead = taught_ranks(chances[image], masks) if taught else ranks
+        clear = apart * (lead if taught else scores / np.sqrt(np.maximum(size_factor(masks), 1e-6)))
+        for place in [lead[:leading].argmax(), *sorted(range(len(masks)), key=lambda place: -ranks[place])]:
             if len(ranked) < most and (not ranked or pairwise_iou(boxes[[place]], boxes[ranked]).max() < 0.5):
                 ranked.append(place)
+        of_all, clear = clear, np.minimum(clear, clear[ranked[0]])
         kept = [place for place in ranked if place == ranked[0] or clear[place] >= least]
+        kept.sort(key=lambda place: -clear[place])
         one = found[image]
         assert one.xyxy.tolist() == boxes[kept].tolist()
         np.testing.assert_allclose(one.scores, clear[kept], rtol=1e-5)
         assert one.scores.dtype == np.float32
+        assert (np.diff(one.scores) <= 0).all()
         taken = np.zeros(grid, dtype=bool)
         for place, mask, seed_place, bias in zip(kept, one.masks, one.seeds, one.biases, strict=True):
             np.testing.assert_array_equal(mask, masks[place] & ~taken)
@@ -247,19 +253,19 @@ def test_objects_are_the_best_candidates_without_those_that_overlap(seed, most, 
                 assert tuple(seed_place) == np.unravel_index(degrees.argmin(), grid)
         np.testing.assert_array_equal(one.heat.ravel(), candidates.maps.degrees[image, 0])
         told: list[int] = []
-        for place in [*ranked, *sorted(range(len(masks)), key=lambda place: -ranks[place])]:
+        for place in [*ranked, *sorted(range(len(masks)), key=lambda place: -lead[place])]:
             if boxes[place].tolist() not in boxes[told].tolist():
                 told.append(place)
-        told = sorted(told[:12], key=lambda place: -ranks[place])
+        told = sorted(told[:12], key=lambda place: -lead[place])
         assert one.candidates[:, :4].tolist() == boxes[told].tolist()
-        np.testing.assert_allclose(one.candidates[:, 4], clear[told], rtol=1e-5)
+        np.testing.assert_allclose(one.candidates[:, 4], of_all[told], rtol=1e-5)
         np.testing.assert_array_equal(one.objectness, None if chances is None else chances[image].reshape(grid))
 
 
 def test_candidates_are_those_of_lost_and_then_parts_that_differ() -> None:
     features, grid = three_squares()
     candidates = candidates_of(features, grid)
-    ((masks, scores, _),) = candidate_masks(candidates, part_labels(features).numpy())
+    ((masks, scores, _, _),) = candidate_masks(candidates, part_labels(features).numpy())
     np.testing.assert_array_equal(masks[:6], candidates.masks[0])
     np.testing.assert_array_equal(scores[:6], candidates.scores[0])
     others = [mask.tobytes() for mask in masks[6:]]
@@ -316,12 +322,13 @@ def test_a_pack_of_several_grids_has_the_labels_of_each_image() -> None:
         assert all(torch.equal(labels, expected) for labels, expected in zip(found, alone, strict=True))
 
 
-def test_parts_are_scored_together_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_are_compared_together_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     features = noise(0, images=3, grid=(6, 7))
     masks = np.random.default_rng(0).random((9, 6, 7)) > 0.5
     several = [masks[:4], masks[4:4], masks[4:]]
-    alone = parts._scores(features, several)
-    meta = features.to("meta")
+    alone = parts._compare(features, several)
     monkeypatch.setattr(parts, "object_scores", lambda _, padded: object_scores(features, padded))
-    for found, expected in zip(parts._scores(meta, several), alone, strict=True):
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+    monkeypatch.setattr(parts, "contrasts", lambda _, padded: contrasts(features, padded))
+    for found, expected in zip(parts._compare(features.to("meta"), several), alone, strict=True):
+        for one, other in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-6)
