@@ -59,7 +59,7 @@ class Study:
         first, *beside = self._features(options)
         features = [prepare(first[None], normalize=options.normalize), *(one[None] for one in beside)]
         method = METHODS[options.method].make(options, features[0].device)
-        ((maps,),) = method.search([features], [self.picture.grid])
+        ((maps,),) = method([features], [self.picture.grid])
         found = maps.to_host(wait=True).candidates(features[0], self.picture.grid)
         (discovery,) = discoveries(found, [self.picture], backbone.spec.patch_size, options)
         return dataclasses.replace(discovery, source=self._source)
