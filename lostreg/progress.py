@@ -1,7 +1,10 @@
-"""How long pieces of work tell where they stand. Imports nothing."""
+"""How long pieces of work tell where they stand. Imports nothing but the standard library."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
+
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
@@ -26,3 +29,11 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+def telling(outcomes: Iterable[Outcome], total: int, on_progress: OnProgress, step: str = "") -> Iterator[Outcome]:
+    """The outcomes of a piece of work, which tells where it stands once each has been taken; exceptions are errors."""
+    for done, outcome in enumerate(outcomes, start=1):
+        yield outcome
+        error = outcome if isinstance(outcome, Exception) else None
+        on_progress(Progress(done, total, step=step, error=error))

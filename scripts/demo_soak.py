@@ -96,27 +96,30 @@ def visit(address: str, photos: Sequence[Path]) -> list[float | None]:
     ask = partial(call, address, session, {item["api_name"]: item["id"] for item in config["dependencies"]})
     choice = {str(item["props"].get("elem_id")): item["props"].get("value") for item in config["components"]}
     model = [choice[name] for name in ("backbone", "feature", "layer", "registers")]
+    view = [choice["method"], True, 0, 1, "patches", False]
     seconds: list[float | None] = []
     with closing(http.client.HTTPConnection(address, timeout=_SECONDS)) as heartbeat:
         heartbeat.request("GET", f"/gradio_api/heartbeat/{session}")  # what keeps a visitor's features
         for photo in photos:
             start = time.perf_counter()
-            is_answered = looks_at(partial(upload, address), ask, photo, model)
+            is_answered = looks_at(partial(upload, address), ask, photo, model, view)
             seconds.append(time.perf_counter() - start if is_answered else None)
     return seconds
 
 
-def looks_at(send: Callable[[Path], str], ask: Callable[..., list[Any]], photo: Path, model: list[Any]) -> bool:
+def looks_at(
+    send: Callable[[Path], str], ask: Callable[..., list[Any]], photo: Path, model: list[Any], view: list[Any]
+) -> bool:
     """Whether a photo gets its boxes and its attention map."""
     try:
         kept = {"path": send(photo), "orig_name": photo.name, "meta": {"_type": "gradio.FileData"}}
         ask("receive", [kept, None])
-        answer = ask("run", [None, *model, True, 0, 1, "patches", False])
+        answer = ask("run", [None, *model, *view])
         attention = ask("attend", [None, *model])
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
         print(f"{photo.name}: {error!r}", file=sys.stderr)
         return False
-    return photo.name in str(answer[5]) and attention[0] is not None
+    return photo.name in str(answer[8]) and attention[0] is not None
 
 
 def upload(address: str, photo: Path) -> str:

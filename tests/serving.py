@@ -12,6 +12,7 @@ import torch
 from lostreg.defaults import MAX_PIXELS
 from lostreg.demo.server import address_of, is_local, listen, make_server, upload_folder
 from lostreg.demo.session import DemoSettings, Models
+from lostreg.inference.objectness import Objectness
 from lostreg.inference.options import Options
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.registers import RegisterNeurons
@@ -30,9 +31,11 @@ def small(name: str, **_: Any) -> Backbone:
 
 
 @contextmanager
-def small_models(max_pixels: int = MAX_PIXELS, **settings: Any) -> Iterator[Models]:
+def small_models(
+    max_pixels: int = MAX_PIXELS, objectness: Objectness | None = None, **settings: Any
+) -> Iterator[Models]:
     """Models of a demo on this machine's CPU."""
-    options = Options(bias="auto", device="cpu", max_pixels=max_pixels)
+    options = Options(bias="auto", method="parts", objectness=objectness, device="cpu", max_pixels=max_pixels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lostreg.inference.discoverer.load_backbone", small)
         yield Models(DemoSettings((FIRST, SECOND, NO_TOKEN), options, **settings))

@@ -27,7 +27,7 @@ from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import LookJob
 from lostreg.inference.stream import draw_sample
 from lostreg.models.forward import Forward, Grid
-from lostreg.progress import OnProgress, Progress
+from lostreg.progress import OnProgress, telling
 
 CELLS: Final = 32  # of the heat map, across and down
 COSINE_BINS: Final = 80  # from -1 to 1
@@ -207,14 +207,13 @@ def measure(
     seen = Pass.empty(backbone.depth, backbone.prefix_tokens, rule)
     forward = Forward(backbone, compiled=discoverer.options.compile)
     readable: list[int] = []
-    for index, outcome in enumerate(discoverer.stream_of(LookJob(forward, _look)).outcomes(images)):
-        error = outcome if isinstance(outcome, ImageError) else None
+    outcomes = discoverer.stream_of(LookJob(forward, _look)).outcomes(images)
+    for index, outcome in enumerate(telling(outcomes, len(images), on_progress, "norms")):
         if isinstance(outcome, ImageError):
             seen.errors.append(outcome)
         else:
             seen.add(*outcome)
             readable.append(index)
-        on_progress(Progress(index + 1, len(images), step="norms", error=error))
     if not seen.images:
         raise LostregError(f"none of {len(images)} images could be read: {seen.errors[0]}")
     cutoff = find_cutoff(seen.layers[-1], rule)

@@ -26,7 +26,7 @@ from lostreg.inference.stream import draw_sample
 from lostreg.models.backbone import Backbone
 from lostreg.models.forward import Forward, Grid
 from lostreg.models.registers import RegisterNeurons
-from lostreg.progress import OnProgress, Progress
+from lostreg.progress import OnProgress, telling
 
 _TRIED_IMAGES: Final = 8  # on which numbers of neurons are compared
 _MOST_NEURONS: Final = 128
@@ -238,12 +238,8 @@ class _Search:
         step: str,
     ) -> list[tuple[ImageSource, Outcome | ImageError]]:
         job = LookJob(Forward(backbone, compiled=self._discoverer.options.compile), look)
-        found = []
-        for source, outcome in zip(sources, self._discoverer.stream_of(job).outcomes(sources), strict=True):
-            found.append((source, outcome))
-            error = outcome if isinstance(outcome, ImageError) else None
-            self._on_progress(Progress(len(found), len(sources), step=step, error=error))
-        return found
+        outcomes = self._discoverer.stream_of(job).outcomes(sources)
+        return list(zip(sources, telling(outcomes, len(sources), self._on_progress, step), strict=True))
 
 
 def _activations(forward: Forward, pixels: list[Tensor], grids: Sequence[Grid], cutoff: float, last: int) -> _Sums:

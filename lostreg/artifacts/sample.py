@@ -23,12 +23,12 @@ from lostreg.artifacts.probes import (
     probe_pixels,
     probe_position,
 )
-from lostreg.errors import ImageError, LostregError
+from lostreg.errors import LostregError
 from lostreg.images.decode import ImageSource
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import LookJob
 from lostreg.models.forward import Forward, Grid
-from lostreg.progress import OnProgress, Progress
+from lostreg.progress import OnProgress, Progress, telling
 
 RASTER: Final = 16  # cells across and down that the position probe tells apart
 TOKENS: Final = 32  # of each kind that are drawn from an image for probes of position and pixels
@@ -288,12 +288,10 @@ def look_inside(
     """
     kept = _Collection(discoverer, cutoff, seed, like)
     look = _Look(discoverer)
-    stream = discoverer.stream_of(LookJob(forward, look))
-    for number, outcome in enumerate(stream.outcomes(images)):
+    outcomes = discoverer.stream_of(LookJob(forward, look)).outcomes(images)
+    for number, outcome in enumerate(telling(outcomes, len(images), on_progress, "sample")):
         if isinstance(outcome, _Seen):
             kept.add(number, outcome, labels[number] if labels else None)
-        error = outcome if isinstance(outcome, ImageError) else None
-        on_progress(Progress(number + 1, len(images), step="sample", error=error))
     if not kept.images:
         raise LostregError(f"none of the {len(images)} images of the sample could be read a second time")
     return kept.finish(on_progress)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 from lostreg import defaults
 from lostreg.cli.build import options_of, tell_precision
-from lostreg.cli.options import Subparsers, add_device, add_max_pixels, add_max_side, positive_int, tell
+from lostreg.cli.options import (
+    Subparsers,
+    add_device,
+    add_max_pixels,
+    add_max_side,
+    add_method,
+    objectness_value,
+    positive_int,
+    tell,
+)
 from lostreg.errors import BackboneError, OptionError
 
 if TYPE_CHECKING:
@@ -23,7 +32,7 @@ def add_parser(commands: Subparsers) -> None:
         "demo",
         help="try it in a browser: a local page for photos",
         description="Serve a page to this machine's browsers: drop a photo, see what is found, move the options. The "
-        "bias, the number of objects and the masks change the answer without another look at the photo.",
+        "method, the bias, the number of objects and the masks change the answer without another look at the photo.",
     )
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
@@ -46,6 +55,13 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="rows of `lostreg backbones`, or timm:NAME, to choose from; the first is loaded at once, the others when "
         f"they are chosen (default: {_OFFLINE} if the offline extra is installed, else {defaults.BACKBONE})",
+    )
+    add_method(group, "parts")
+    group.add_argument(
+        "--objectness",
+        type=objectness_value,
+        metavar="FILE",
+        help="of `lostreg learn`: ranks the candidates of parts with its backbone, and is shown as a map",
     )
     group.add_argument(
         "--test-time-registers",
@@ -73,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
             first = models.get(settings.backbones[0])
             if args.precision == "auto":
                 tell_precision(first)
+            taught = settings.options.objectness
+            if taught and taught.facts.backbone == settings.backbones[0]:
+                first.with_objectness(taught)
             if settings.neurons and settings.has_registers(settings.backbones[0]):
                 first.with_registers(settings.neurons)
             if not is_local(bound):
@@ -87,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> "DemoSettings":
     """Checked as far as it goes without loading anything."""
     from lostreg.demo.session import DemoSettings
+    from lostreg.inference.objectness import Objectness
     from lostreg.inference.options import Options
     from lostreg.models.backbone import find_spec
     from lostreg.models.registers import RegisterNeurons
@@ -97,7 +117,16 @@ def _settings(args: argparse.Namespace) -> "DemoSettings":
     neurons = RegisterNeurons.load(args.test_time_registers) if args.test_time_registers else None
     if neurons and neurons.backbone not in ("", *names):
         raise OptionError(f"the register neurons are those of {neurons.backbone}: add it to --backbone")
-    return DemoSettings(names, Options(bias="auto", **options_of(args)), args.max_upload_mb, neurons)
+    if args.objectness == "self":
+        raise OptionError(
+            "--objectness self learns from a command's images, and a page has none: run `lostreg learn FOLDER` first, "
+            "and give the file that it writes"
+        )
+    taught = Objectness.load(args.objectness) if isinstance(args.objectness, Path) else None
+    if taught and taught.facts.backbone not in names:
+        raise OptionError(f"the objectness was learned on {taught.facts.backbone}: add it to --backbone")
+    options = Options(**{**options_of(args), "bias": "auto", "method": "parts", "objectness": taught})
+    return DemoSettings(names, options, args.max_upload_mb, neurons, args.method)
 
 
 def _default_backbone() -> str:

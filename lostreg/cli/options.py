@@ -144,14 +144,7 @@ def add_method_options(
 
 def add_method_choice(group: Group, *, is_collection: bool = False) -> None:
     """The options that say what looks for objects; for a collection, see `add_object_options`."""
-    method = "parts" if is_collection else "lost"
-    group.add_argument(
-        "--method",
-        choices=defaults.METHODS,
-        default=None if is_collection else method,
-        help="lost; parts, which takes clusters of patches as candidates beside LOST's and finds more objects; "
-        f"tokencut, maskcut and dinoseg as published (default: {method})",
-    )
+    add_method(group, "parts" if is_collection else "lost", is_open=is_collection)
     own = f", self from {defaults.LEAST_TEACHERS} images on with parts" if is_collection else ""
     group.add_argument(
         "--objectness",
@@ -160,6 +153,23 @@ def add_method_choice(group: Group, *, is_collection: bool = False) -> None:
         help="by what parts ranks its candidates instead of the score: self learns from up to "
         f"{defaults.MOST_TEACHERS} of these images first, without labels; a FILE comes from `lostreg learn` (default: "
         f"none{own})",
+    )
+
+
+def add_method(group: Group, default: str, *, is_open: bool = False) -> None:
+    """The option that names the method.
+
+    Args:
+        group: of options.
+        default: what it is unless the user asks for another.
+        is_open: whether an option that is not given is None, and the command decides.
+    """
+    group.add_argument(
+        "--method",
+        choices=defaults.METHODS,
+        default=None if is_open else default,
+        help="lost; parts, which takes clusters of patches as candidates beside LOST's and finds more objects; "
+        f"tokencut, maskcut and dinoseg as published (default: {default})",
     )
 
 

@@ -6,17 +6,17 @@ import gradio as gr
 
 TITLE: Final = "Find the main object of a photo"
 INTRO: Final = (
-    "Drop a photo. A Vision Transformer that stays as it is looks at it patch by patch, and what is unlike the rest is "
-    "boxed, by LOST and by parts beside it. That needs no labels and learns nothing; what the network learned from is "
-    "told beside its name. Photos stay on the computer that runs this page."
+    "Drop a photo. A Vision Transformer that stays as it is looks at it patch by patch, and the method that you choose "
+    "boxes what is unlike the rest. That needs no labels; what the network learned from is told beside its name. "
+    "Photos stay on the computer that runs this page."
 )
 START: Final = "Drop a photo to begin."
 OBJECTS: Final = "<b>What was found:</b> mask, box and score of each object; the red square is its seed."
-DEGREES: Final = (
-    "<b>Degree map:</b> how many other patches each patch resembles; dark is few. LOST starts from the darkest patch, "
-    "the seed (red), because objects are smaller than background, and grows it over patches that resemble it."
+TAUGHT: Final = (
+    "<b>What other photos taught</b> ({images:,} of them, without labels): how likely each patch is part of an object, "
+    "from dark (0 %) to bright (100 %). A candidate ranks higher the brighter it is and the darker the rest."
 )
-ATTENTION: Final = "<b>Attention:</b> where the backbone itself looks, for comparison. LOST does not use it."
+ATTENTION: Final = "<b>Attention:</b> where the backbone itself looks, for comparison: only DINO-seg uses it."
 
 STYLE: Final = """
 .gradio-container { max-width: 82rem !important; margin: 0 auto !important; }
@@ -36,6 +36,7 @@ table.boxes { width: 100%; border-collapse: collapse; border: 0 !important; marg
 table.boxes th, table.boxes td { text-align: right; padding: 0.3rem 0.7rem 0.3rem 0 !important; border: 0 !important;
   border-bottom: 1px solid var(--border-color-primary) !important; }
 table.boxes th:first-child, table.boxes td:first-child, table.boxes td:last-child { text-align: left; }
+#options-side .block:has(> * input:disabled) { opacity: 0.5; }
 .swatch { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 0.2em; margin-right: 0.5em; }
 .caption { font-size: 0.86rem; line-height: 1.4; opacity: 0.85; } .panel { gap: 0.5rem !important; }
 @media (max-width: 800px) {

@@ -10,9 +10,10 @@ from typing import Any, Final, TypeVar
 
 import gradio as gr
 
-from lostreg.demo.looks import ATTENTION, DEGREES, INTRO, OBJECTS, START, TITLE, caption, panel
+from lostreg.demo.looks import ATTENTION, INTRO, OBJECTS, START, TAUGHT, TITLE, caption, panel
 from lostreg.demo.messages import is_upload
-from lostreg.demo.panels import draw_attention, draw_degrees, draw_objects
+from lostreg.demo.methods import METHODS
+from lostreg.demo.panels import draw_attention, draw_degrees, draw_objects, draw_taught
 from lostreg.demo.session import MAX_OBJECTS, MAX_REGISTERS, DemoSettings, Models, Visitor
 from lostreg.demo.words import box_json, box_table, hint, problem, verdict
 from lostreg.errors import ImageError, LostregError, OptionError
@@ -105,7 +106,11 @@ class Page:
         with gr.Row():
             with gr.Column(min_width=240, elem_classes="panel"):
                 self.degrees = panel("Degree map", "degrees")
-                gr.HTML(caption(DEGREES), padding=False)
+                self.degrees_told = gr.HTML(caption(METHODS[self.settings.method].caption), padding=False)
+            with gr.Column(min_width=240, elem_classes="panel", visible=False) as self.taught_side:
+                self.taught = panel("Map of what other photos taught", "taught")
+                taught = self.settings.options.objectness
+                gr.HTML(caption(TAUGHT.format(images=taught.facts.images) if taught else ""), padding=False)
             with gr.Column(min_width=240, elem_classes="panel"):
                 self.attention = panel("Attention map", "attention")
                 self.attention_told = gr.HTML(caption(ATTENTION), padding=False)
@@ -114,11 +119,21 @@ class Page:
             self.json = gr.Code(language="json", label="One line of a predictions file", interactive=False)
 
     def _lay_out_options(self) -> None:
+        telling = METHODS[self.settings.method]
+        self.method = gr.Dropdown(
+            [(telling.label, name) for name, telling in METHODS.items()],
+            value=self.settings.method,
+            label="Method",
+            info=telling.info,
+            elem_id="method",
+            filterable=False,
+        )
         self.automatic = gr.Checkbox(
             True,
             label="Choose the bias",
-            info="Tries a few, and parts of the photo; the clearest object is kept.",
+            info="Tries a few; the clearest object is kept.",
             elem_id="automatic",
+            interactive=telling.has_bias,
         )
         self.bias = gr.Slider(
             -1,
@@ -126,12 +141,20 @@ class Page:
             value=0,
             step=0.01,
             label="Bias",
-            info="Lower: fewer patches count as alike, and the object shrinks.",
+            info="Of LOST. Lower: fewer patches count as alike, and the object shrinks.",
             buttons=[],
             elem_id="bias",
+            interactive=telling.has_bias,
         )
         self.objects = gr.Slider(
-            1, MAX_OBJECTS, value=1, step=1, label="Objects, at most", buttons=[], elem_id="objects"
+            1,
+            MAX_OBJECTS,
+            value=1,
+            step=1,
+            label="Objects, at most",
+            buttons=[],
+            elem_id="objects",
+            interactive=telling.has_several,
         )
         self.masks = gr.Radio(
             [("patches", "patches"), ("refined on the pixels", "refined")],
@@ -140,7 +163,11 @@ class Page:
             elem_id="masks",
         )
         self.candidates = gr.Checkbox(
-            False, label="Show candidates", info="Thin boxes: what else was considered.", elem_id="candidates"
+            False,
+            label="Show candidates",
+            info="Thin boxes: what else was considered.",
+            elem_id="candidates",
+            interactive=self.settings.method == "parts",
         )
         with gr.Accordion("Model", open=True):
             self._lay_out_model()
@@ -151,7 +178,7 @@ class Page:
             list(self.settings.backbones),
             value=first.spec.name,
             label="Backbone",
-            info=_about(first.spec),
+            info=self._about(first.spec),
             elem_id="backbone",
             filterable=False,
         )
@@ -183,8 +210,9 @@ class Page:
 
     def _connect(self) -> None:
         choice = [self.backbone, self.feature, self.layer, self.registers]
-        view = [self.automatic, self.bias, self.objects, self.masks, self.candidates]
-        answer = [self.told, self.picture, self.degrees, self.table, self.json, self.bias]
+        view = [self.method, self.automatic, self.bias, self.objects, self.masks, self.candidates]
+        drawn = [self.picture, self.degrees, self.degrees_told, self.taught, self.taught_side]
+        answer = [self.told, *drawn, self.table, self.json, self.bias]
         whole = [self.visitor, *answer, self.photo]
         attention = [self.attention, self.attention_told]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
@@ -210,8 +238,11 @@ class Page:
         look_after(gr.on(changed, lambda: None, None, None, trigger_mode="always_last", **quiet))
         steady = {**model, "show_progress": "hidden", "trigger_mode": "always_last"}
         redrawn = [self.visitor, *answer]
-        by_hand = [self.visitor, self.bias, self.objects, self.masks]
+        by_hand = [self.visitor, self.method, self.bias, self.objects, self.masks, self.candidates]
         self.bias.input(self.redraw_by_hand, by_hand, [*redrawn[:-1], self.automatic], **steady)
+        controls = [self.method, self.automatic, self.bias, self.objects, self.candidates]
+        chosen = self.method.input(self.choose_method, self.method, controls, **quiet)
+        chosen.then(self.redraw, [self.visitor, *view], redrawn, show_progress_on=self.picture, **model)
         others = [self.automatic.input, self.objects.input, self.masks.input, self.candidates.input]
         gr.on(others, self.redraw, [self.visitor, *view], redrawn, **steady)
 
@@ -249,12 +280,20 @@ class Page:
             return [gr.update(info=""), *[gr.skip()] * 3, _explain(error)]
         depth = found.depth
         return [
-            gr.update(info=_about(found.spec)),
+            gr.update(info=self._about(found.spec)),
             found.spec.feature,
             gr.update(choices=_layers(depth), value=depth - 1),
             gr.update(visible=self.settings.has_registers(backbone), value=self._registers_of(backbone)),
             gr.skip(),
         ]
+
+    def choose_method(self, method: str) -> list[Any]:
+        """What is told of a method, and which controls it knows."""
+        telling = METHODS.get(method)
+        if telling is None:  # a list with nothing chosen
+            return [gr.skip()] * 5
+        usable = (telling.has_bias, telling.has_bias, telling.has_several, method == "parts")
+        return [gr.update(info=telling.info), *(gr.update(interactive=is_usable) for is_usable in usable)]
 
     def run(
         self,
@@ -263,6 +302,7 @@ class Page:
         feature: Any,
         layer: int,
         registers: int,
+        method: str,
         automatic: bool,
         bias: float,
         objects: int,
@@ -280,27 +320,36 @@ class Page:
                 self._chosen(backbone, feature, layer, registers),
                 lambda text: progress(0.3, desc=text),
             )
-            answer = self._answer(visitor, automatic, bias, objects, masks, candidates)
+            answer = self._answer(visitor, method, automatic, bias, objects, masks, candidates)
         except Exception as error:
             unreadable = isinstance(error, ImageError)
             return [visitor, *_nothing(_explain(error, visitor)), None if unreadable else gr.skip()]
         return [visitor, *answer, self._preview(visitor)]
 
     def redraw(
-        self, visitor: Visitor | None, automatic: bool, bias: float, objects: int, masks: Any, candidates: bool
+        self,
+        visitor: Visitor | None,
+        method: str,
+        automatic: bool,
+        bias: float,
+        objects: int,
+        masks: Any,
+        candidates: bool,
     ) -> list[Any]:
-        """Run LOST again on the same features: no forward."""
+        """Run the method again on the same features: no forward, but for what the first DINO-seg reads beside them."""
         visitor = visitor or Visitor()
         if visitor.study is None:  # the last photo or model failed, and why is still being told
-            return [visitor, *(gr.skip() for _ in range(6))]
+            return [visitor, *(gr.skip() for _ in _nothing(""))]
         try:
-            return [visitor, *self._answer(visitor, automatic, bias, objects, masks, candidates)]
+            return [visitor, *self._answer(visitor, method, automatic, bias, objects, masks, candidates)]
         except Exception as error:
             return [visitor, *_nothing(_explain(error, visitor))]
 
-    def redraw_by_hand(self, visitor: Visitor | None, bias: float, objects: int, masks: Any) -> list[Any]:
+    def redraw_by_hand(
+        self, visitor: Visitor | None, method: str, bias: float, objects: int, masks: Any, candidates: bool
+    ) -> list[Any]:
         """The same with the bias of the slider: it is left where it is, and no bias is chosen any more."""
-        return [*self.redraw(visitor, False, bias, objects, masks, False)[:-1], False]
+        return [*self.redraw(visitor, method, False, bias, objects, masks, candidates)[:-1], False]
 
     def attend(self, visitor: Visitor | None, backbone: str, feature: Any, layer: int, registers: int) -> list[Any]:
         """What the first token attends to, once the answer is shown."""
@@ -318,26 +367,38 @@ class Page:
         text = (
             f"<b>Attention of {found.names[0]}</b> in the last layer, over its heads: bright is much. {share:.0f} % of "
         )
-        return [drawn, caption(text + "it is on patches. For comparison: LOST does not use it.")]
+        return [drawn, caption(text + "it is on patches. For comparison: only DINO-seg uses it, of one head.")]
 
     def _answer(
-        self, visitor: Visitor, automatic: bool, bias: float, objects: int, masks: Any, candidates: bool
+        self,
+        visitor: Visitor,
+        method: str,
+        automatic: bool,
+        bias: float,
+        objects: int,
+        masks: Any,
+        candidates: bool,
     ) -> list[Any]:
+        if method not in METHODS:
+            raise OptionError("expected a method")
         found = visitor.discover(
             max_objects=int(objects),
-            method="parts" if automatic else "lost",  # a bias that is chosen by hand is for LOST to show
+            method=method,
             bias="auto" if automatic else float(bias),
             refine=masks == "refined",
         )
         assert visitor.study is not None  # noqa: S101 - discover saw to it
-        pixels = visitor.study.picture.pixels
+        pixels, telling = visitor.study.picture.pixels, METHODS[method]
         return [
-            verdict(found, int(objects)),
+            verdict(found, int(objects), method),
             draw_objects(pixels, found, candidates=candidates),
             draw_degrees(pixels, found),
+            caption(telling.caption),
+            draw_taught(pixels, found),
+            gr.update(visible=found.objectness is not None),
             box_table(found),
             box_json(visitor.name, found),
-            round(found.bias, 2),
+            round(found.bias, 2) if telling.has_bias else gr.skip(),
         ]
 
     def _preview(self, visitor: Visitor) -> Any:
@@ -352,13 +413,14 @@ class Page:
         has_registers = self.settings.has_registers(backbone)
         return self.settings.chosen(backbone, feature, int(layer), int(registers) if has_registers else 0)
 
+    def _about(self, spec: BackboneSpec) -> str:
+        misfit = self.models.misfit(spec.name)
+        unused = f" What other photos taught is not used with it: {misfit}." if misfit else ""
+        return f"The network that looks: {spec.training}.{unused}"
+
     def _registers_of(self, backbone: str) -> int:
         neurons = self.settings.neurons
         return min(neurons.count, MAX_REGISTERS) if neurons and self.settings.has_registers(backbone) else 0
-
-
-def _about(spec: BackboneSpec) -> str:
-    return f"The network that looks: {spec.training}."
 
 
 def _layers(depth: int) -> list[tuple[str, int]]:
@@ -367,7 +429,7 @@ def _layers(depth: int) -> list[tuple[str, int]]:
 
 def _nothing(told: str) -> list[Any]:
     """No answer, only words."""
-    return [told, None, None, "", "", gr.skip()]
+    return [told, None, None, gr.skip(), None, gr.update(visible=False), "", "", gr.skip()]
 
 
 def _explain(error: Exception, visitor: Visitor | None = None) -> str:

@@ -43,7 +43,6 @@ def draw_objects(pixels: Pixels, found: Discovery, *, candidates: bool = False) 
     """
     panel = _fitted(pixels, found)
     size = panel.shape[:2]
-    scale = np.array([size[1] / found.width, size[0] / found.height] * 2)
     for index in range(len(found)):
         if found.refined is None:
             mask = spread(found.masks[index], size, _patch(found, panel))
@@ -52,19 +51,17 @@ def draw_objects(pixels: Pixels, found: Discovery, *, candidates: bool = False) 
         draw_mask(panel, mask, colour_of(index))
     if candidates and found.candidates is not None:
         lines = panel.copy()
-        for box in found.candidates[:, :4] * scale:
+        for box in found.candidates[:, :4] * _scale(found, panel):
             draw_box(lines, box, (0, 0, 0), 2)
             draw_box(lines, box, (255, 255, 255), 1)
         panel = np.asarray(cv2.addWeighted(lines, _FAINT, panel, 1 - _FAINT, 0), dtype=np.uint8)
-    for index in reversed(range(len(found))):
-        label = f"{index + 1}: {score_text(found.scores[index])}"
-        draw_box(panel, found.xyxy[index] * scale, colour_of(index), 3, label)
+    _draw_boxes(panel, found)
     draw_seeds(panel, found.seeds, _patch(found, panel))
     return panel
 
 
 def draw_degrees(pixels: Pixels, found: Discovery) -> Pixels:
-    """How many patches each patch is connected to, with the seeds: dark is few."""
+    """What the method judged the patches by, in most how many others each one is connected to: dark is few."""
     panel = _fitted(pixels, found)
     panel = colour_map(found.degrees, panel.shape[:2], _patch(found, panel))
     draw_seeds(panel, found.seeds, _patch(found, panel))
@@ -75,6 +72,28 @@ def draw_attention(pixels: Pixels, found: Discovery, attention: NDArray[np.float
     """A map over the patches of the same photo: dark is nothing."""
     panel = _fitted(pixels, found)
     return colour_map(attention, panel.shape[:2], _patch(found, panel), lowest=0.0)
+
+
+def draw_taught(pixels: Pixels, found: Discovery) -> Pixels | None:
+    """How likely each patch is part of an object: bright is likely. With the boxes; None where nothing was taught."""
+    if found.objectness is None:
+        return None
+    panel = _fitted(pixels, found)
+    panel = colour_map(found.objectness, panel.shape[:2], _patch(found, panel), lowest=0.0, highest=1.0)
+    _draw_boxes(panel, found)
+    return panel
+
+
+def _draw_boxes(panel: Pixels, found: Discovery) -> None:
+    """Each object's box, number and score, the main object over the others."""
+    for index in reversed(range(len(found))):
+        label = f"{index + 1}: {score_text(found.scores[index])}"
+        draw_box(panel, found.xyxy[index] * _scale(found, panel), colour_of(index), 3, label)
+
+
+def _scale(found: Discovery, panel: Pixels) -> NDArray[np.float64]:
+    """From pixels of the original to those of a panel, for boxes."""
+    return np.array([panel.shape[1] / found.width, panel.shape[0] / found.height] * 2)
 
 
 def _fitted(pixels: Pixels, found: Discovery) -> Pixels:

@@ -31,15 +31,17 @@ class DemoSettings:
 
     Attributes:
         backbones: names that visitors choose from; the first is loaded at once.
-        options: of every visitor, as far as these do not choose.
+        options: of every visitor, as far as these do not choose. An objectness is used with the backbone that it fits.
         max_upload_mb: larger files are refused.
         neurons: register neurons of one of the backbones; None hides test-time registers.
+        method: what the page begins with.
     """
 
     backbones: tuple[str, ...]
     options: Options
     max_upload_mb: int = 20
     neurons: RegisterNeurons | None = None
+    method: str = "parts"
 
     def has_registers(self, backbone: str) -> bool:
         """Whether test-time registers can be added to a backbone."""
@@ -90,7 +92,8 @@ class Models:
         if name not in self._loaded:
             while len(self._loaded) >= self._limit:  # first, so that both never need room at once
                 self._loaded.popitem(last=False)
-            self._loaded[name] = Discoverer(**{**vars(self.settings.options), "backbone": name})
+            options = {**vars(self.settings.options), "backbone": name, "objectness": None}
+            self._loaded[name] = Discoverer(**options)
         self._loaded.move_to_end(name)
         return self._loaded[name]
 
@@ -98,14 +101,25 @@ class Models:
         """Whether it would be given at once."""
         return name in self._loaded
 
+    def misfit(self, name: str) -> str:
+        """Why a backbone goes without the objectness of the demo; empty where it does not, or there is none."""
+        loaded = self.get(name)
+        try:
+            loaded.with_objectness(self.settings.options.objectness)
+        except OptionError as error:
+            return str(error)
+        return ""
+
     def discoverer(self, options: Options) -> Discoverer:
-        """What a visitor's options describe, on the shared backbone.
+        """What a visitor's options describe, on the shared backbone; without an objectness that does not fit it.
 
         Raises:
             OptionError: if the backbone has no such layer or feature, or registers cannot be added.
             BackboneError: if its weights cannot be had.
         """
-        return Discoverer(**{**vars(options), "backbone": self.get(str(options.backbone)).backbone})
+        name = str(options.backbone)
+        objectness = None if self.misfit(name) else options.objectness
+        return Discoverer(**{**vars(options), "backbone": self.get(name).backbone, "objectness": objectness})
 
 
 @dataclass
@@ -116,7 +130,7 @@ class Visitor:
         photo: the uploaded file; None before the first.
         name: of the file, as the visitor knows it.
         study: what is looked at; None where there is nothing to show.
-        found: in it, when LOST last ran.
+        found: in it, when a method last ran.
     """
 
     photo: Path | None = None
@@ -153,14 +167,15 @@ class Visitor:
         return self.study
 
     def discover(self, *, max_objects: int = 1, **changes: Any) -> Discovery:
-        """LOST on the kept features, kept as `found`: no forward.
+        """A method on the kept features, see `Study.discover`; the answer is kept as `found`.
 
         Args:
             max_objects: how many to look for, at most.
-            changes: the other options of `Study.discover`.
+            changes: the other options.
 
         Raises:
-            OptionError: if there is nothing to search, or an option is out of its range.
+            OptionError: if there is nothing to search, or an option is out of its range or not to be had.
+            ImageError: if the photo is needed again, and gone.
         """
         if self.study is None:
             raise OptionError("there is no photo here any more: please drop it again")

@@ -3,6 +3,7 @@
 import json
 
 from lostreg.defaults import CLEAR_SCORE
+from lostreg.demo.methods import CUTS, METHODS
 from lostreg.demo.panels import colour_of
 from lostreg.images.draw import score_text
 from lostreg.inference.discovery import Discovery
@@ -10,39 +11,51 @@ from lostreg.runs.predictions import from_discovery
 from lostreg.templates import TEMPLATES
 
 
-def verdict(found: Discovery, asked: int) -> str:
+def verdict(found: Discovery, asked: int, method: str) -> str:
     """What was found, as HTML.
 
     Args:
         found: at least one object.
         asked: how many were looked for.
+        method: that found it, a row of `METHODS`.
     """
+    if method in CUTS and found.degrees.min() == found.degrees.size - 1:
+        text = (
+            "This feature is much the same in all patches of the photo, so there is nothing to cut: choose another "
+            "feature, such as values (v), another layer or another method."
+        )
+        return _note("unclear", text, "No clear object.")
     scores = from_discovery("", found).scores
     clear = sum(score >= CLEAR_SCORE for score in scores)
     if not clear:
         best = score_text(max(scores, default=0))
         text = (
             f"The best box has a score of {best}, under {CLEAR_SCORE}: such boxes are often background. Another "
-            "bias or backbone may do better."
+            "method, bias or backbone may do better."
         )
-        return _note("unclear", f"{text} {_why(found)}", "No clear object.")
+        return _note("unclear", f"{text} {_why(found, method)}", "No clear object.")
     plural = "s" * (clear > 1)
     text = f"Score{plural}: " + ", ".join(score_text(score) for score in scores if score >= CLEAR_SCORE)
     if len(found) > clear:
         text += f"; {len(found) - clear} more under {CLEAR_SCORE}, likely background"
-    if len(found) < asked:
+    if len(found) < asked and METHODS[method].has_several:
         text += f". You asked for up to {asked}; nothing else stands out"
-    return _note("clear", f"{text}. {_why(found)}", f"{clear} object{plural} found.")
+    return _note("clear", f"{text}. {_why(found, method)}", f"{clear} object{plural} found.")
 
 
-def _why(found: Discovery) -> str:
-    if found.candidates is None:
-        return f"Method: LOST with the bias {found.bias:.2f}, which compares no candidates."
-    text = (
-        "Method: parts, which compares LOST's objects and pieces of the photo whose patches are alike. Of its "
-        f"{len(found.candidates)} best candidates the first box ranks highest"
-    )
-    return text + (", and each further one is the next that does not overlap it by half." if len(found) > 1 else ".")
+def _why(found: Discovery, method: str) -> str:
+    text = f"Method: {METHODS[method].why.format(bias=found.bias)}."
+    if found.candidates is not None:
+        text += f" Of its {len(found.candidates)} best candidates the first box ranks highest"
+        text += ", and each further one is the next that does not overlap it by half." if len(found) > 1 else "."
+    if found.objectness is not None:
+        inside, outside = found.objectness[found.mask], found.objectness[~found.mask]
+        rest = f", the others with {100 * outside.mean():.0f} %" if outside.size else ""
+        text += (
+            " What other photos taught ranks them, too: it takes the patches of the first object for parts of one with "
+        )
+        text += f"{100 * inside.mean():.0f} % on average{rest}."
+    return text
 
 
 def problem(message: str) -> str:

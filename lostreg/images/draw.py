@@ -147,6 +147,7 @@ def colour_map(
     size: tuple[int, ...],
     patch: tuple[float, float],
     lowest: float | None = None,
+    highest: float | None = None,
 ) -> Pixels:
     """A map over patches as colours, each patch where it lies in the image; padding is cut off.
 
@@ -155,13 +156,14 @@ def colour_map(
         size: (height, width) of the result, in pixels.
         patch: (height, width) of a patch, in these pixels.
         lowest: the value of the darkest colour; None takes the lowest of the values.
+        highest: the value of the brightest colour; None takes the highest of the values.
 
     Returns:
         RGB (height, width, 3), uint8: dark is low.
     """
     numbers = values.astype(np.float64)
     low = numbers.min() if lowest is None else lowest
-    span = numbers.max() - low
+    span = (numbers.max() if highest is None else highest) - low
     grey = np.zeros(numbers.shape, np.uint8) if span <= 0 else ((numbers - low) * (255 / span)).astype(np.uint8)
     coloured = cv2.applyColorMap(spread(grey, size, patch), cv2.COLORMAP_VIRIDIS)
     return np.asarray(cv2.cvtColor(coloured, cv2.COLOR_BGR2RGB), dtype=np.uint8)

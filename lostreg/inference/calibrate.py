@@ -27,7 +27,7 @@ from lostreg.methods.bias import TRIALS, limits
 from lostreg.methods.lost import Candidates, Lost
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import IOU_THRESHOLD
-from lostreg.progress import OnProgress, Progress
+from lostreg.progress import OnProgress, telling
 
 _LADDER: Final = tuple(np.arange(0.5, -2.51, -0.125).tolist())  # in deviations from the mean; the trials are among them
 _CANDIDATES: Final = 400
@@ -65,21 +65,14 @@ def calibrate(
     sources, seed = draw_sample(images, sample, seed), whole_seed(seed)
     options = discoverer.options
     job = ObjectsJob(discoverer.features, Lost(_ladder, options.k_patches), normalize=True, convert=_convert)
-    found: list[_Rungs] = []
-    errors: list[ImageError] = []
-    for done, outcome in enumerate(discoverer.stream_of(job).outcomes(sources), start=1):
-        error = outcome if isinstance(outcome, ImageError) else None
-        if isinstance(outcome, ImageError):
-            errors.append(outcome)
-        else:
-            found.append(outcome)
-        on_progress(Progress(done, len(sources), error=error))
+    outcomes = telling(discoverer.stream_of(job).outcomes(sources), len(sources), on_progress)
+    found = [outcome for outcome in outcomes if not isinstance(outcome, ImageError)]
     if not found:
         raise CalibrationError(f"none of {len(sources)} images could be read, so nothing was calibrated")
     return Calibration(
         **_choose(found, seed),
         images=len(found),
-        unreadable=len(errors),
+        unreadable=len(sources) - len(found),
         seed=seed,
         backbone=discoverer.backbone.spec.name,
         weights=discoverer.backbone.weights,

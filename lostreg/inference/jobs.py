@@ -9,19 +9,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from lostreg.images.patches import PatchedPicture
-from lostreg.methods.lost import prepare
+from lostreg.methods.lost import Maps, prepare
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import FeatureExtractor, Wanted
 from lostreg.models.forward import Forward
 from lostreg.models.pixels import normalised, transfer
 
 Grid = tuple[int, int]
+Method = Callable[[Sequence[Sequence[Tensor]], Sequence[Grid]], Sequence[Sequence[Maps]]]
+"""Queues work on a pack: of each run of images of one grid, each of the wanted features, (B, N, D), as `prepare` gives
+them, and (h, w). Gives of each run the maps of each feature that is searched."""
 Outcome = TypeVar("Outcome")
 
 
@@ -66,31 +69,6 @@ class FeaturesJob:
         sizes = [picture.grid[0] * picture.grid[1] for picture in pictures]
         by_image = zip(*(torch.split(packed, sizes) for packed in started), strict=True)
         return [(picture, list(features)) for picture, features in zip(pictures, by_image, strict=True)]
-
-
-class Maps(Protocol):
-    """What a method computes where the features are, for a batch of images of one grid."""
-
-    def to_host(self, *, wait: bool) -> Self:
-        """The same on the CPU; without ``wait`` it is only on its way there."""
-
-    def candidates(self, features: Tensor, grid: Grid) -> Any:
-        """What only the host finds in maps that are there, such as connected components."""
-
-
-class Method(Protocol):
-    """A method with its options."""
-
-    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> Sequence[Sequence[Maps]]:
-        """Queue its work on a pack.
-
-        Args:
-            runs: of images of one grid: each of the wanted features, shape (B, N, D), as `prepare` gives them.
-            grids: (h, w) of each run.
-
-        Returns:
-            Of each run, the maps of each feature that is searched.
-        """
 
 
 @dataclass(frozen=True)
@@ -160,7 +138,7 @@ class ObjectsJob(Generic[Outcome]):
             ]
             for (_, images), *parts in zip(runs, *by_feature, strict=True)
         ]
-        maps = self.method.search(batches, [grid for grid, _ in runs])
+        maps = self.method(batches, [grid for grid, _ in runs])
         on_host = [[of_feature.to_host(wait=False) for of_feature in run] for run in maps]
         done = None
         if self.backbone.device.type == "cuda":

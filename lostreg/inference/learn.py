@@ -1,7 +1,6 @@
 """What a collection of unlabelled images teaches about its objects: see `lostreg.methods.learned`."""
 
 from collections.abc import Iterator, Sequence
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +12,13 @@ from lostreg.errors import ImageError, ObjectnessError, OptionError
 from lostreg.images.decode import ImageSource
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
-from lostreg.inference.jobs import FeaturesJob, ObjectsJob
-from lostreg.inference.methods import TOKENS, Parts, PartsFound
+from lostreg.inference.jobs import FeaturesJob, Grid, ObjectsJob
+from lostreg.inference.methods import TOKENS, PartsMaps, parts
 from lostreg.inference.objectness import Facts, Objectness
 from lostreg.inference.stream import draw_sample
 from lostreg.methods.learned import fit
 from lostreg.methods.parts import candidate_masks
-from lostreg.progress import OnProgress, Progress
+from lostreg.progress import OnProgress, telling
 
 Lesson = tuple[Tensor, NDArray[np.bool_], NDArray[np.float32]]  # an image's tokens, candidates and their scores
 
@@ -55,17 +54,15 @@ def learn(
     options = discoverer.options
     features = FeaturesJob(discoverer.backbone, [(options.feature, options.layer), TOKENS], compiled=options.compile)
     bias = "auto" if options.method == "lost" else options.bias
-    job = ObjectsJob(features, Parts(bias, options.k_patches), normalize=True, beside=1, convert=_lessons)
+    job = ObjectsJob(features, parts(bias, options.k_patches), normalize=True, beside=1, convert=_lessons)
     errors: list[ImageError] = []
 
     def lessons() -> Iterator[Lesson]:
-        for done, outcome in enumerate(discoverer.stream_of(job).outcomes(sources), start=1):
-            error = outcome if isinstance(outcome, ImageError) else None
+        for outcome in telling(discoverer.stream_of(job).outcomes(sources), len(sources), on_progress):
             if isinstance(outcome, ImageError):
                 errors.append(outcome)
             else:
                 yield outcome
-            on_progress(Progress(done, len(sources), error=error))
 
     try:
         head = fit(lessons())
@@ -85,9 +82,9 @@ def learn(
     )
 
 
-def _lessons(found: list[PartsFound], pictures: list[PatchedPicture]) -> list[Lesson]:
+def _lessons(found: list[tuple[PartsMaps, Tensor, Grid]], pictures: list[PatchedPicture]) -> list[Lesson]:
     del pictures
-    of_run = found[0]
-    candidates = candidate_masks(of_run.candidates, of_run.labels)
-    tokens = cast("Tensor", of_run.tokens)
+    ((maps, features, grid),) = found
+    candidates = candidate_masks(maps.lost.candidates(features, grid), maps.labels.numpy())
+    (tokens,) = maps.tokens
     return [(of_image, one.masks, one.scores) for of_image, one in zip(tokens, candidates, strict=True)]

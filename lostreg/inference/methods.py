@@ -1,24 +1,23 @@
 """The methods that look for objects, by name: how an `ObjectsJob` runs them, and what comes of their maps."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.inference.jobs import Grid, Method
 from lostreg.inference.options import ResolvedOptions
 from lostreg.methods.dinoseg import attended_maps, dinoseg_objects
 from lostreg.methods.learned import LinearObjectness
-from lostreg.methods.lost import Bias, Candidates, Lost, LostMaps, Objects, lost_maps, to_host
+from lostreg.methods.lost import Bias, Lost, LostMaps, Maps, Objects, lost_maps
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.parts import find_parts, labels_of_pack
 from lostreg.methods.spectral import (
     MASKCUT_TAU,
     TOKENCUT_TAU,
+    SpectralMaps,
     maskcut_objects,
     spectral_maps,
     tokencut_objects,
@@ -30,116 +29,50 @@ TOKENS: Final[tuple[Feature, int]] = ("out", -1)  # what an objectness reads
 
 
 @dataclass(frozen=True)
-class PartsFound:
-    """What `parts` chooses its objects from, for a batch of images of one grid.
+class PartsMaps(Maps):
+    """What `parts` computes where the features are, and chooses its objects from.
 
     Attributes:
-        candidates: what LOST found at each bias.
+        lost: LOST's at each bias.
         labels: clusters of patches, shape (B, 3 or 5, N), uint8.
         probabilities: how likely each patch is part of an object, shape (B, N), if that was learned.
-        tokens: output tokens of the last layer, shape (B, N, D), on the device, where they were wanted.
+        tokens: output tokens of the last layer, shape (B, N, D), alone in a tuple, which stays on the device; none
+            where they were not wanted.
     """
-
-    candidates: Candidates
-    labels: NDArray[np.uint8]
-    probabilities: NDArray[np.float32] | None
-    tokens: Tensor | None
-
-
-@dataclass(frozen=True)
-class PartsMaps:
-    """What `parts` computes where the features are: see `PartsFound`."""
 
     lost: LostMaps
     labels: Tensor
     probabilities: Tensor | None
-    tokens: Tensor | None
-
-    def to_host(self, *, wait: bool = True) -> "PartsMaps":
-        """The same on the CPU but for the tokens; see `LostMaps.to_host`."""
-        small = to_host(replace(self, tokens=None), wait=wait)
-        return replace(small, lost=self.lost.to_host(wait=wait), tokens=self.tokens)
-
-    def candidates(self, features: Tensor, grid: Grid) -> PartsFound:
-        """What maps on the CPU hold; see `LostMaps.candidates`."""
-        chances = None if self.probabilities is None else self.probabilities.numpy()
-        return PartsFound(self.lost.candidates(features, grid), self.labels.numpy(), chances, self.tokens)
+    tokens: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Parts:
+def parts(bias: Bias, k_patches: int, head: LinearObjectness | None = None, *, several: bool = False) -> Method:
     """Parts beside LOST's trials, see `lostreg.methods.parts`.
 
-    Attributes:
+    Args:
         bias: of LOST's trials.
         k_patches: as for `lost_boxes`.
         head: what a collection taught, if it ranks the candidates.
         several: whether several objects are wanted.
+
+    Returns:
+        What takes normalised features and, behind them, the output tokens of the last layer if they are wanted.
     """
 
-    bias: Bias
-    k_patches: int
-    head: LinearObjectness | None = None
-    several: bool = False
-
-    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> list[list[PartsMaps]]:
-        """Queue the work on normalised features and, behind them, the output tokens of the last layer if wanted."""
+    def search(runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> list[list[PartsMaps]]:
         maps = []
-        clusters = labels_of_pack([features for features, *_ in runs], several=self.several)
-        for (features, *rest), labels, grid in zip(runs, clusters, grids, strict=True):
-            tokens = rest[0] if rest else None
-            chances = None if self.head is None or tokens is None else self.head.probabilities(tokens)
-            lost = lost_maps(features, grid, self.bias, self.k_patches)
-            maps.append([PartsMaps(lost, labels, chances, tokens)])
+        clusters = labels_of_pack([features for features, *_ in runs], several=several)
+        for (features, *tokens), labels, grid in zip(runs, clusters, grids, strict=True):
+            chances = head.probabilities(tokens[0]) if head is not None else None
+            maps.append([PartsMaps(lost_maps(features, grid, bias, k_patches), labels, chances, tuple(tokens))])
         return maps
 
-
-@dataclass(frozen=True)
-class Found:
-    """What a method that leaves all to the end chooses its objects from, for a batch of images of one grid."""
-
-    maps: Any
-    features: Tensor
-    grid: Grid
+    return search
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Maps of such a method, `SpectralMaps` or `AttendedMaps`, as a job takes them."""
-
-    maps: Any
-
-    def to_host(self, *, wait: bool = True) -> "Kept":
-        """The same on the CPU, see `lostreg.methods.lost.to_host`."""
-        return Kept(self.maps.to_host(wait=wait))
-
-    def candidates(self, features: Tensor, grid: Grid) -> Found:
-        """Nothing is chosen yet: how many objects, the options say."""
-        return Found(self.maps, features, grid)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A normalised cut of the graph of patches, see `lostreg.methods.spectral`.
-
-    Attributes:
-        tau: the cosine above which two patches are similar.
-    """
-
-    tau: float
-
-    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> list[list[Kept]]:
-        """Queue the work on normalised features."""
-        return [[Kept(spectral_maps(run[0], grid, self.tau))] for run, grid in zip(runs, grids, strict=True)]
-
-
-@dataclass(frozen=True)
-class DinoSeg:
-    """Where the CLS token looks, see `lostreg.methods.dinoseg`."""
-
-    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[Grid]) -> list[list[Kept]]:
-        """Queue the work on the attention of the heads, which stands behind the features."""
-        return [[Kept(attended_maps(run[1].mT, grid))] for run, grid in zip(runs, grids, strict=True)]
+def _by_grid(maps_of: Callable[[Sequence[Tensor], Grid], Maps]) -> Method:
+    """A method that takes the images of one grid at a time."""
+    return lambda runs, grids: [[maps_of(run, grid)] for run, grid in zip(runs, grids, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -155,13 +88,20 @@ class Row:
     objects: Callable[[Any, ResolvedOptions], list[Objects]]
 
 
-def _parts(options: ResolvedOptions, device: torch.device) -> Parts:
+def _parts(options: ResolvedOptions, device: torch.device) -> Method:
     head = None if options.objectness is None else options.objectness.head.to(device)
-    return Parts(options.bias, options.k_patches, head, options.max_objects > 1)
+    return parts(options.bias, options.k_patches, head, several=options.max_objects > 1)
 
 
-def _objects_of_parts(found: PartsFound, options: ResolvedOptions) -> list[Objects]:
-    return find_parts(found.candidates, found.labels, options.max_objects, options.min_score, found.probabilities)
+def _objects_of_parts(found: tuple[PartsMaps, Tensor, Grid], options: ResolvedOptions) -> list[Objects]:
+    maps, features, grid = found
+    candidates = maps.lost.candidates(features, grid)
+    chances = None if maps.probabilities is None else maps.probabilities.numpy()
+    return find_parts(candidates, maps.labels.numpy(), options.max_objects, options.min_score, chances)
+
+
+def _objects_of_maskcut(found: tuple[SpectralMaps, Tensor, Grid], options: ResolvedOptions) -> list[Objects]:
+    return maskcut_objects(*found, options.max_objects, options.min_score)
 
 
 METHODS: Final = {
@@ -171,15 +111,17 @@ METHODS: Final = {
     ),
     "parts": Row(_parts, _objects_of_parts),
     "tokencut": Row(
-        lambda *_: Cut(TOKENCUT_TAU), lambda found, _: tokencut_objects(found.maps, found.features, found.grid)
+        lambda *_: _by_grid(lambda run, grid: spectral_maps(run[0], grid, TOKENCUT_TAU)),
+        lambda found, _: tokencut_objects(*found),
     ),
     "maskcut": Row(
-        lambda *_: Cut(MASKCUT_TAU),
-        lambda found, options: maskcut_objects(
-            found.maps, found.features, found.grid, options.max_objects, options.min_score
-        ),
+        lambda *_: _by_grid(lambda run, grid: spectral_maps(run[0], grid, MASKCUT_TAU)),
+        _objects_of_maskcut,
     ),
-    "dinoseg": Row(lambda *_: DinoSeg(), lambda found, _: dinoseg_objects(found.maps, found.features, found.grid)),
+    "dinoseg": Row(
+        lambda *_: _by_grid(lambda run, grid: attended_maps(run[1].mT, grid)),  # the heads' attention is behind them
+        lambda found, _: dinoseg_objects(*found),
+    ),
 }
 
 

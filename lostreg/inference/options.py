@@ -188,6 +188,8 @@ class ResolvedOptions(Options):
     def with_changes(self, changes: Mapping[str, Any]) -> "ResolvedOptions":
         """The same with other options that need no other forward (`AFTER_FORWARD`); those that are None stay.
 
+        Features are then normalised where the method or ``auto`` needs it, and an objectness goes with ``parts`` alone.
+
         Raises:
             OptionError: if one needs another forward or does not exist, or is out of its range.
         """
@@ -196,7 +198,12 @@ class ResolvedOptions(Options):
             raise OptionError(
                 f"expected {', '.join(AFTER_FORWARD)}, not {', '.join(other)}, which need another forward"
             )
-        return replace(self, **{name: value for name, value in changes.items() if value is not None})
+        given = {"method": self.method, **{name: value for name, value in changes.items() if value is not None}}
+        if given["method"] != "parts":
+            given["objectness"] = None
+        if given["method"] != "lost" or given.get("bias", self.bias) == "auto":
+            given["normalize"] = True
+        return replace(self, **given)
 
     def record(self) -> dict[str, Any]:
         """As plain values, as results record them; a score that decides nothing is None."""

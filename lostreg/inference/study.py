@@ -1,19 +1,25 @@
-"""One image whose features stay at hand: LOST runs on them again and again, without another forward."""
+"""One image whose features stay at hand: methods run on them again and again, without another forward."""
 
 import dataclasses
 from typing import Any
+
+from torch import Tensor
 
 from lostreg.errors import ImageError
 from lostreg.images.decode import ImageSource, held
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
-from lostreg.inference.methods import METHODS
+from lostreg.inference.jobs import FeaturesJob
+from lostreg.inference.methods import METHODS, wanted_features
+from lostreg.inference.options import ResolvedOptions
 from lostreg.inference.postprocess import discoveries
 from lostreg.methods.lost import prepare
+from lostreg.models.features import Inside
+from lostreg.models.table import Feature
 
 
 class Study:
-    """The features of one image, for trying biases and numbers of objects on it.
+    """The features of one image, for trying methods, biases and numbers of objects on it.
 
     Args:
         discoverer: the backbone, the feature, and how images are read.
@@ -29,31 +35,44 @@ class Study:
     """
 
     def __init__(self, discoverer: Discoverer, image: ImageSource) -> None:
-        image = held(image)
-        (outcome,) = discoverer.stream_of(discoverer.features).outcomes([image])
-        if isinstance(outcome, ImageError):
-            raise outcome
         self.discoverer = discoverer
-        self.picture, self._features = outcome
-        self._source = image
+        self._source = held(image)
+        self._kept: dict[tuple[Feature | Inside, int], Tensor] = {}
+        self._features(discoverer.options)
 
     def discover(self, **changes: Any) -> Discovery:
-        """Run LOST on the features.
+        """Look for objects in the features.
 
         Args:
-            changes: options in place of the discoverer's, as its keywords: ``bias``, ``k_patches``, ``max_objects``,
-                ``min_score``, ``refine`` and ``box_from``. What is None is as the discoverer has it. The bias ``auto``
-                normalises the features whatever the discoverer does.
+            changes: options in place of the discoverer's, as its keywords: ``method``, ``bias``, ``k_patches``,
+                ``max_objects``, ``min_score``, ``refine`` and ``box_from``. What is None is as the discoverer has it.
+                Features are normalised where the method or the bias ``auto`` needs it, whatever the discoverer does.
+                The first ``dinoseg`` of a discoverer with another method takes one more forward, as it reads attention.
 
         Raises:
-            OptionError: if an option is out of its range, or needs another forward.
+            OptionError: if an option is out of its range, or needs another forward, or the method cannot be had of this
+                backbone.
+            ImageError: if the image is needed again, and cannot be read any more.
         """
-        options = self.discoverer.options.with_changes(changes)
-        normalize = options.bias == "auto" or options.normalize
-        first, *beside = self._features
-        features = [prepare(first[None], normalize=normalize), *(one[None] for one in beside)]
+        backbone = self.discoverer.backbone
+        options = self.discoverer.options.with_changes(changes).resolved(backbone)
+        first, *beside = self._features(options)
+        features = [prepare(first[None], normalize=options.normalize), *(one[None] for one in beside)]
         method = METHODS[options.method].make(options, features[0].device)
-        ((maps,),) = method.search([features], [self.picture.grid])
+        ((maps,),) = method([features], [self.picture.grid])
         found = maps.to_host(wait=True).candidates(features[0], self.picture.grid)
-        (discovery,) = discoveries(found, [self.picture], self.discoverer.backbone.spec.patch_size, options)
+        (discovery,) = discoveries(found, [self.picture], backbone.spec.patch_size, options)
         return dataclasses.replace(discovery, source=self._source)
+
+    def _features(self, options: ResolvedOptions) -> list[Tensor]:
+        """What the options' method reads, (N, D) each; a forward where not all of it is kept."""
+        wanted = wanted_features(options)
+        missing = [pair for pair in wanted if pair not in self._kept]
+        if missing:
+            job = FeaturesJob(self.discoverer.backbone, missing, compiled=options.compile)
+            (outcome,) = self.discoverer.stream_of(job).outcomes([self._source])
+            if isinstance(outcome, ImageError):
+                raise outcome
+            self.picture, found = outcome
+            self._kept |= zip(missing, found, strict=True)
+        return [self._kept[pair] for pair in wanted]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.errors import OptionError
-from lostreg.methods.lost import Objects, main_objects, require_finite, to_host
+from lostreg.methods.lost import Maps, Objects, main_objects, require_finite
 
 HEAD: Final = 4  # the fifth: what LOST's published code takes, of the six of a ViT-S
 
@@ -23,7 +23,7 @@ _SHARE: Final = 0.6  # of the attention to all patches
 
 
 @dataclass(frozen=True)
-class AttendedMaps:
+class AttendedMaps(Maps):
     """What the CLS token of each image attends to.
 
     Attributes:
@@ -35,10 +35,6 @@ class AttendedMaps:
     masks: Tensor
     ranks: Tensor
     finite: Tensor
-
-    def to_host(self, *, wait: bool = True) -> "AttendedMaps":
-        """The same on the CPU, see `lostreg.methods.lost.to_host`."""
-        return to_host(self, wait=wait)
 
 
 @torch.no_grad()

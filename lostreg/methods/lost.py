@@ -11,7 +11,7 @@ Similarities are float32, whatever the features were computed in. Ties go to the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import cv2
 import numpy as np
@@ -27,10 +27,7 @@ from lostreg.methods.exact import exact_float32
 from lostreg.methods.objectness import near_one, object_scores
 from lostreg.methods.similarity import Similarities
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Maps = TypeVar("Maps", bound="DataclassInstance")
+OfMethod = TypeVar("OfMethod", bound="Maps")
 Bias = float | Literal["auto"] | Tensor | Callable[[Similarities], Tensor]
 
 
@@ -177,7 +174,7 @@ class Lost:
     bias: Bias
     k_patches: int
 
-    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[tuple[int, int]]) -> list[list["LostMaps"]]:
+    def __call__(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[tuple[int, int]]) -> list[list["LostMaps"]]:
         """`lost_maps` of several features of images of several grids."""
         return [
             [lost_maps(features, grid, self.bias, self.k_patches) for features in run]
@@ -225,7 +222,30 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class LostMaps:
+class Maps:
+    """What a method computes for images of one grid, where their features are: tensors, and whatever else it holds."""
+
+    def to_host(self, *, wait: bool = True) -> Self:
+        """The same on the CPU.
+
+        Args:
+            wait: whether the copies are there on return. Else they are only queued where the device is a GPU, behind
+                what is queued already: synchronise with its stream before looking.
+        """
+        tensors = _tensors(self)
+        inner = {name: maps.to_host(wait=wait) for name, maps in vars(self).items() if isinstance(maps, Maps)}
+        on_host = replace(self, **inner, **{name: _copy_to_host(tensor) for name, tensor in tensors.items()})
+        for device in {tensor.device for tensor in tensors.values() if wait and tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return on_host
+
+    def candidates(self, features: Tensor, grid: tuple[int, int]) -> Any:
+        """What objects are chosen from: here the maps, which are on the CPU, with what they were made of."""
+        return self, features, grid
+
+
+@dataclass(frozen=True)
+class LostMaps(Maps):
     """What LOST computes where the features are: all but the connected components.
 
     Attributes:
@@ -241,10 +261,6 @@ class LostMaps:
     seeds: Tensor
     bias: Tensor
     finite: Tensor
-
-    def to_host(self, *, wait: bool = True) -> "LostMaps":
-        """The same on the CPU, see `to_host`."""
-        return to_host(self, wait=wait)
 
     def candidates(self, features: Tensor, grid: tuple[int, int]) -> Candidates:
         """The connected components around the seeds (LOST, section 3.4), and their scores. Takes maps on the CPU.
@@ -269,22 +285,7 @@ class LostMaps:
         return Candidates(components, np.where(connected, scores, np.float32(0)), connected, self, features)
 
 
-def to_host(maps: Maps, *, wait: bool = True) -> Maps:
-    """What a method computed on a device, on the CPU: a dataclass of tensors, and whatever else it holds.
-
-    Args:
-        maps: see `LostMaps`.
-        wait: whether the copies are there on return. Else they are only queued where the device is a GPU, behind
-            what is queued already: synchronise with its stream before looking.
-    """
-    tensors = _tensors(maps)
-    on_host = replace(maps, **{name: _copy_to_host(tensor) for name, tensor in tensors.items()})
-    for device in {tensor.device for tensor in tensors.values() if wait and tensor.is_cuda}:
-        torch.cuda.current_stream(device).synchronize()
-    return on_host
-
-
-def joined_maps(parts: Sequence[Maps]) -> Maps:
+def joined_maps(parts: Sequence[OfMethod]) -> OfMethod:
     """The maps of several batches of one grid as those of one."""
     if len(parts) == 1:
         return parts[0]

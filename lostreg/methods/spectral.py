@@ -31,13 +31,13 @@ from torch import Tensor
 
 from lostreg.methods.exact import exact_float32
 from lostreg.methods.lost import (
+    Maps,
     Objects,
     check_shape,
     joined_maps,
     main_objects,
     require_finite,
     seed_components,
-    to_host,
 )
 from lostreg.methods.multi_object import joined, may_count
 from lostreg.methods.similarity import Similarities, Tile
@@ -58,7 +58,7 @@ _GOLDEN: Final = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
-class SpectralMaps:
+class SpectralMaps(Maps):
     """The cut of each image's graph.
 
     Attributes:
@@ -73,10 +73,6 @@ class SpectralMaps:
     degrees: Tensor
     finite: Tensor
     tau: float
-
-    def to_host(self, *, wait: bool = True) -> "SpectralMaps":
-        """The same on the CPU, see `lostreg.methods.lost.to_host`."""
-        return to_host(self, wait=wait)
 
 
 @torch.no_grad()

@@ -26,12 +26,12 @@ from lostreg.errors import ImageError, ImageUnavailableError, OptionError
 from lostreg.images.boxes import in_pixels
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
-from lostreg.inference.jobs import FeaturesJob, Maps, Method, ObjectsJob
+from lostreg.inference.jobs import FeaturesJob, Method, ObjectsJob
 from lostreg.inference.methods import METHODS, TOKENS
 from lostreg.inference.options import ResolvedOptions
 from lostreg.jsonio import as_line, is_finite_number, is_id
 from lostreg.methods.bias import TRIALS, fixed_bias, on_device, trial_biases
-from lostreg.methods.lost import Candidates, Lost
+from lostreg.methods.lost import Candidates, Lost, Maps
 from lostreg.methods.similarity import Similarities
 from lostreg.metrics import Corloc, is_hit, score_auc
 from lostreg.models.features import resolve_layer
@@ -135,13 +135,13 @@ class _Both:
     other: Method | None
     pairs: int
 
-    def search(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[tuple[int, int]]) -> Sequence[Sequence[Maps]]:
+    def __call__(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[tuple[int, int]]) -> Sequence[Sequence[Maps]]:
         """See `Method`: of each feature the maps of LOST, then of each those of the other method."""
-        maps: list[list[Maps]] = [[*of_run] for of_run in self.lost.search([run[: self.pairs] for run in runs], grids)]
+        maps: list[list[Maps]] = [[*of_run] for of_run in self.lost([run[: self.pairs] for run in runs], grids)]
         if self.other is not None:
             for place in range(self.pairs):
                 again = [[run[place], *run[2 * self.pairs :]] for run in runs]
-                for of_run, found in zip(maps, self.other.search(again, grids), strict=True):
+                for of_run, found in zip(maps, self.other(again, grids), strict=True):
                     of_run += found
         return maps
 

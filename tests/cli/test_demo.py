@@ -9,13 +9,18 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("gradio")
+
+from serving import small
 
 from lostreg.cli.demo import _default_backbone
 from lostreg.cli.main import main
 from lostreg.demo.server import listen
 from lostreg.errors import BackboneError
+from lostreg.inference.objectness import Facts, Objectness
+from lostreg.methods.learned import LinearObjectness
 from lostreg.models.registers import RegisterNeurons
 
 PROGRAM = """
@@ -89,6 +94,24 @@ def test_neurons_of_a_backbone_that_is_not_offered_are_refused(
     RegisterNeurons(((0, 1),), backbone="dinov2_vits14").save(tmp_path / "registers.json")
     line = refusal(capsys, "--backbone", "imgfocus_vits14", "--test-time-registers", tmp_path / "registers.json")
     assert "the register neurons are those of dinov2_vits14: add it to --backbone" in line
+
+
+def test_an_objectness_is_a_file_of_a_backbone_that_is_offered_and_of_its_weights(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered = ("--port", 0, "--device", "cpu", "--backbone", "imgfocus_vits14")
+    assert "run `lostreg learn FOLDER` first" in refusal(capsys, *offered, "--objectness", "self")
+    assert "a file of `lostreg learn`, not 'missing'" in refusal(capsys, *offered, "--objectness", "missing")
+    path = tmp_path / "objectness.safetensors"
+    path.write_text("{}")
+    assert "is no objectness of `lostreg learn`" in refusal(capsys, *offered, "--objectness", path)
+    facts = Facts("imgfocus_vits14", "others", images=70, unreadable=0, seed=0)
+    Objectness(LinearObjectness(torch.ones(384), 0.0), facts).save(path)
+    line = refusal(capsys, "--backbone", "dinov2_vits14", "--objectness", path)
+    assert "the objectness was learned on imgfocus_vits14: add it to --backbone" in line
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", small)
+    line = refusal(capsys, *offered, "--method", "lost", "--objectness", path)
+    assert "learned on the weights others, not on random" in line
 
 
 def test_the_offline_backbone_is_the_first_choice_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

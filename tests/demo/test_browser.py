@@ -90,9 +90,11 @@ def test_a_photo_is_dropped_answered_and_redrawn(address: str, photos: list[Path
     with Tab(tmp_path, address) as tab:
         assert "Drop a photo to begin" in tab.text("#told")
         tab.drop(photos[0])
-        table = tab.answer()
+        tab.answer()
         assert re.search(r"object|score", tab.text("#told"))
-        before = tab.source("#picture")
+        choose(tab, "#method", "LOST: ")
+        tab.until("return document.querySelector('#told').innerText.includes('Method: LOST')")
+        table, before = tab.text("#boxes"), tab.source("#picture")
         tab.slide(30)
         tab.until("return document.querySelector('#picture img').src !== arguments[0]", before)
         tab.until("return document.querySelector('#boxes').innerText !== arguments[0]", table)
@@ -102,6 +104,42 @@ def test_a_photo_is_dropped_answered_and_redrawn(address: str, photos: list[Path
             name for name in tab.shown(RESOURCES) if not name.startswith((address + "/", "data:", f"blob:{address}"))
         ]
         assert elsewhere == []
+
+
+def choose(tab: Tab, place: str, words: str) -> None:
+    """Pick from a list, by what is read there."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    tab.driver.execute_script("document.querySelector(arguments[0]).scrollIntoView()", place)
+    tab.driver.find_element(By.CSS_SELECTOR, f"{place} input").click()
+    tab.until("return document.querySelectorAll('[role=option]').length > 1")
+    # They have no text as long as the list fades in.
+    named = WebDriverWait(tab.driver, PATIENCE, 0.1).until(
+        lambda driver: [one for one in driver.find_elements(By.CSS_SELECTOR, "[role=option]") if words in one.text]
+    )
+    named[0].click()
+
+
+def test_methods_are_chosen_and_offer_the_controls_that_they_know(
+    address: str, photos: list[Path], tmp_path: Path
+) -> None:
+    usable = "return !document.querySelector(arguments[0] + ' input').disabled"
+    with Tab(tmp_path, address) as tab:
+        tab.drop(photos[0])
+        tab.answer()
+        assert "Method: parts" in tab.text("#told")
+        for words, told, has_bias, has_several in (
+            ("DINO-seg", "Method: DINO-seg", False, False),
+            ("MaskCut", "cut", False, True),
+            ("LOST", "Method: LOST", True, True),
+        ):
+            choose(tab, "#method", words)
+            tab.until("return document.querySelector('#told').innerText.includes(arguments[0])", told)
+            tab.until(f"{usable} === arguments[1]", "#automatic", has_bias)
+            assert tab.driver.execute_script(usable, "#bias") is has_bias
+            assert tab.driver.execute_script(usable, "#objects") is has_several
+        assert console_errors(tab.driver) == []
 
 
 def test_a_broken_file_is_told_in_words_and_the_next_photo_works(
@@ -155,21 +193,11 @@ def test_two_visitors_get_their_own_answers(address: str, photos: list[Path], tm
 
 
 def test_another_backbone_is_chosen_and_answers(address: str, photos: list[Path], tmp_path: Path) -> None:
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
-
     with Tab(tmp_path, address) as tab:
         tab.drop(photos[0])
         tab.answer()
         before = tab.source("#degrees")
-        tab.driver.execute_script("document.querySelector('#backbone').scrollIntoView()")
-        tab.driver.find_element(By.CSS_SELECTOR, "#backbone input").click()
-        tab.until("return document.querySelectorAll('[role=option]').length > 1")
-        # They have no text as long as the list fades in.
-        named = WebDriverWait(tab.driver, PATIENCE, 0.1).until(
-            lambda driver: [one for one in driver.find_elements(By.CSS_SELECTOR, "[role=option]") if SECOND in one.text]
-        )
-        named[0].click()
+        choose(tab, "#backbone", SECOND)
         tab.until("return document.querySelector('#degrees img').src !== arguments[0]", before)
         assert "did not work" not in tab.text("#told")
         assert console_errors(tab.driver) == []

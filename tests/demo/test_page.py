@@ -10,18 +10,25 @@ import pytest
 pytest.importorskip("gradio")
 
 import gradio as gr
+import numpy as np
+import torch
 from fabricate import png_header
 from PIL import Image
 from serving import FIRST, NEURONS, NO_TOKEN, SECOND, small_models
 
+from lostreg.defaults import METHODS
 from lostreg.demo.page import Page
 from lostreg.demo.session import Visitor
 from lostreg.errors import ImageError
+from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob
+from lostreg.inference.objectness import Facts, Objectness
+from lostreg.methods.learned import LinearObjectness
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = (FIRST, "k", -1, 0)
-VIEW = (True, 0.0, 1, "patches", False)
+VIEW = ("parts", True, 0.0, 1, "patches", False)
+PLACES = ("state", "told", "picture", "degrees", "caption", "taught", "taught_side", "table", "text", "bias", "photo")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +54,11 @@ def run(page: Page, visitor: Visitor | None, *options: Any, view: tuple[Any, ...
     return page.run(visitor, *(options or OPTIONS), *view, progress=silent)
 
 
+def shown(answer: list[Any]) -> dict[str, Any]:
+    """An answer by its parts."""
+    return dict(zip(PLACES, answer, strict=False))
+
+
 def is_skipped(update: Any) -> bool:
     return update == gr.skip()
 
@@ -59,53 +71,101 @@ def visitor(page: Page, uploads: Path, photo: Path) -> Visitor:
 
 
 def test_a_photo_is_answered_with_words_pictures_boxes_and_the_chosen_bias(page: Page, visitor: Visitor) -> None:
-    state, told, picture, degrees, table, text, bias, photo = run(page, visitor)
-    assert state is visitor
-    assert "object" in told
-    assert picture.shape == degrees.shape == (469, 640, 3)
-    assert table.count("<tr>") == 2
-    assert '"my photo.jpg"' in text
-    assert -1 <= bias <= 1
-    assert is_skipped(photo)
+    answer = shown(run(page, visitor))
+    assert answer["state"] is visitor
+    assert "object" in answer["told"]
+    assert answer["picture"].shape == answer["degrees"].shape == (469, 640, 3)
+    assert answer["table"].count("<tr>") == 2
+    assert '"my photo.jpg"' in answer["text"]
+    assert -1 <= answer["bias"] <= 1
+    assert is_skipped(answer["photo"])
 
 
 def test_the_slider_redraws_without_a_forward_and_takes_over_from_auto(
     page: Page, visitor: Visitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run(page, visitor)
+    first = run(page, visitor, view=("lost", *VIEW[1:]))
 
     def refuse(*_: Any) -> None:
         raise AssertionError("a forward")
 
     monkeypatch.setattr(FeaturesJob, "forward", refuse)
-    seen = {first[4]}
+    seen = {shown(first)["table"]}
     for bias in (-0.95, -0.5, 0.0, 0.5):
-        *answer, automatic = page.redraw_by_hand(visitor, bias, 1, "patches")
+        *answer, automatic = page.redraw_by_hand(visitor, "lost", bias, 1, "patches", False)
         assert automatic is False
         assert answer[0] is visitor
         assert visitor.found is not None
         assert visitor.found.bias == pytest.approx(bias)
-        seen.add(answer[4])
+        seen.add(shown(answer)["table"])
     assert len(seen) > 1
-    assert page.redraw(visitor, *VIEW)[4] == first[4]
+    assert shown(page.redraw(visitor, "lost", *VIEW[1:]))["text"] == shown(first)["text"]
 
 
 def test_several_objects_and_refined_masks_are_asked_for(page: Page, visitor: Visitor) -> None:
-    run(page, visitor, view=(False, -0.9, 1, "patches", False))
+    run(page, visitor, view=("lost", False, -0.9, 1, "patches", False))
     assert visitor.found is not None
     assert visitor.found.refined is None
-    page.redraw(visitor, False, -0.9, 5, "refined", False)
+    page.redraw(visitor, "lost", False, -0.9, 5, "refined", False)
     assert visitor.found.refined is not None
 
 
 def test_candidates_are_drawn_where_they_are_asked_for(page: Page, visitor: Visitor) -> None:
-    plain, shown = run(page, visitor), run(page, visitor, view=(*VIEW[:-1], True))
+    plain, drawn = shown(run(page, visitor)), shown(run(page, visitor, view=(*VIEW[:-1], True)))
     assert visitor.found is not None
     assert visitor.found.candidates is not None
-    assert f"Of its {len(visitor.found.candidates)} best candidates" in plain[1]
-    assert (plain[2] != shown[2]).any()
-    assert plain[4:6] == shown[4:6]
-    assert "LOST with the bias -0.90" in page.redraw_by_hand(visitor, -0.9, 1, "patches")[1]
+    assert f"Of its {len(visitor.found.candidates)} best candidates" in plain["told"]
+    assert (plain["picture"] != drawn["picture"]).any()
+    assert (plain["table"], plain["text"]) == (drawn["table"], drawn["text"])
+
+
+def test_every_method_answers_and_says_which_controls_it_knows(page: Page, visitor: Visitor) -> None:
+    answers = [shown(run(page, visitor, view=(method, *VIEW[1:]))) for method in METHODS]
+    assert len({answer["text"] for answer in answers}) > 2
+    updates = [page.choose_method(method) for method in METHODS]
+    knows_bias = [method for method, update in zip(METHODS, updates, strict=True) if update[2]["interactive"]]
+    knows_several = [method for method, update in zip(METHODS, updates, strict=True) if update[3]["interactive"]]
+    assert knows_bias == [name for name, answer in zip(METHODS, answers, strict=True) if not is_skipped(answer["bias"])]
+    assert (knows_bias, knows_several) == (["lost", "parts"], ["lost", "parts", "maskcut"])
+    assert all(update[1] == update[2] for update in updates)
+    assert [update[4]["interactive"] for update in updates] == [method == "parts" for method in METHODS]
+    assert all(is_skipped(update) for update in page.choose_method(None))  # type: ignore[arg-type]
+
+
+def test_what_a_method_cannot_do_is_told_in_one_line(page: Page, visitor: Visitor) -> None:
+    run(page, visitor, NO_TOKEN, "v", -1, 0)
+    told, picture = page.redraw(visitor, "dinoseg", *VIEW[1:])[1:3]
+    assert f"the CLS token, which {NO_TOKEN} does not have" in told
+    assert picture is None
+    assert "expected a method" in page.redraw(visitor, None, *VIEW[1:])[1]  # type: ignore[arg-type]
+    assert "object" in page.redraw(visitor, *VIEW)[1]
+
+
+def test_what_other_photos_taught_is_shown_with_the_backbone_that_it_fits(
+    uploads: Path, visitor: Visitor, photo: Path
+) -> None:
+    weight = torch.from_numpy(np.random.default_rng(0).normal(0, 5, 384).astype(np.float32))
+    objectness = Objectness(LinearObjectness(weight, -0.5), Facts(FIRST, "random", images=70, unreadable=0, seed=0))
+    with small_models(objectness=objectness) as models:
+        page = Page(models.settings, uploads, models)
+        plain = shown(run(page, visitor, SECOND, "k", -1, 0))
+        assert (plain["taught"], plain["taught_side"]["visible"]) == (None, False)
+        assert (
+            f"not used with it: the objectness was learned on {FIRST}, not on {SECOND}"
+            in page.choose_backbone(SECOND, progress=silent)[0]["info"]
+        )
+        assert "not used" not in page.choose_backbone(FIRST, progress=silent)[0]["info"]
+        answer = shown(run(page, visitor))
+        assert (answer["taught"].shape, answer["taught_side"]["visible"]) == (answer["picture"].shape, True)
+        expected = Discoverer(models.get(FIRST).backbone, device="cpu", method="parts", objectness=objectness).discover(
+            photo
+        )
+        assert visitor.found is not None
+        np.testing.assert_array_equal(visitor.found.objectness, expected.objectness)
+        np.testing.assert_array_equal(visitor.found.xyxy, expected.xyxy)
+        assert "What other photos taught ranks them" in answer["told"]
+        other = shown(page.redraw(visitor, "lost", *VIEW[1:]))
+        assert (other["taught"], other["taught_side"]["visible"]) == (None, False)
 
 
 def test_nothing_is_answered_before_the_first_photo(page: Page) -> None:
@@ -139,10 +199,10 @@ def test_a_broken_photo_is_told_by_its_name_and_no_path_of_the_server(page: Page
     broken = uploads / "0123.jpg"
     broken.write_text("no picture")
     visitor = page.receive(file_data(broken, "<b>beach.jpg"), None)
-    _, told, picture, degrees, table, text, _, photo = run(page, visitor)
-    assert "&lt;b&gt;beach.jpg: not a readable image" in told
-    assert str(uploads) not in told
-    assert (picture, degrees, table, text, photo) == (None, None, "", "", None)
+    answer = shown(run(page, visitor))
+    assert "&lt;b&gt;beach.jpg: not a readable image" in answer["told"]
+    assert str(uploads) not in answer["told"]
+    assert [answer[name] for name in ("picture", "degrees", "table", "text", "photo")] == [None, None, "", "", None]
     assert page.attend(visitor, *OPTIONS)[0] is None
     assert all(is_skipped(update) for update in page.redraw(visitor, *VIEW)[1:])  # the message stays
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fabricate import discovery
 
-from lostreg.demo.panels import colour_of, draw_attention, draw_degrees, draw_objects
+from lostreg.demo.panels import colour_of, draw_attention, draw_degrees, draw_objects, draw_taught
 from lostreg.images.draw import SEED
 from lostreg.inference.discovery import Discovery
 
@@ -66,6 +66,20 @@ def test_attention_starts_at_nothing() -> None:
     panel = draw_attention(GREY, discovery(), attention)
     assert close(panel[35, 35], (253, 231, 37))
     assert not close(panel[300, 300], (68, 1, 84))  # half as much is not drawn as none
+
+
+def test_what_was_taught_is_shown_as_shares_of_one_with_the_boxes() -> None:
+    assert draw_taught(GREY, discovery()) is None
+    taught = np.full((5, 10), 0.5, np.float32)
+    taught[4, 9], taught[4, 0] = 1, 0
+    panel = draw_taught(GREY, dataclasses.replace(discovery(), objectness=taught))
+    assert panel is not None
+    assert close(panel[315, 665], (253, 231, 37))
+    assert close(panel[315, 35], (68, 1, 84))
+    assert close(panel[175, 70], colour_of(0))  # the box's left edge
+    low = draw_taught(GREY, dataclasses.replace(discovery(), objectness=taught / 2))
+    assert low is not None
+    assert close(low[315, 665], tuple(panel[315, 565]))  # half is half, whatever the highest
 
 
 @pytest.mark.parametrize(("shape", "longer"), [((35, 70, 3), 640), ((350, 700, 3), 700), ((2000, 4000, 3), 1024)])

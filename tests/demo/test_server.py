@@ -199,10 +199,18 @@ def test_a_path_or_address_instead_of_a_photo_is_refused_whatever_was_asked_befo
         for value in odd:
             status, told = join(address, "receive", [value, None], session)
             assert (status, told.decode()) == (400, "Only photos that were uploaded here can be used."), value
-        slid = [None, True, sent(places[3]), 1, "patches", False]  # no photo, but Gradio would fetch it all the same
+        slid = [
+            None,
+            "lost",
+            True,
+            sent(places[3]),
+            1,
+            "patches",
+            False,
+        ]  # no photo, but Gradio would fetch it all the same
         assert join(address, "redraw", slid, session)[0] == 400
         assert call(address, "receive", [sent(kept), None], session)["success"] is True
-        answer = call(address, "run", [None, FIRST, "k", 1, 0, True, 0, 1, "patches", False], session)
+        answer = call(address, "run", [None, FIRST, "k", 1, 0, "parts", True, 0, 1, "patches", False], session)
         assert "object" in answer["output"]["data"][1]
     assert fetched == []
 
@@ -215,10 +223,10 @@ def test_values_that_the_page_never_sends_are_answered_in_words_and_one_line_of_
         assert join(address, number, data, "mine")[0] in (400, 422)
     assert call(address, "receive", ["/etc/passwd\0", None])["output"]["error"] == "These values cannot be used."
     for bias in ("x", 1e300, "\ud800"):
-        done = call(address, "redraw", [None, False, bias, 1, "patches", False])
+        done = call(address, "redraw", [None, "lost", False, bias, 1, "patches", False])
         assert done["success"] is False
         assert done["output"]["error"]
-    assert call(address, "run", [None, "\ud800", "k", 1, 0, True, 0, 1, "patches", False])["success"] is False
+    assert call(address, "run", [None, "\ud800", "k", 1, 0, "parts", True, 0, 1, "patches", False])["success"] is False
     refused = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(refused) == 5
     assert all(len(line.splitlines()) == 1 for line in refused)
@@ -229,7 +237,7 @@ def test_values_that_the_page_never_sends_are_answered_in_words_and_one_line_of_
 def test_a_name_that_cannot_be_sent_back_is_shown_with_escapes(address: str, kept: str) -> None:
     session = secrets.token_hex(8)
     call(address, "receive", [sent(kept, orig_name="a\ud800\n\x1b[2Jgpj.\u202e.jpg"), None], session)
-    done = call(address, "run", [None, FIRST, "k", 1, 0, True, 0, 1, "patches", False], session)
+    done = call(address, "run", [None, FIRST, "k", 1, 0, "parts", True, 0, 1, "patches", False], session)
     assert done["success"] is True
     name = r"a\ud800\u000a\u001b[2Jgpj.\u202e.jpg"
     assert json.dumps(name)[1:-1] in json.dumps(done).replace("\\\\", "\\")
