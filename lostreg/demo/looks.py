@@ -14,7 +14,7 @@ START: Final = "Drop a photo to begin."
 OBJECTS: Final = "<b>What was found:</b> mask, box and score of each object; the red square is its seed."
 TAUGHT: Final = (
     "<b>What other photos taught</b> ({images:,} of them, without labels): how likely each patch is part of an object, "
-    "from dark (0 %) to bright (100 %). A candidate ranks higher the brighter it is and the darker the rest."
+    "from dark (0 %) to bright (100 %). A candidate ranks higher the brighter it is and the darker what surrounds it."
 )
 ATTENTION: Final = "<b>Attention:</b> where the backbone itself looks, for comparison: only DINO-seg uses it."
 

@@ -7,6 +7,7 @@ from lostreg.demo.methods import CUTS, METHODS
 from lostreg.demo.panels import colour_of
 from lostreg.images.draw import score_text
 from lostreg.inference.discovery import Discovery
+from lostreg.methods.objectness import surroundings
 from lostreg.runs.predictions import from_discovery
 from lostreg.templates import TEMPLATES
 
@@ -47,13 +48,11 @@ def _why(found: Discovery, method: str) -> str:
     text = f"Method: {METHODS[method].why.format(bias=found.bias)}."
     if found.candidates is not None:
         text += f" Of its {len(found.candidates)} best candidates the first box ranks highest"
-        text += ", and each further one is the next that does not overlap it by half." if len(found) > 1 else "."
+        text += "; further ones overlap none before them by half." if len(found) > 1 else "."
     if found.objectness is not None:
-        inside, outside = found.objectness[found.mask], found.objectness[~found.mask]
-        rest = f", the others with {100 * outside.mean():.0f} %" if outside.size else ""
-        text += (
-            " What other photos taught ranks them, too: it takes the patches of the first object for parts of one with "
-        )
+        inside, around = found.objectness[found.mask], found.objectness[surroundings(found.mask)]
+        rest = f", those around its box with {100 * around.mean():.0f} %" if around.size else ""
+        text += " What other photos taught ranks them: it takes the patches of the first object for parts of one with "
         text += f"{100 * inside.mean():.0f} % on average{rest}."
     return text
 

@@ -39,13 +39,13 @@ def test_the_verdict_says_why() -> None:
     for scores in ([0.6, 0.3], [0.1, 0.1]):
         told = verdict(dataclasses.replace(found, scores=np.array(scores, np.float32)), 2, "parts")
         assert "Of its 3 best candidates the first box ranks highest" in told
-        assert "each further one" in told
+        assert "further ones overlap none" in told
 
 
 def test_the_verdict_says_what_was_taught() -> None:
     taught = np.where(discovery().mask, np.float32(0.8), np.float32(0.1))
     found = dataclasses.replace(discovery(), objectness=taught)
-    assert "for parts of one with 80 % on average, the others with 10 %." in verdict(found, 1, "parts")
+    assert "for parts of one with 80 % on average, those around its box with 10 %." in verdict(found, 1, "parts")
     whole = dataclasses.replace(found, masks=np.ones((2, 5, 10), bool))
     assert "% on average." in verdict(whole, 1, "parts")
 
