@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lostreg.datasets import Example, choose_frames, load_benchmark
+from lostreg.defaults import CLEAR_SCORE
 from lostreg.images.boxes import in_pixels, pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import PatchedPicture, cut_patches
@@ -43,6 +45,7 @@ from lostreg.runs.results import package_versions, processor_name
 COMPARED: Final[tuple[Feature, ...]] = ("k", "v", "out")
 HALVES: Final = {"choosing": slice(0, None, 2), "reporting": slice(1, None, 2), "all": slice(None)}
 MOST: Final = 10  # objects of an image
+SCORES: Final = (0, CLEAR_SCORE, 0.5, 0.75, 1)  # between which hits are counted
 Boxes = tuple[NDArray[np.float64], NDArray[np.float32]]  # in pixels, and their scores
 
 
@@ -195,7 +198,8 @@ def figures(found: Sequence[Boxes], lost: Sequence[Boxes], images: Sequence[Seen
     if not images:
         return {}
     hits, before = first_hits(found, images), first_hits(lost, images)
-    auc = score_auc([float(scores[0]) for _, scores in found], hits)
+    clear = np.array([scores[0] for _, scores in found])
+    auc = score_auc(clear.tolist(), hits)
     several = detection_scores(
         [
             Detections(xyxy, scores, image.example.boxes, image.example.crowds)
@@ -207,6 +211,11 @@ def figures(found: Sequence[Boxes], lost: Sequence[Boxes], images: Sequence[Seen
         "corloc_95": gain(100.0 * hits.astype(np.float64))["gain_95"],
         **gain(100.0 * (hits.astype(np.float64) - before)),
         "auc": None if auc is None else round(auc, 3),
+        "hits_by_score": {
+            f"{low:g} to {high:g}": [int(within.sum()), int(hits[within].sum())]
+            for low, high in pairwise(SCORES)
+            for within in [(clear >= low) & ((clear < high) | (high == 1))]
+        },
         "ap50": round(several.ap50, 2),
         "ar10": round(several.ar, 2),
     }

@@ -153,6 +153,17 @@ def objects_tables(results: Path) -> str:
         f"{name}: {one['milliseconds']['lost']:.0f} and {one['milliseconds']['parts beside it']:.0f} ms"
         for name, one in features.items()
     )
+    bands = {
+        method: [one["methods"][method]["all"]["hits_by_score"] for one in features.values()] for method in METHOD_NAMES
+    }
+    sums = {
+        method: {band: [sum(one[band][place] for one in each) for place in (0, 1)] for band in each[0]}
+        for method, each in bands.items()
+    }
+    by_score = [
+        (METHOD_NAMES[method], *(f"{hits} of {images} ({hits / max(images, 1):.0%})" for images, hits in each.values()))
+        for method, each in sums.items()
+    ]
     reachable = ", ".join(f"{name} {one['reachable']['all']:.0f}" for name, one in features.items())
     counts = found["images"]
     return "\n".join(
@@ -163,9 +174,11 @@ def objects_tables(results: Path) -> str:
             _table(("method", "half", *features), corloc),
             "AP50 and AR@10 of ten boxes, and AUC of the first box's score, on the reporting half:\n",
             _table(("method", *features), others),
+            "First boxes that hit, by their score, over the three features and all images:\n",
+            _table(("method", *sums["lost"]), by_score),
             f"A candidate that may be the main object would be a hit in (percent of all images): {reachable}. Time "
             f"an image of LOST's six trials and of what parts add for one object, medians ({found['cpu']}, "
-            f"{found['threads']} threads, shared with others): {times}.\n",
+            f"threads: {found['threads']}, shared with others): {times}.\n",
         ]
     )
 
