@@ -142,7 +142,8 @@ def _check_sources(out: Path, source: Path, predictions: "list[Prediction]", fin
     """Raise if an export would delete what it is made of."""
     from lostreg.exports.writing import check_sources
 
-    check_sources(out, [source, *(finder.place(line.image_id) for line in predictions)])
+    places = (finder.place(line.image_id) for line in predictions)
+    check_sources(out, [source, *(place for place in places if place is not None)])
 
 
 def _write(args: argparse.Namespace, kind: Format, chosen: "ExportSet", finder: "ImageFinder") -> None:
@@ -173,7 +174,8 @@ def _refuse_among_images(out: Path, chosen: "ExportSet", finder: "ImageFinder") 
     """Raise if the export could be taken for images the next time."""
     from lostreg.runs.locate import is_file
 
-    paths = [image.source.path for image in chosen.images if image.source and is_file(image.source.path)]
+    places = (image.source.path for image in chosen.images if image.source)
+    paths = [place for place in places if isinstance(place, Path) and is_file(place)]
     refuse_among_images("--out", out, [str(finder.folder)] if finder.folder else [], paths)
 
 

@@ -322,7 +322,7 @@ def add_max_pixels(group: Group) -> None:
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """The images that a command is about, for `lostreg.datasets.folder.find_images`."""
+    """The images that a command is about, for `find_images` and `find_sources` of `lostreg.datasets.folder`."""
     parser.add_argument(
         "images",
         nargs="+",
