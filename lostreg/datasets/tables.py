@@ -218,37 +218,43 @@ class _Arrow:
         source = _source(self.file) if is_uri(self.file) else self._arrow.memory_map(self.file)
         return self._ipc.open_stream(source) if self._is_stream else self._ipc.open_file(source)
 
-    def _batches(self) -> Iterator[Any]:
+    def _columns(self, name: str) -> Iterator[Any]:
+        """A column of each record batch."""
         reader = self._open()
-        if self._is_stream:
-            yield from reader
-        else:
-            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        batches = reader if self._is_stream else map(reader.get_batch, range(reader.num_record_batches))
+        yield from (_valid(batch, name) for batch in batches)
 
     def paths(self, column: str) -> Iterator[tuple[int, list[str | None]]]:
         types, rows = arrow("types", self.file), 0
         paths: list[str | None] = []
-        for batch in self._batches():
-            cells = batch.column(column)
+        for cells in self._columns(column):
             here = []
             if types.is_struct(cells.type) and cells.type.get_field_index("path") >= 0:
                 here = _child(cells, "path").to_pylist()
             if self._is_stream:  # one group
-                rows, paths = rows + batch.num_rows, paths + here
+                rows += len(cells)
+                paths += here
             else:
-                yield batch.num_rows, here
+                yield len(cells), here
         if self._is_stream:
             yield rows, paths
 
     def cells(self, column: str, group: int) -> Any:
         if not self._is_stream:
-            return _child(self._open().get_batch(group).column(column), "bytes")
-        return self._arrow.chunked_array([_child(batch.column(column), "bytes") for batch in self._batches()])
+            return _child(_valid(self._open().get_batch(group), column), "bytes")
+        return self._arrow.chunked_array([_child(cells, "bytes") for cells in self._columns(column)])
 
 
 @lru_cache(64)
 def _reader(file: str) -> _Parquet | _Arrow:
     return _Arrow(file) if file.partition("?")[0].lower().endswith(".arrow") else _Parquet(file)
+
+
+def _valid(batch: Any, name: str) -> Any:
+    """A column of a record batch, whose places within the file are checked: Arrow would read wherever they lead."""
+    column = batch.column(name)
+    column.validate(full=True)
+    return column
 
 
 class _Groups:
