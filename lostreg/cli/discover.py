@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lostreg import defaults
 from lostreg.cli.build import OBJECTNESS_FILE, REGISTERS_FILE, make_discoverer, with_objectness, with_registers
 from lostreg.cli.files import check_mask_pictures
-from lostreg.cli.options import Subparsers, add_max_side, add_method_options, add_object_options, tell
+from lostreg.cli.options import Subparsers, add_max_side, add_method_options, add_object_options, local_place, tell
 from lostreg.cli.progress import ProgressBar, judge_failures
 from lostreg.errors import ObjectnessError
 
@@ -35,7 +35,7 @@ def add_parser(commands: Subparsers) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_place,
         required=True,
         metavar="DIR",
         help="folder for predictions.jsonl, maps.jsonl, failed.csv and results.json",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from lostreg import defaults
 from lostreg.checks import cut
 from lostreg.cli.files import check_writable, refuse_among_images
-from lostreg.cli.options import Subparsers, as_finite, tell, unit_interval
+from lostreg.cli.options import Subparsers, as_finite, local_place, tell, unit_interval
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.formats import FORMATS, OPTIONS, Format, formats_with
@@ -34,7 +34,7 @@ def add_parser(commands: Subparsers) -> None:
     )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="predictions file, or folder of a run")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="the file or folder to write")
+    parser.add_argument("--out", required=True, type=local_place, metavar="PATH", help="the file or folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the file, or the folder of an earlier export")
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="where the images lie now (default: where the run found them)"

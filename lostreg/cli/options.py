@@ -390,6 +390,13 @@ def tell(message: str) -> None:
     sys.stderr.write(f"lostreg: {one_line(message)}\n")
 
 
+def local_place(text: str) -> Path:
+    """A file or folder to write: no store is written to."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"expected a place on this machine's disks, not {text}")
+    return Path(text)
+
+
 def one_line(message: str) -> str:
     """A message on one line, on which no name acts on the terminal."""
     return printable(re.sub(r"\s*\n\s*", " ", message.strip()))

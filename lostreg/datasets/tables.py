@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lostreg.datasets.base import name_some
 from lostreg.datasets.parts import Listing
 from lostreg.errors import ImageError, OptionError
+from lostreg.images.memory import describe_bytes, host_bytes
 from lostreg.images.stores import CheckSize, StoredImage, arrow, is_uri, open_file, telling
 
 _NAMES: Final = ("image", "bytes", "jpg")  # of a column, where several could be meant
@@ -113,10 +114,7 @@ def list_table(file: str, name: str) -> Listing:
     with telling(file):
         reader = _reader(file)
         column = choose_column(reader.schema, name)
-        counts, paths = [], list[str | None]()
-        for count, of_group in reader.paths(column):
-            counts.append(count)
-            paths += of_group
+        counts, paths = reader.rows(column)
     ends = np.cumsum(counts, dtype=np.int64)
     table = Table(file, column, ends)
     last = [re.split(r"[/\\]", path)[-1] for path in paths if path]  # where it was made is nobody's business
@@ -176,6 +174,15 @@ def _source(file: str) -> Any:
     return open_file(file) if is_uri(file) else arrow("lib", file).OSFile(file)
 
 
+def _has_paths(kind: Any) -> bool:
+    """Whether a type is a struct with ``path``, a text."""
+    types = arrow("types", "path")
+    if not types.is_struct(kind) or kind.get_field_index("path") < 0:
+        return False
+    path = kind.field("path").type
+    return bool(types.is_string(path) or types.is_large_string(path))
+
+
 class _Parquet:
     """A Parquet file, of which one column of one row group is read at a time."""
 
@@ -186,22 +193,42 @@ class _Parquet:
             reader = self._parquet.ParquetFile(source)
             self._metadata, self.schema = reader.metadata, reader.schema_arrow
 
-    def _column(self, group: int, path: str) -> Any:
-        # Opened anew: several threads read several groups, and the reader is for one thread.
-        with _source(self.file) as source:
-            reader = self._parquet.ParquetFile(source, metadata=self._metadata, pre_buffer=is_uri(self.file))
-            return reader.read_row_group(group, columns=[path], use_threads=False).column(0)
+    def _open(self, source: Any) -> Any:
+        """A reader of its own for each of several threads."""
+        return self._parquet.ParquetFile(source, metadata=self._metadata, pre_buffer=is_uri(self.file))
 
-    def paths(self, column: str) -> Iterator[tuple[int, list[str | None]]]:
-        kind = self.schema.field(column).type
-        has_paths = arrow("types", self.file).is_struct(kind) and kind.get_field_index("path") >= 0
-        for group in range(self._metadata.num_row_groups):
-            paths = _child(self._column(group, f"{column}.path"), "path").to_pylist() if has_paths else []
-            yield self._metadata.row_group(group).num_rows, paths
+    def rows(self, column: str) -> tuple[list[int], list[str | None]]:
+        """How many rows each group has, and the paths of all, or none."""
+        counts = [self._metadata.row_group(group).num_rows for group in range(self._metadata.num_row_groups)]
+        if not _has_paths(self.schema.field(column).type):
+            return counts, []
+        with _source(self.file) as source:
+            paths = self._open(source).read(columns=[f"{column}.path"], use_threads=False).column(0)
+        return counts, _child(paths, "path").to_pylist()
 
     def cells(self, column: str, group: int) -> Any:
+        """The images of a group.
+
+        Raises:
+            OSError: also if there is not enough memory for it.
+        """
         is_struct = arrow("types", self.file).is_struct(self.schema.field(column).type)
-        return _child(self._column(group, f"{column}.bytes" if is_struct else column), "bytes")
+        path = f"{column}.bytes" if is_struct else column
+        self._check_memory(path, group)
+        with _source(self.file) as source:
+            found = self._open(source).read_row_group(group, columns=[path], use_threads=False)
+        return _child(found.column(0), "bytes")
+
+    def _check_memory(self, path: str, group: int) -> None:
+        about = self._metadata.row_group(group)
+        columns = (about.column(number) for number in range(about.num_columns))
+        size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == path)
+        free = host_bytes() if size > _KEPT_BYTES else None
+        if free is not None and size > free:
+            raise OSError(
+                f"its row group takes {describe_bytes(size)} of memory, but {describe_bytes(free)} are free: expected "
+                "groups of some hundred MB"
+            )
 
 
 class _Arrow:
@@ -224,22 +251,17 @@ class _Arrow:
         batches = reader if self._is_stream else map(reader.get_batch, range(reader.num_record_batches))
         yield from (_valid(batch, name) for batch in batches)
 
-    def paths(self, column: str) -> Iterator[tuple[int, list[str | None]]]:
-        types, rows = arrow("types", self.file), 0
-        paths: list[str | None] = []
+    def rows(self, column: str) -> tuple[list[int], list[str | None]]:
+        """How many rows each group has, and the paths of all, or none."""
+        counts, paths = list[int](), list[str | None]()
         for cells in self._columns(column):
-            here = []
-            if types.is_struct(cells.type) and cells.type.get_field_index("path") >= 0:
-                here = _child(cells, "path").to_pylist()
-            if self._is_stream:  # one group
-                rows += len(cells)
-                paths += here
-            else:
-                yield len(cells), here
-        if self._is_stream:
-            yield rows, paths
+            counts.append(len(cells))
+            if _has_paths(cells.type):
+                paths += _child(cells, "path").to_pylist()
+        return [sum(counts)] if self._is_stream else counts, paths  # nothing says where a stream's batches begin
 
     def cells(self, column: str, group: int) -> Any:
+        """The images of a group."""
         if not self._is_stream:
             return _child(_valid(self._open().get_batch(group), column), "bytes")
         return self._arrow.chunked_array([_child(cells, "bytes") for cells in self._columns(column)])

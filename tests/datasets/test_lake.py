@@ -8,8 +8,10 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from fabricate_lake import HF, S3Server, struct_table, write_arrow, write_parque
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lostreg.datasets import tables
 from lostreg.datasets.folder import Collection, find_collection, find_images, find_sources
 from lostreg.datasets.lake import stored_at
 from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError
@@ -178,6 +181,36 @@ def test_a_row_without_bytes_is_one_image_that_cannot_be_read(tmp_path: Path) ->
     with pytest.raises(ImageError, match=r"^t.parquet/b.jpg: its row holds no bytes$") as told:
         found[1].read()  # type: ignore[union-attr]
     assert not isinstance(told.value, ImageUnavailableError)
+
+
+def test_a_row_group_beyond_the_free_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_collection(str(write_parquet(tmp_path / "t.parquet", struct_table({"a.jpg": b"1" * 9000}))))
+    monkeypatch.setattr("lostreg.datasets.tables._KEPT_BYTES", 100)
+    monkeypatch.setattr("lostreg.datasets.tables.host_bytes", lambda: 8000)
+    with pytest.raises(ImageUnavailableError, match=r"^t.parquet/a.jpg: cannot be read \(its row group takes 0.0 GB"):
+        found[0].read()  # type: ignore[union-attr]
+
+
+def test_a_group_of_rows_is_read_once_for_all_its_threads_and_few_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = {f"{number:02}.jpg": bytes([number]) * 1000 for number in range(40)}
+    found = find_collection(str(write_parquet(tmp_path / "t.parquet", struct_table(images), rows=8)))
+    monkeypatch.setattr("lostreg.datasets.tables._KEPT_BYTES", 10_000)
+    read: list[int] = []
+    cells = tables._Parquet.cells
+
+    def slow(self: tables._Parquet, column: str, group: int) -> object:
+        read.append(group)
+        time.sleep(0.02)
+        return cells(self, column, group)
+
+    monkeypatch.setattr(tables._Parquet, "cells", slow)
+    with ThreadPoolExecutor(8) as pool:
+        contents = list(pool.map(lambda image: bytes(image.read()), found))
+    assert contents == list(images.values())
+    assert sorted(read) == [0, 1, 2, 3, 4]
+    assert len(tables._groups._kept) == 2
 
 
 def test_a_table_that_is_cut_is_refused_in_a_line(tmp_path: Path) -> None:

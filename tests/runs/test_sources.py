@@ -125,7 +125,7 @@ def test_what_a_store_does_not_give_is_tried_again_by_the_next_run(
     errors = {one.image_id: one.error for one in read_predictions(tmp_path / "out" / "predictions.jsonl") if one.error}
     assert errors["gone.png"] == "gone.png: it is not there any more"
     assert "ACCESS_DENIED" in errors["forbidden.png"]
-    assert "too slow" in errors["slow.png"]
+    assert "Timeout was reached" in errors["slow.png"]
     assert errors["broken.png"].startswith("broken.png: not a readable image (cannot identify")
     assert all("\n" not in error for error in errors.values())
     server.put("faults/gone.png", pictures()["000.png"])
@@ -173,7 +173,9 @@ def test_a_store_is_asked_for_several_images_at_once_and_not_for_all(
 def test_an_image_travels_to_another_process_and_is_read_there(server: S3Server, tmp_path: Path) -> None:
     expected = read_image(pictures()["003.png"]).pixels
     for source in kept(tmp_path, server).values():
-        image = pickle.loads(pickle.dumps(find_collection(source)[3]))
+        found = find_collection(source)
+        image = pickle.loads(pickle.dumps(found[3]))
+        assert pickle.loads(pickle.dumps(found)).source(found.names[3]) == image
         assert (read_image(image).pixels == expected).all()
         assert len(pickle.dumps(image)) < 1000
 
