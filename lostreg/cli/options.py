@@ -327,7 +327,8 @@ def add_images(parser: argparse.ArgumentParser) -> None:
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="files, folders (with all their subfolders) or globs; before the options",
+        help="files, folders (with all their subfolders) or globs; before the options. predict, learn, calibrate and "
+        "registers also take .tar, .parquet and .arrow files and URIs such as s3://BUCKET/DIR",
     )
 
 

@@ -143,8 +143,13 @@ def find_sources(arguments: Iterable[str]) -> list[Path | StoredImage]:
     for argument in arguments:
         if not argument:
             raise OptionError("expected a file, folder or glob, found an empty argument")
+        argument = local_path(argument) or argument
         path = Path(argument)
-        if is_uri(argument) or path.suffix.lower() in PACKED:
+        if is_uri(argument) and argument.partition("?")[0].lower().endswith(SUFFIXES) and "*" not in argument:
+            check_uri(argument)
+            arrow("fs", argument)
+            sources.append(FileRange(argument.partition("?")[0], argument))
+        elif is_uri(argument) or path.suffix.lower() in PACKED:
             sources += find_collection(argument)
         elif path.is_dir():
             kinds = sort_files(os.path.relpath(file, path) for file in _files_below(path))

@@ -24,6 +24,7 @@ REQUEST_SECONDS: Final = 30.0  # without a byte
 ATTEMPTS: Final = 3  # of a request
 _OPEN_FILES: Final = 64  # handles of stores' files that are kept
 _S3_SCHEMES: Final = ("s3", "s3a")
+_GOOGLE_SCHEMES: Final = ("gs", "gcs")
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _ANONYMOUS: Final = "anonymous"
 
@@ -147,8 +148,8 @@ def local_path(uri: str) -> str | None:
     Raises:
         OptionError: if it names another machine.
     """
-    scheme, _, rest = uri.partition("://")
-    if scheme.lower() != "file":
+    scheme, mark, rest = uri.partition("://")
+    if scheme.lower() != "file" or not mark:
         return None
     host, slash, path = rest.partition("/")
     if host not in ("", "localhost"):
@@ -246,6 +247,8 @@ def _parts(uri: str) -> Any:
 @lru_cache
 def _store(scheme: str, netloc: str, query: str) -> tuple[Any, str]:
     """A store, and what its paths begin with."""
+    if scheme in _GOOGLE_SCHEMES and "retry_limit_seconds" not in query:  # it would try for a quarter of an hour
+        query = f"{query}&retry_limit_seconds={ATTEMPTS * REQUEST_SECONDS}".removeprefix("&")
     uri = f"{scheme}://{netloc}/" + (f"?{query}" if query else "")
     fs_module = arrow("fs", uri)
     if scheme in _S3_SCHEMES:

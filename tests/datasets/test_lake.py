@@ -25,6 +25,7 @@ from lostreg.datasets import tables
 from lostreg.datasets.folder import Collection, find_collection, find_images, find_sources
 from lostreg.datasets.lake import stored_at
 from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError
+from lostreg.images import stores
 from lostreg.images.stores import StoredImage
 
 MEMBERS = {f"{number:03}.jpg": bytes([number]) * (300 * number) for number in range(1, 5)}
@@ -250,6 +251,9 @@ def test_where_there_are_image_files_they_count_alone(tmp_path: Path) -> None:
 def test_a_sample_is_drawn_from_shards_and_commands_on_files_say_that_they_are_none(tmp_path: Path) -> None:
     shard = str(write_tar(tmp_path / "in" / "0.tar", MEMBERS))
     assert find_sources([shard]) == list(find_collection(shard))
+    (single,) = find_sources(["s3://bucket/a.jpg?region=x"])  # it need not be there
+    assert (str(single), single.file) == ("s3://bucket/a.jpg", "s3://bucket/a.jpg?region=x")  # type: ignore[union-attr]
+    assert find_sources(["file:///nowhere/a.jpg"]) == [Path("/nowhere/a.jpg")]
     assert find_sources([str(tmp_path / "in"), "a.jpg"])[3:] == [find_collection(shard)[3], Path("a.jpg")]
     with pytest.raises(OptionError, match=r"0.tar/001.jpg is no image file of its own"):
         find_images([shard])
@@ -313,7 +317,7 @@ def server() -> Iterator[S3Server]:
             yield server
 
 
-def test_the_folder_of_a_store_is_listed_with_its_subfolders(server: S3Server) -> None:
+def test_the_folder_of_a_store_is_listed_with_its_subfolders(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["b.jpg", "a.PNG", "sub dir/ä #1%?.jpg", "notes.txt", "sub dir/deep/c.webp"]
     for name in names:
         server.put(f"photos/trip/{name}", name.encode())
@@ -327,6 +331,9 @@ def test_the_folder_of_a_store_is_listed_with_its_subfolders(server: S3Server) -
     assert find_collection(server.uri("photos/trip/*")).names == ("a.PNG", "b.jpg")
     assert find_collection(server.uri("photos/*/sub%20dir/*.jpg")).names == ("trip/sub dir/ä #1%?.jpg",)
     assert len(find_collection(server.uri("photos"))) == 5
+    assert find_collection(server.uri("anonymous@photos/trip")).names == found.names
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server.address}/")
+    assert bytes_of(find_collection("s3://photos/trip")) == bytes_of(found)
 
 
 @pytest.mark.filterwarnings("ignore::lostreg.errors.LostregWarning")
@@ -381,6 +388,15 @@ def test_a_uri_that_cannot_be_meant_is_refused(uri: str, message: str) -> None:
         find_collection(uri)
     assert "secret@" not in str(told.value)
     assert "=secret" not in str(told.value)
+
+
+def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(stores, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(stores, "ATTEMPTS", 1)
+    for scheme in ("gs", "s3"):
+        with pytest.raises(OptionError, match=rf"^{scheme}://anonymous@nobody/photos.*: cannot be read \(.*onnect"):
+            find_collection(f"{scheme}://anonymous@nobody/photos?scheme=http&endpoint_override=127.0.0.1:1")
 
 
 def test_stores_that_pyarrow_does_not_know_are_read_with_fsspec(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Runs over shards, tables and stores: the same boxes wherever pictures are kept; what an unreliable store costs."""
 
 import functools
+import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 from conftest import scenes
 from fabricate_lake import S3Server, png, struct_table, write_arrow, write_parquet, write_saved, write_tar
+from small_vit import NAME, save_weights, small
 
 from lostreg import Discoverer
 from lostreg.cli.main import main
@@ -207,3 +209,20 @@ def test_a_shard_that_grew_is_the_same_run(discoverer: Discoverer, tmp_path: Pat
     write_parquet(tmp_path / "shards/1.parquet", struct_table(pictures()))
     summary = discover_collection(find_collection(str(shard.parent)), discoverer, tmp_path / "out")
     assert (summary.known, summary.images) == (3, 10)
+
+
+def test_commands_take_sources(server: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = kept(tmp_path, server)
+    model = ["--backbone", NAME, "--weights", str(save_weights(small(), tmp_path / "w.safetensors")), "--device", "cpu"]
+    image = server.uri("pictures/folder/001.png")
+    assert main(["predict", sources["tar"], image, *model, "--json", "-", "--plot", str(tmp_path / "plots")]) == 0
+    names = [json.loads(line)["image_id"] for line in capsys.readouterr().out.splitlines()]
+    assert names == [*(f"0.tar/{name}" for name in pictures()), "s3://pictures/folder/001.png"]
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 6
+    learned = str(tmp_path / "o.safetensors")
+    assert main(["learn", sources["s3:// parquet"], *model, "--out", learned]) == 0
+    out = str(tmp_path / "found")
+    assert main(["discover", sources["s3:// tar"], *model, "--objectness", learned, "--out", out]) == 0
+    assert "5 photos" in capsys.readouterr().out
+    assert main(["discover", server.uri("pictures/none"), *model, "--out", out]) == 2
+    assert main(["attention", sources["tar"], *model]) == 2
