@@ -92,7 +92,7 @@ def sort_files(files: Iterable[str]) -> Kinds:
             kinds.packed.append(file)
         else:
             kinds.others[_ending(low)] += 1
-            if low.endswith(_STATE):
+            if posixpath.basename(low) == _STATE:
                 kinds.states.append(file)
     if kinds.images:
         kinds.others.update(_ending(file) for file in kinds.packed)

@@ -54,8 +54,6 @@ class TableCell(StoredImage):
             content = cells[self.row].as_buffer()
         except IndexError as error:
             raise OSError("its file has changed") from error
-        except OptionError as error:  # no pyarrow on this machine
-            raise OSError(str(error)) from error
         if content is None:
             raise ImageError(f"{self.name}: its row holds no bytes")
         check_size(content.size)

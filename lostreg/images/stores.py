@@ -14,9 +14,9 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import PurePath
 from typing import Any, BinaryIO, Final, cast
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
-from lostreg.errors import ImageUnavailableError, OptionError
+from lostreg.errors import ImageError, ImageUnavailableError, OptionError
 
 LAKE_HINT: Final = 'needs pyarrow: pip install "lostreg[lake]"'
 CONNECT_SECONDS: Final = 10.0
@@ -74,10 +74,17 @@ class StoredImage(ABC):
         """
         try:
             return self._read(check_size)
+        except ImageError:
+            raise
         except FileNotFoundError as error:
             raise ImageUnavailableError(f"{self.name}: it is not there any more") from error
-        except OSError as error:
-            raise ImageUnavailableError(f"{self.name}: cannot be read ({reason_of(error, self.file)})") from error
+        except Exception as error:
+            # Clients of stores raise whatever their transports raise; a ValueError is what readers say of the content.
+            is_of_store = self.is_remote and not isinstance(error, ValueError)
+            if isinstance(error, OSError | OptionError) or is_of_store:
+                reason = reason_of(error, self.file)
+                raise ImageUnavailableError(f"{self.name}: cannot be read ({reason})") from error
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +247,11 @@ def _opened(uri: str) -> tuple[Any, str]:
     return store, root.rstrip("/") + unquote(parts.path, errors="surrogateescape")
 
 
-def _parts(uri: str) -> Any:
-    return urlsplit(uri, allow_fragments=False)
+def _parts(uri: str) -> SplitResult:
+    try:
+        return urlsplit(uri, allow_fragments=False)
+    except ValueError as error:
+        raise OptionError(f"{uri}: expected SCHEME://BUCKET/NAME ({error})") from error
 
 
 @lru_cache

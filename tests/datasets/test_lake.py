@@ -379,6 +379,7 @@ def test_what_a_store_cannot_list_is_refused_in_a_line(server: S3Server, path: s
         ("s3://bucket/photos?secret_key=secret", "credentials in a URI would be written into results"),
         ("s3://somebody@bucket/photos", "nothing or anonymous@ in front of the bucket"),
         ("s3://bucket/photos?reigon=x", "expected region, scheme or endpoint_override"),
+        ("s3://[bucket/photos", "expected SCHEME://BUCKET/NAME"),
         ("nowhere://bucket/photos", "pyarrow knows no such store, and fsspec says"),
         ("file://elsewhere/photos", "of this machine; it names the machine 'elsewhere'"),
     ],
@@ -399,7 +400,9 @@ def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatc
             find_collection(f"{scheme}://anonymous@nobody/photos?scheme=http&endpoint_override=127.0.0.1:1")
 
 
-def test_stores_that_pyarrow_does_not_know_are_read_with_fsspec(tmp_path: Path) -> None:
+def test_stores_that_pyarrow_does_not_know_are_read_with_fsspec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -408,6 +411,13 @@ def test_stores_that_pyarrow_does_not_know_are_read_with_fsspec(tmp_path: Path) 
     found = find_collection("memory://lake/photos")
     assert (found.names, bytes_of(found)) == (("a.jpg", "sub/b c.jpg"), [b"1", b"22"])
     assert bytes_of(find_collection("memory://lake/0.tar")) == list(MEMBERS.values())
+
+    def reset(*_: object, **__: object) -> None:
+        raise RuntimeError("connection\nreset")
+
+    monkeypatch.setattr(type(memory), "_open", reset)
+    with pytest.raises(ImageUnavailableError, match=r"^a.jpg: cannot be read \(connection reset\)$"):
+        found[0].read()  # type: ignore[union-attr]
 
 
 def test_a_list_may_name_images_of_stores(server: S3Server, tmp_path: Path) -> None:
