@@ -10,7 +10,6 @@ import sys
 import tarfile
 import time
 import tracemalloc
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -305,16 +304,6 @@ def test_of_many_images_hardly_more_than_their_names_is_kept(tmp_path: Path, kin
 
 
 # ------------------------------------------------------------------------------------------------ stores
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        with S3Server().running() as server:
-            yield server
 
 
 def test_the_folder_of_a_store_is_listed_with_its_subfolders(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

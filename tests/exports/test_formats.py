@@ -9,7 +9,6 @@ from urllib.parse import unquote
 
 import cv2
 import numpy as np
-import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -65,7 +64,14 @@ def test_a_parquet_file_holds_the_predictions_as_they_were(tmp_path: Path) -> No
     assert second == {**none, **unreadable, "scores": [], "seeds": []}
     assert third["image_id"] == "caf\\udce9.jpg"
     assert last == {**none, **bare, "image_id": "7", "unavailable": False}
-    assert pd.read_parquet(tmp_path / "x.parquet")["boxes"][0][0].tolist() == BOXES[0]
+
+
+def test_pandas_reads_a_parquet_file(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    parquet.write(tmp_path / "x.parquet", read_predictions(write_lines(tmp_path, [line("a.jpg"), line("b.jpg")])))
+    frame = pandas.read_parquet(tmp_path / "x.parquet")
+    assert list(frame["image_id"]) == ["a.jpg", "b.jpg"]
+    assert [box.tolist() for box in frame["boxes"][1]] == BOXES
 
 
 def test_the_same_predictions_are_the_same_parquet_file_in_groups_of_bounded_size(
