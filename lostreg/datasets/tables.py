@@ -4,7 +4,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -21,6 +21,7 @@ from lostreg.images.stores import CheckSize, StoredImage, arrow, is_uri, open_fi
 
 _NAMES: Final = ("image", "bytes", "jpg")  # of a column, where several could be meant
 _KEPT_BYTES: Final = 1 << 28  # of groups of rows; at least two of them are kept
+_AHEAD: Final = 4  # groups of stores that are read before they are asked for, of all files
 _MAGIC: Final = b"ARROW1"  # of a file; a stream has none
 
 
@@ -190,6 +191,7 @@ class _Parquet:
         with _source(file) as source:
             reader = self._parquet.ParquetFile(source)
             self._metadata, self.schema = reader.metadata, reader.schema_arrow
+        self.groups = int(self._metadata.num_row_groups)
 
     def _open(self, source: Any) -> Any:
         """A reader of its own for each of several threads."""
@@ -197,7 +199,7 @@ class _Parquet:
 
     def rows(self, column: str) -> tuple[list[int], list[str | None]]:
         """How many rows each group has, and the paths of all, or none."""
-        counts = [self._metadata.row_group(group).num_rows for group in range(self._metadata.num_row_groups)]
+        counts = [self._metadata.row_group(group).num_rows for group in range(self.groups)]
         if not _has_paths(self.schema.field(column).type):
             return counts, []
         with _source(self.file) as source:
@@ -237,7 +239,9 @@ class _Arrow:
         self._arrow, self._ipc = arrow("lib", file), arrow("ipc", file)
         with _source(file) as source:
             self._is_stream = source.read(len(_MAGIC)) != _MAGIC
-        self.schema = self._open().schema
+        reader = self._open()
+        self.schema = reader.schema
+        self.groups = 1 if self._is_stream else int(reader.num_record_batches)
 
     def _open(self) -> Any:
         source = _source(self.file) if is_uri(self.file) else self._arrow.memory_map(self.file)
@@ -277,12 +281,19 @@ def _valid(batch: Any, name: str) -> Any:
     return column
 
 
+_Key = tuple[str, str, int]  # file, column, group
+
+
 class _Groups:
-    """The groups of rows that were read last, for several threads: one reads a group, and the others wait for it."""
+    """The groups of rows that were read last, for several threads: one reads a group, and the others wait for it.
+
+    Where groups of a store are read in their order, the next one is read meanwhile.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, str, int], Future[Any]] = OrderedDict()
+        self._kept: OrderedDict[_Key, Future[Any]] = OrderedDict()
+        self._ahead = ThreadPoolExecutor(_AHEAD)
 
     def get(self, file: str, column: str, group: int) -> Any:
         """A column of a group: an array of bytes.
@@ -291,21 +302,33 @@ class _Groups:
             OptionError: if pyarrow is not installed.
             OSError: if it cannot be read.
         """
-        key = (file, column, group)
+        cells, is_new = self._cells((file, column, group))
+        if is_uri(file) and (file, column, group - 1) in self._kept and group + 1 < _reader(file).groups:
+            following, is_unread = self._cells((file, column, group + 1))
+            if is_unread:
+                self._ahead.submit(self._read, (file, column, group + 1), following)
+        if is_new:
+            self._read((file, column, group), cells)
+        return cells.result()
+
+    def _cells(self, key: _Key) -> tuple[Future[Any], bool]:
+        """The group that will be there, and whether it has yet to be read."""
         with self._lock:
             is_new = key not in self._kept
             cells = self._kept.setdefault(key, Future())
             self._kept.move_to_end(key)
-        if is_new:
-            try:
-                cells.set_result(_reader(file).cells(column, group))
-            except BaseException as error:
-                with self._lock:
-                    self._kept.pop(key, None)
-                cells.set_exception(error)
-            else:
-                self._forget()
-        return cells.result()
+        return cells, is_new
+
+    def _read(self, key: _Key, cells: Future[Any]) -> None:
+        file, column, group = key
+        try:
+            cells.set_result(_reader(file).cells(column, group))
+        except BaseException as error:
+            with self._lock:
+                self._kept.pop(key, None)
+            cells.set_exception(error)
+        else:
+            self._forget()
 
     def clear(self) -> None:
         """Let go of all of them."""

@@ -213,6 +213,33 @@ def test_a_group_of_rows_is_read_once_for_all_its_threads_and_few_are_kept(
     assert len(tables._groups._kept) == 2
 
 
+def test_groups_of_a_store_that_are_read_in_order_are_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    images = {f"{number}.jpg": bytes([number]) * 100 for number in range(6)}
+    path = write_parquet(tmp_path / "t.parquet", struct_table(images), rows=1)
+    fsspec.filesystem("memory").pipe("/ahead/t.parquet", path.read_bytes())
+    read: list[int] = []
+    cells = tables._Parquet.cells
+
+    def noted(self: tables._Parquet, column: str, group: int) -> object:
+        read.append(group)
+        return cells(self, column, group)
+
+    monkeypatch.setattr(tables._Parquet, "cells", noted)
+    for asked, expected in (((0, 2, 4), [0, 2, 4]), ((0, 1), [0, 1, 2]), ((0, 1, 2, 3, 4, 5), [0, 1, 2, 3, 4, 5])):
+        found = find_collection("memory://ahead/t.parquet")
+        read.clear()
+        assert [bytes(found[number].read())[0] for number in asked] == list(asked)  # type: ignore[union-attr]
+        tables._groups._ahead.submit(int).result()
+        deadline = time.monotonic() + 10
+        while sorted(read) != expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert sorted(read) == expected
+
+
 def test_a_table_that_is_cut_is_refused_in_a_line(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", struct_table({"a.jpg": b"1"}))
     path.write_bytes(path.read_bytes()[:-20])
