@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the hub's client is imported: no test waits for a hub
 
@@ -17,6 +18,9 @@ from lostreg.images import decode
 from lostreg.inference import stream
 from lostreg.inference.discovery import Discovery
 from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
+
+if TYPE_CHECKING:
+    from fabricate_lake import S3Server
 
 SHAPES = [(150, 110), (90, 120), (98, 70), (150, 112), (60, 60)]  # width, height: two share a grid of 8 x 11
 
@@ -56,6 +60,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def server() -> "Iterator[S3Server]":
+    """A store that speaks like Amazon's, on this machine, and credentials for it."""
+    from fabricate_lake import S3Server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        with S3Server().running() as running:
+            yield running
 
 
 @pytest.fixture

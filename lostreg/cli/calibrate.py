@@ -35,16 +35,16 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate; the exit code is 2 if any image could not be read, though the others count."""
-    from lostreg.datasets.folder import find_images
+    from lostreg.datasets.folder import find_sources
     from lostreg.inference.calibrate import calibrate
 
     check_writable(args.out, "a bias")
-    paths = find_images(args.images)
+    images = find_sources(args.images)
     discoverer = make_discoverer(args, args.backbone)
     with ProgressBar(args.backbone, tell_errors=True) as bar:
-        found = calibrate(paths, discoverer, sample=args.sample, seed=args.seed, on_progress=bar)
+        found = calibrate(images, discoverer, sample=args.sample, seed=args.seed, on_progress=bar)
     found.save(args.out)
-    _show(found, len(paths))
+    _show(found, len(images))
     print(f"written to {args.out}: use it as --bias {args.out}")
     return 2 if found.unreadable else 0
 

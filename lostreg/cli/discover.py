@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lostreg import defaults
 from lostreg.cli.build import OBJECTNESS_FILE, REGISTERS_FILE, make_discoverer, with_objectness, with_registers
 from lostreg.cli.files import check_mask_pictures
-from lostreg.cli.options import Subparsers, add_max_side, add_method_options, add_object_options, tell
+from lostreg.cli.options import Subparsers, add_max_side, add_method_options, add_object_options, local_place, tell
 from lostreg.cli.progress import ProgressBar, judge_failures
 from lostreg.errors import ObjectnessError
 
@@ -20,7 +20,7 @@ def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "discover",
         help="find the objects of a collection of photos",
-        description="Find the objects of every photo of a folder, glob or list, however many there are. A run that was "
+        description="Find the objects of every photo of a source, however many there are. A run that was "
         "stopped, by whatever, goes on where it was, and so does one to whose photos others were added. Photos that "
         "cannot be read are listed in failed.csv; the exit code is 2 if that is all of them, or if more than a tenth "
         "were not there or could not be opened this time, which the same command tries again. Then see "
@@ -28,12 +28,14 @@ def add_parser(commands: Subparsers) -> None:
     )
     parser.add_argument(
         "source",
-        metavar="DIR|GLOB|LIST.txt",
-        help="a folder with all its subfolders, a glob in quotes, or a text file with a path a line",
+        metavar="SOURCE",
+        help="a folder with all its subfolders, or a glob in quotes: the image files there or, where there are none, "
+        "the images in .tar, .parquet and .arrow files; one such file; a URI of any of these (s3://BUCKET/DIR, gs://, "
+        "file:// and so on); or a text file with a path or an image's URI a line. docs/sources.md has the rules",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_place,
         required=True,
         metavar="DIR",
         help="folder for predictions.jsonl, maps.jsonl, failed.csv and results.json",
@@ -65,10 +67,9 @@ def run(args: argparse.Namespace) -> int:
     _choose(args, len(collection.names))
     discoverer = make_discoverer(args, args.backbone)
     if args.test_time_registers is not None or args.objectness == "self":
-        paths = [collection.path(name) for name in collection.names]
-        discoverer = with_registers(args, discoverer, paths, kept=args.out / REGISTERS_FILE)
+        discoverer = with_registers(args, discoverer, collection, kept=args.out / REGISTERS_FILE)
         try:
-            discoverer = with_objectness(args, discoverer, paths, kept=args.out / OBJECTNESS_FILE)
+            discoverer = with_objectness(args, discoverer, collection, kept=args.out / OBJECTNESS_FILE)
         except ObjectnessError as error:
             if is_asked:
                 raise

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from lostreg import defaults
+from lostreg.checks import cut
 from lostreg.cli.files import check_writable, refuse_among_images
-from lostreg.cli.options import Subparsers, as_finite, tell, unit_interval
+from lostreg.cli.options import Subparsers, as_finite, local_place, tell, unit_interval
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.formats import FORMATS, OPTIONS, Format, formats_with
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lostreg.exports.items import ExportSet
     from lostreg.runs.locate import ImageFinder
     from lostreg.runs.predictions import Prediction
@@ -23,14 +26,15 @@ def add_parser(commands: Subparsers) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "export",
-        help="predictions as COCO, VOC, YOLO, CSV or Label Studio files",
+        help="predictions as COCO, VOC, YOLO, CSV, Parquet or Label Studio files",
         description="Write predictions in the format of another tool. yolo is a folder that Ultralytics trains on, "
-        "voc one that `lostreg eval voc` reads, both with the images. coco, csv and labelstudio are one file; "
-        "labelstudio has its labelling configuration beside it, as .xml. Runs no model.",
+        "voc one that `lostreg eval voc` reads, both with the images. coco, csv, parquet and labelstudio are one file; "
+        "parquet has a typed row an image and takes any number of them; labelstudio has its labelling configuration "
+        "beside it, as .xml. Runs no model.",
     )
     parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="predictions file, or folder of a run")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--out", required=True, type=Path, metavar="PATH", help="the file or folder to write")
+    parser.add_argument("--out", required=True, type=local_place, metavar="PATH", help="the file or folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the file, or the folder of an earlier export")
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="where the images lie now (default: where the run found them)"
@@ -48,7 +52,9 @@ def add_parser(commands: Subparsers) -> None:
         default=None,
         help="coco, voc, yolo: keep images without a box, as images without objects (default: left out)",
     )
-    parser.add_argument("--label", type=_label, help="name of the one class, csv has none (default: object)")
+    parser.add_argument(
+        "--label", type=_label, help="name of the one class, csv and parquet have none (default: object)"
+    )
     parser.add_argument(
         "--files",
         choices=("copy", "link", "none"),
@@ -74,9 +80,12 @@ def run(args: argparse.Namespace) -> int:
     _check_options(args, kind)
     source = predictions_file(args.predictions)
     _check_out(args, kind, source)
-    predictions = _read(source)
     if is_unfinished(source):
         tell(f"{source.parent} holds a run that did not come to its end: these are its images so far")
+    if kind.is_streamed:
+        _stream(args, kind, source)
+        return 0
+    predictions = _read(source)
     finder = ImageFinder(source, args.images)
     if kind.is_folder and args.out.exists():
         _check_sources(args.out, source, predictions, finder)
@@ -87,13 +96,39 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(source: Path) -> "list[Prediction]":
+    return list(_predictions_of(source))
+
+
+def _predictions_of(source: Path) -> "Iterator[Prediction]":
     """The predictions of a run that may have been killed in the middle of a line."""
     from lostreg.runs.predictions import stream_predictions
 
-    predictions = list(stream_predictions(source))
-    if not predictions:
+    is_empty = True
+    for prediction in stream_predictions(source):
+        is_empty = False
+        yield prediction
+    if is_empty:
         raise PredictionsError(f"{source} holds no predictions: expected one JSON object a line")
-    return predictions
+
+
+def _stream(args: argparse.Namespace, kind: Format, source: Path) -> None:
+    """Write a format that takes predictions one by one."""
+    images, boxes, unreadable = set[str](), 0, 0
+
+    def counted() -> "Iterator[Prediction]":
+        nonlocal boxes, unreadable
+        for prediction in _predictions_of(source):
+            if str(prediction.image_id) in images:
+                raise PredictionsError(f"the predictions have an image twice: {cut(str(prediction.image_id))}")
+            images.add(str(prediction.image_id))
+            scores = prediction.scores or [1.0] * len(prediction.boxes)
+            boxes += sum(score >= args.min_score for score in scores)
+            unreadable += prediction.error is not None
+            yield prediction
+
+    kind.write(args.out, counted(), min_score=args.min_score)
+    note = f" ({unreadable} unreadable)" if unreadable else ""
+    print(f"exported {len(images) - unreadable} images, {boxes} boxes to {args.out}{note}")
 
 
 def _gather(
@@ -142,7 +177,8 @@ def _check_sources(out: Path, source: Path, predictions: "list[Prediction]", fin
     """Raise if an export would delete what it is made of."""
     from lostreg.exports.writing import check_sources
 
-    check_sources(out, [source, *(finder.place(line.image_id) for line in predictions)])
+    places = (finder.place(line.image_id) for line in predictions)
+    check_sources(out, [source, *(place for place in places if place is not None)])
 
 
 def _write(args: argparse.Namespace, kind: Format, chosen: "ExportSet", finder: "ImageFinder") -> None:
@@ -173,7 +209,8 @@ def _refuse_among_images(out: Path, chosen: "ExportSet", finder: "ImageFinder") 
     """Raise if the export could be taken for images the next time."""
     from lostreg.runs.locate import is_file
 
-    paths = [image.source.path for image in chosen.images if image.source and is_file(image.source.path)]
+    places = (image.source.path for image in chosen.images if image.source)
+    paths = [place for place in places if isinstance(place, Path) and is_file(place)]
     refuse_among_images("--out", out, [str(finder.folder)] if finder.folder else [], paths)
 
 

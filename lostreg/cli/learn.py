@@ -36,16 +36,16 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Learn; the exit code is 2 if any image could not be read, though the others count."""
-    from lostreg.datasets.folder import find_images
+    from lostreg.datasets.folder import find_sources
     from lostreg.inference.learn import learn
 
     check_writable(args.out, "an objectness")
-    paths = find_images(args.images)
+    images = find_sources(args.images)
     discoverer = make_discoverer(args, args.backbone)
     with ProgressBar(args.backbone, tell_errors=True) as bar:
-        found = learn(paths, discoverer, sample=args.sample, seed=args.seed, on_progress=bar)
+        found = learn(images, discoverer, sample=args.sample, seed=args.seed, on_progress=bar)
     found.save(args.out)
-    print(f"{found.facts.backbone}, {found.facts.images} of {len(paths)} images")
+    print(f"{found.facts.backbone}, {found.facts.images} of {len(images)} images")
     print(f"written to {args.out}: use it as --method parts --objectness {args.out}")
     if found.facts.images < defaults.LEAST_TEACHERS:
         tell(f"{found.facts.images} images teach little: learn from more, or do without")

@@ -332,12 +332,13 @@ def add_max_pixels(group: Group) -> None:
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """The images that a command is about, for `lostreg.datasets.folder.find_images`."""
+    """The images that a command is about, for `find_images` and `find_sources` of `lostreg.datasets.folder`."""
     parser.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE",
-        help="files, folders (with all their subfolders) or globs; before the options",
+        help="files, folders (with all their subfolders) or globs; before the options. predict, learn, calibrate and "
+        "registers also take .tar, .parquet and .arrow files and URIs such as s3://BUCKET/DIR",
     )
 
 
@@ -398,6 +399,13 @@ def add_frame(parser: argparse.ArgumentParser) -> None:
 def tell(message: str) -> None:
     """A line for the person at the terminal, out of the way of standard output."""
     sys.stderr.write(f"lostreg: {one_line(message)}\n")
+
+
+def local_place(text: str) -> Path:
+    """A file or folder to write: no store is written to."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"expected a place on this machine's disks, not {text}")
+    return Path(text)
 
 
 def one_line(message: str) -> str:

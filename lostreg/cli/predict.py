@@ -63,29 +63,31 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict; the exit code is 2 if any image could not be read."""
-    from lostreg.datasets.folder import find_images
+    from lostreg.datasets.folder import find_sources
     from lostreg.images.draw import save_picture
     from lostreg.images.masks import save_mask_png
 
-    paths = find_images(args.images)
+    sources = find_sources(args.images)
+    paths = [source if isinstance(source, Path) else Path(source.name) for source in sources]
     plots = _plot_paths(args.plot, args.images, paths) if args.plot else None
     masks = _mask_paths(args, paths)
     failed, written = 0, list[Path]()
     with ExitStack() as stack:
         output = _open_json(args.json, stack) if args.json else None
-        discoverer = with_registers(args, make_discoverer(args, args.backbone), paths)
-        discoverer = with_objectness(args, discoverer, paths)
+        discoverer = with_registers(args, make_discoverer(args, args.backbone), sources)
+        discoverer = with_objectness(args, discoverer, sources)
         if output and output is not sys.stdout and Path(args.json).is_file():
             output.truncate(0)  # only now: a mistake in the other options costs no earlier file
         if output is not sys.stdout:
             print(_row("image", "x1", "y1", "x2", "y2", "score"))
-        outcomes = discoverer.outcomes(paths, keep_pixels=plots is not None)
-        for index, (path, outcome) in enumerate(zip(paths, outcomes, strict=True)):
+        outcomes = discoverer.outcomes(sources, keep_pixels=plots is not None)
+        for index, (source, outcome) in enumerate(zip(sources, outcomes, strict=True)):
             if isinstance(outcome, ImageError):
                 if args.strict:
                     raise outcome
                 failed += 1
-            _report(path, outcome, output, args)  # before the picture, so that a full disk costs no box
+            name = source.as_posix() if isinstance(source, Path) else source.name
+            _report(name, outcome, output, args)  # before the picture, so that a full disk costs no box
             if plots and not isinstance(outcome, ImageError):
                 save_picture(plots[index], outcome.plot())
                 written.append(plots[index])
@@ -110,20 +112,20 @@ def _mask_paths(args: argparse.Namespace, paths: list[Path]) -> list[Path] | Non
     return None
 
 
-def _report(path: Path, outcome: "Discovery | ImageError", output: TextIO | None, args: argparse.Namespace) -> None:
+def _report(name: str, outcome: "Discovery | ImageError", output: TextIO | None, args: argparse.Namespace) -> None:
     from lostreg.images.draw import score_text
     from lostreg.runs.predictions import from_discovery, from_error
 
     if isinstance(outcome, ImageError):
         tell(f"error: {outcome}")
-        prediction = from_error(path.as_posix(), outcome)
+        prediction = from_error(name, outcome)
     else:
-        prediction = from_discovery(path.as_posix(), outcome, masks=args.masks is not None)
+        prediction = from_discovery(name, outcome, masks=args.masks is not None)
         if output is not sys.stdout:
-            name = printable(path.as_posix())
+            shown = printable(name)
             for box, score in zip(prediction.boxes, prediction.scores, strict=True):
                 note = "" if score >= args.min_score else "  no clear object"
-                print(_row(name, *(f"{value:.0f}" for value in box), score_text(score)) + note, flush=True)
+                print(_row(shown, *(f"{value:.0f}" for value in box), score_text(score)) + note, flush=True)
     if output:
         output.write(prediction.to_line() + "\n")
         output.flush()

@@ -55,14 +55,14 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Find the neurons; the exit code is 2 if any image could not be read, though the others count."""
     from lostreg.artifacts.register_search import find_registers
-    from lostreg.datasets.folder import find_images
+    from lostreg.datasets.folder import find_sources
 
     check_writable(args.out, "register neurons")
-    paths = find_images(args.images)
+    images = find_sources(args.images)
     discoverer = make_discoverer(args, args.backbone)
     with ProgressBar("registers", tell_errors=True) as bar:
         found = find_registers(
-            paths,
+            images,
             discoverer,
             count=args.count,
             neurons=args.neurons,

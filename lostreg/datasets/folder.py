@@ -1,38 +1,74 @@
-"""Photos without ground truth: the files that a folder, glob or list stands for, and their order."""
+"""Photos without ground truth: the images that a folder, glob, list or URI stands for, and their order."""
 
 import glob
 import hashlib
 import os
 import warnings
-from collections import Counter
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from lostreg.datasets.base import name_some
+import numpy as np
+from numpy.typing import NDArray
+
+from lostreg.datasets.lake import PACKED, Kinds, endings, find_stored, sort_files, tell_others, unpack
+from lostreg.datasets.parts import Part
 from lostreg.errors import LostregWarning, OptionError
-from lostreg.images.files import HEIF_HINT, HEIF_SUFFIXES, SUFFIXES
+from lostreg.images.files import SUFFIXES
+from lostreg.images.stores import FileRange, StoredImage, arrow, check_uri, is_uri, local_path
 from lostreg.jsonio import as_line
 
 
 @dataclass(frozen=True)
-class Collection:
-    """Image files, in a fixed order.
+class Collection(Sequence[Path | StoredImage]):
+    """Images, in a fixed order, each to be read from its file or from wherever it is kept.
+
+    It can be pickled, and so can each of its images: another process or machine reads them from the same places.
 
     Attributes:
-        root: the folder that names are relative to.
-        names: of the files, relative to the root, with ``/`` between folders; a file elsewhere has its whole path.
+        root: the folder that names are relative to, or the one file with many images, by whose name they begin; or its
+            URI.
+        names: of the images, relative to the root, with ``/`` between folders; a file elsewhere has its whole path.
+        parts: where they are, in order, if they are no files below the root.
     """
 
-    root: Path
+    root: Path | str
     names: Sequence[str]
+    parts: Sequence[Part] = ()
 
     def __len__(self) -> int:
         return len(self.names)
 
+    def __getitem__(self, index: int) -> Path | StoredImage:  # type: ignore[override]
+        """What an image is read from, by its number."""
+        name = self.names[index]
+        if not self.parts:
+            return FileRange(name, name) if is_uri(name) else self.path(name)
+        number = range(len(self))[index]
+        part = int(np.searchsorted(self._ends, number, side="right"))
+        of_part = self.parts[part]
+        return of_part.image(number - int(self._ends[part]) + len(of_part), name)
+
+    def source(self, name: str) -> Path | StoredImage:
+        """What an image is read from, by its name."""
+        if not self.parts:
+            return FileRange(name, name) if is_uri(name) else self.path(name)
+        digests, numbers = self._numbers
+        place = int(np.searchsorted(digests, _digest(name)))
+        while self.names[numbers[place]] != name:
+            place += 1
+        return self[int(numbers[place])]
+
     def path(self, name: str) -> Path:
         """Where a file lies."""
-        return self.root / name
+        return Path(self.root) / name
+
+    @property
+    def place(self) -> str:
+        """The root, wherever it is seen from."""
+        return str(self.root.absolute()) if isinstance(self.root, Path) else self.root
 
     def fingerprint(self) -> str:
         """SHA-256 over the names in order."""
@@ -41,69 +77,123 @@ class Collection:
             digest.update(as_line({"": name}).encode() + b"\n")
         return digest.hexdigest()
 
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """Number of images up to the end of each part."""
+        return np.cumsum([len(part) for part in self.parts])
+
+    @cached_property
+    def _numbers(self) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        """Digests of the names, sorted, and the number of each: eight bytes a name; a dictionary takes a hundred."""
+        digests = np.fromiter(map(_digest, self.names), np.uint32, len(self))
+        order = np.argsort(digests, kind="stable").astype(np.uint32)
+        return digests[order], order
+
+
+def _digest(name: str) -> int:
+    return zlib.crc32(name.encode("utf-8", "surrogateescape"))
+
 
 def find_collection(source: str, apart: Path | None = None) -> Collection:
-    """The images that a folder, a glob or a list stands for.
+    """The images that a folder, a glob, a list, a file with many images or a URI of these stands for.
 
     Args:
-        source: a folder, which is searched with all its subfolders; a glob such as ``photos/**/*.jpg``; or a text file
-            with a path a line, relative to its own folder. Lines that are empty or begin with ``#`` are left out, and
-            so is what has been listed before.
+        source: a folder, which is searched with all its subfolders; a glob such as ``photos/**/*.jpg``; a tar shard, or
+            a Parquet or Arrow file; the URI of one of these; or a text file with a path or an image's URI a line,
+            paths relative to its own folder. Lines that are empty or begin with ``#`` are left out, and so is what has
+            been listed before. Where a folder or glob has image files, these count, else its files with many images.
         apart: a folder whose files are left out: what a run writes is none of its photos.
 
     Raises:
-        OptionError: if there is no such thing, or no image in it.
+        OptionError: if there is no such thing, or no image in it, or it cannot be listed.
     """
+    if is_uri(source):
+        local = local_path(source)
+        return find_collection(local, apart) if local is not None else Collection(*find_stored(source))
     path = Path(source)
     if source and path.is_dir():
-        inside = sorted(os.path.relpath(file, path) for file in _images_below(path))
-        return _collect(path, inside, _no_images(path), apart)
+        kinds = sort_files(os.path.relpath(file, path) for file in _files_below(path))
+        return _of_kinds(path, kinds, path, _no_images(path), apart)
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
             raise OptionError(f"{path} is one image: expected a folder, a glob or a list; use `lostreg predict`")
+        if path.suffix.lower() in PACKED:
+            inside = _of_kinds(path.parent, sort_files([path.name]), path, f"no images in {path}", apart)
+            return replace(inside, root=path)
         return _collect(path.parent, _listed(path), f"{path} lists no images: expected a path a line", apart)
     if glob.has_magic(source):
         root = _fixed_part(path)
         matches = (name for name in glob.glob(source, recursive=True) if not Path(name).is_dir())  # noqa: PTH207
-        found = sorted(os.path.relpath(name, root) for name in _images_of(matches, source))
+        kinds = sort_files(os.path.relpath(name, root) for name in matches)
         nothing = f"no image matches '{source}': a [ that is part of a name is written [[]"
-        return _collect(root, found, nothing, apart)
+        return _of_kinds(root, kinds, source, nothing, apart)
     raise OptionError(f"{source!r}: no such folder or list; expected a folder, a glob or a file with a path a line")
 
 
-def find_images(arguments: Iterable[str]) -> list[Path]:
-    """The image files that files, folders and globs stand for, folders and globs sorted.
+def find_sources(arguments: Iterable[str]) -> list[Path | StoredImage]:
+    """The images that files, folders, globs, files with many images and URIs stand for, folders and globs sorted.
 
     Args:
         arguments: as a command line names them; a file need not be there, and may have any ending.
 
     Raises:
-        OptionError: if a folder holds no images or a glob matches none.
+        OptionError: if a folder holds no images, a glob matches none, or a URI cannot be listed.
     """
-    paths: list[Path] = []
+    sources: list[Path | StoredImage] = []
     for argument in arguments:
         if not argument:
             raise OptionError("expected a file, folder or glob, found an empty argument")
+        argument = local_path(argument) or argument
         path = Path(argument)
-        if path.is_dir():
-            inside = sorted(map(Path, _images_below(path)))
-            if not inside:
-                raise OptionError(_no_images(path))
-            paths += inside
+        if is_uri(argument) and argument.partition("?")[0].lower().endswith(SUFFIXES) and "*" not in argument:
+            check_uri(argument)
+            arrow("fs", argument)
+            sources.append(FileRange(argument.partition("?")[0], argument))
+        elif is_uri(argument) or path.suffix.lower() in PACKED:
+            sources += find_collection(argument)
+        elif path.is_dir():
+            kinds = sort_files(os.path.relpath(file, path) for file in _files_below(path))
+            inside = _of_kinds(path, kinds, path, _no_images(path), None)
+            sources += inside if inside.parts else sorted(map(inside.path, inside.names))
         elif glob.has_magic(argument) and not path.exists():
             # pathlib's glob takes no absolute patterns
             matches = sorted(Path(match) for match in glob.glob(argument, recursive=True))  # noqa: PTH207
             files = [match for match in matches if match.is_file()]
             if not files:
                 raise OptionError(f"no file matches '{argument}'")
-            paths += files
+            sources += files
         else:
-            paths.append(path)
-    return paths
+            sources.append(path)
+    return sources
+
+
+def find_images(arguments: Iterable[str]) -> list[Path]:
+    """Like `find_sources`, for what works on image files alone.
+
+    Raises:
+        OptionError: likewise, or if an image is no file of its own.
+    """
+    sources = find_sources(arguments)
+    stored = next((source for source in sources if isinstance(source, StoredImage)), None)
+    if stored is not None:
+        raise OptionError(f"{stored} is no image file of its own: `lostreg discover` reads it, this command does not")
+    return [source for source in sources if isinstance(source, Path)]
+
+
+def _of_kinds(root: Path, kinds: Kinds, place: object, nothing: str, apart: Path | None) -> Collection:
+    """Image files, where there are any, else the images in files that hold many."""
+    if kinds.images or not kinds.packed:
+        tell_others(kinds.others, place)
+        return _collect(root, kinds.images, nothing, apart)
+    folder = os.path.abspath(root)  # noqa: PTH100 - without following links
+    names, parts = unpack(kinds, str(place), lambda name: os.path.join(folder, name))  # noqa: PTH118
+    if not names:
+        raise OptionError(nothing)
+    return Collection(root, names, parts)
 
 
 def _collect(root: Path, names: Iterable[str], nothing: str, apart: Path | None) -> Collection:
-    kept = tuple(dict.fromkeys(Path(name).as_posix() for name in names))
+    kept = tuple(dict.fromkeys(name if is_uri(name) else Path(name).as_posix() for name in names))
     if apart is not None and apart.exists():
         kept = tuple(name for name in kept if not (root / name).resolve().is_relative_to(apart.resolve()))
     if not kept:
@@ -111,28 +201,8 @@ def _collect(root: Path, names: Iterable[str], nothing: str, apart: Path | None)
     return Collection(root, kept)
 
 
-def _images_below(folder: Path) -> Iterator[str]:
-    return _images_of(_files_below(folder), folder)
-
-
-def _images_of(files: Iterable[str], place: str | Path) -> Iterator[str]:
-    """The files that end like images; in the end a warning that counts the others by their endings."""
-    others: Counter[str] = Counter()
-    for file in files:
-        if file.lower().endswith(SUFFIXES):
-            yield file
-        else:
-            others[os.path.splitext(file)[1].lower()] += 1  # noqa: PTH122 - lighter than paths
-    if others:
-        counts = sorted(others.items(), key=lambda item: (-item[1], item[0]))
-        endings = [f"{count:,} {ending or 'without ending'}" for ending, count in counts]
-        hint = f" ({HEIF_HINT})" if others.keys() & set(HEIF_SUFFIXES) else ""
-        message = f"left out of {place}, by their endings: {name_some(endings)}{hint}"
-        warnings.warn(message, LostregWarning, stacklevel=2)
-
-
 def _no_images(folder: Path) -> str:
-    return f"no images in {folder}: expected files ending in {name_some(list(SUFFIXES), 7)}"
+    return f"no images in {folder}: expected files ending in {endings()}"
 
 
 def _files_below(folder: str | Path) -> Iterator[str]:
@@ -159,7 +229,13 @@ def _listed(path: Path) -> list[str]:
     if "\0" in text:
         raise OptionError(f"{path} is no list of images: expected a text file with a path a line")
     lines = (line.removesuffix("\r") for line in text.split("\n"))  # names may hold what else ends lines
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    listed = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    uris = [line for line in listed if is_uri(line)]
+    for uri in uris:
+        check_uri(uri)
+    if uris:
+        arrow("fs", uris[0])
+    return listed
 
 
 def _fixed_part(pattern: Path) -> Path:

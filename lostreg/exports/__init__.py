@@ -1,1 +1,1 @@
-"""Predictions in the formats of other tools: COCO, VOC, YOLO, CSV, Label Studio."""
+"""Predictions in the formats of other tools: COCO, VOC, YOLO, CSV, Parquet, Label Studio."""

@@ -14,7 +14,8 @@ class Format:
 
     Attributes:
         module: within `lostreg.exports`. Its function ``write`` takes the file or folder to write, an `ExportSet`, and
-            as keywords the options of the format but ``keep_empty``; a folder's also ``on_progress``.
+            as keywords the options of the format but ``keep_empty``; a folder's also ``on_progress``. One that is
+            streamed takes predictions, one by one, in place of the `ExportSet`, and ``min_score``.
         suffixes: of the files that are written, that of ``--out`` first; none for a folder with the images.
         options: which of `OPTIONS` it has.
         needs_sizes: whether it needs the sizes of the images; boxes are then cut to these.
@@ -22,6 +23,7 @@ class Format:
         has_scores: whether it has a place for scores.
         has_unreadable: whether it lists images that could not be read.
         is_utf8: whether names that are not UTF-8 are changed.
+        is_streamed: whether it is written as the predictions are read, so that no number of them is too many.
     """
 
     module: str
@@ -32,6 +34,7 @@ class Format:
     has_scores: bool = False
     has_unreadable: bool = False
     is_utf8: bool = False
+    is_streamed: bool = False
 
     @property
     def is_folder(self) -> bool:
@@ -49,6 +52,15 @@ FORMATS: Final[dict[str, Format]] = {
     "voc": Format("voc", options=("label", "keep_empty", "files")),
     "yolo": Format("yolo", options=("label", "keep_empty", "files", "val_share")),
     "csv": Format("csv_table", (".csv",), needs_sizes=False, has_scores=True, has_unreadable=True),
+    "parquet": Format(
+        "parquet",
+        (".parquet",),
+        needs_sizes=False,
+        has_masks=True,
+        has_scores=True,
+        has_unreadable=True,
+        is_streamed=True,
+    ),
     "labelstudio": Format("labelstudio", (".json", ".xml"), ("label", "image_url"), has_scores=True, is_utf8=True),
 }
 

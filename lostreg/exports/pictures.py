@@ -1,18 +1,21 @@
 """Image files in an exported folder: copied or linked where its readers take them as they are, else encoded anew."""
 
 import shutil
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final, Literal
 
 from PIL import ExifTags, Image
 
 from lostreg.checks import cut
-from lostreg.errors import PredictionsError
+from lostreg.errors import ImageError, PredictionsError
 from lostreg.exports.items import ExportImage
 from lostreg.images.decode import Header, read_header, read_image
+from lostreg.images.stores import StoredImage
 from lostreg.runs.locate import Source, is_file
 
 Placing = Literal["copy", "link", "none"]
@@ -46,14 +49,14 @@ class Plan:
     """What is to become of an image file.
 
     Attributes:
-        path: of the file.
+        source: the file, or the image's place in another one or in a store.
         suffix: of the new file.
         exif: whether boxes are in pixels turned as the file's EXIF orientation says.
         encode: whether it must be encoded anew.
         private: whether readers may mend the file in place, so that it must not be a link.
     """
 
-    path: Path
+    source: Path | StoredImage
     suffix: str
     exif: bool
     encode: bool
@@ -70,18 +73,40 @@ def plan(image: ExportImage, reader: Reader) -> Plan:
     if image.source is None:
         name = cut(repr(image.image_id))
         raise PredictionsError(f"no file found for image {name}: --images DIR says where the images lie")
-    path = image.source.path
-    if not is_file(path):
-        raise PredictionsError(f"{cut(str(path), 200)} is not there: --images DIR says where the images lie now")
+    source = image.source.path
+    if isinstance(source, Path) and not is_file(source):
+        raise PredictionsError(f"{cut(str(source), 200)} is not there: --images DIR says where the images lie now")
+    with _on_disk(source) as path:
+        return _plan(image, image.source, path, reader)
+
+
+def _plan(image: ExportImage, source: Source, path: Path, reader: Reader) -> Plan:
     header = read_header(path)
     kind, orientation = header.format, header.orientation
-    exif = _is_turned(image, image.source, header)
+    exif = _is_turned(image, source, header)
     is_plain = kind in reader.kinds and (kind != "TIFF" or header.mode in ("RGB", "L"))
     is_upright = orientation.value == 1 or (kind == "JPEG" and exif and reader.turns)
     if not (is_plain and is_upright and orientation.is_plain and _readers_agree(path, orientation.value)):
-        return Plan(path, ".jpg" if kind == "JPEG" else ".png", exif, encode=True)
-    suffix = path.suffix if path.suffix.lower() in _SUFFIXES[kind] else _SUFFIXES[kind][0]
-    return Plan(path, suffix, exif, encode=False, private=kind == "JPEG" and not _ends_well(path))
+        return Plan(source.path, ".jpg" if kind == "JPEG" else ".png", exif, encode=True)
+    suffix = PurePath(source.path.name).suffix
+    suffix = suffix if suffix.lower() in _SUFFIXES[kind] else _SUFFIXES[kind][0]
+    may_mend = kind == "JPEG" and not _ends_well(path)
+    return Plan(source.path, suffix, exif, encode=False, private=may_mend)
+
+
+@contextmanager
+def _on_disk(source: Path | StoredImage) -> Iterator[Path]:
+    """A file of the image: its own, or one that goes afterwards."""
+    if isinstance(source, Path):
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "image"
+        path.write_bytes(source.read())
+        try:
+            yield path
+        except (ImageError, PredictionsError) as error:
+            raise type(error)(str(error).replace(str(path), source.name)) from error
 
 
 def plan_all(images: Sequence[ExportImage], reader: Reader, placing: Placing) -> list[Plan | None]:
@@ -136,9 +161,11 @@ def place(what: Plan, target: Path, how: Placing) -> None:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if what.encode:
-        pixels = read_image(what.path, exif=what.exif, max_pixels=_ANY_SIZE).pixels
+        pixels = read_image(what.source, exif=what.exif, max_pixels=_ANY_SIZE).pixels
         Image.fromarray(pixels).save(target, quality=95, subsampling=0)
+    elif isinstance(what.source, StoredImage):
+        target.write_bytes(what.source.read())
     elif how == "link" and not what.private:
-        target.symlink_to(what.path.resolve())
+        target.symlink_to(what.source.resolve())
     else:
-        shutil.copyfile(what.path, target)
+        shutil.copyfile(what.source, target)

@@ -9,9 +9,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from lostreg.datasets.lake import stored_at
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.images.decode import read_image
 from lostreg.images.rle import rle_area, sample_rle
+from lostreg.images.stores import StoredImage
 from lostreg.runs.locate import find_below
 from lostreg.runs.maps import ImageMaps
 from lostreg.runs.predictions import Prediction
@@ -66,10 +68,12 @@ def make_entry(shown: Shown, images: Path | None, *, exif: bool, max_pixels: int
     return Entry(_card(shown, size, note), _maps(prediction, maps, known_size), jpeg)
 
 
-def _find(image_id: str | int, maps: ImageMaps | None, images: Path | None) -> tuple[Path | None, str]:
+def _find(image_id: str | int, maps: ImageMaps | None, images: Path | None) -> tuple[Path | StoredImage | None, str]:
     """Where an image should be; else why nothing says so."""
     if images is None:
-        return (Path(maps.path), "") if maps else (None, "no line in the maps file says where the image is")
+        if maps is None:
+            return None, "no line in the maps file says where the image is"
+        return stored_at(str(image_id), maps.path) or Path(maps.path), ""
     path = find_below(images, image_id, maps.path if maps else None)
     return path, "" if path else f"{image_id}: no such file in {images.name or images}"
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TypeVar, Union
 
@@ -21,6 +22,7 @@ from lostreg.errors import ImageError, ImageUnavailableError, OptionError
 from lostreg.images.files import HAS_HEIF, HEIF_HINT, ImageFile
 from lostreg.images.memory import describe_bytes, host_bytes
 from lostreg.images.metadata import SIDEWAYS, Orientation, exif_orientation, hide_metadata, turn
+from lostreg.images.stores import StoredImage
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +47,7 @@ _NO_MEMORY: Final = -4  # of OpenCV
 
 
 ImageSource = Union[
-    str, "os.PathLike[str]", bytes, BinaryIO, Image.Image, "NDArray[np.uint8]", "torch.Tensor", ImageFile
+    str, "os.PathLike[str]", bytes, BinaryIO, Image.Image, "NDArray[np.uint8]", "torch.Tensor", ImageFile, StoredImage
 ]
 """What stands for an image: path, content, PIL image, array (h, w, 3) of uint8, tensor (3, h, w) or (h, w, 3)."""
 
@@ -178,7 +180,8 @@ def held(source: ImageSource) -> ImageSource:
     """What can be read more than once, and travel: the content of a file object, the path of a folder's entry."""
     if isinstance(source, os.DirEntry):  # it cannot be pickled
         return str(source.path)
-    return _content(source).getvalue() if callable(getattr(source, "read", None)) else source
+    is_open = callable(getattr(source, "read", None)) and not isinstance(source, StoredImage)
+    return _content(source).getvalue() if is_open else source
 
 
 def check_several(images: object) -> None:
@@ -193,7 +196,7 @@ def name_of(source: object) -> str:
     """What messages call an image: its path, or what kind of thing it is."""
     if isinstance(source, str | os.PathLike):
         return os.fsdecode(source)
-    return str(source) if isinstance(source, ImageFile) else "image"
+    return str(source) if isinstance(source, ImageFile | StoredImage) else "image"
 
 
 @contextmanager
@@ -223,6 +226,8 @@ def _content(source: object) -> io.BytesIO:
     """An encoded image, in memory of our own."""
     if isinstance(source, str | os.PathLike):
         return _read_file(Path(os.fsdecode(source)))
+    if isinstance(source, StoredImage):
+        return io.BytesIO(source.read(partial(_check_memory, name=source.name, why="its bytes take")))
     if callable(read := getattr(source, "read", None)):
         with suppress(AttributeError, OSError):  # no pipe: from its beginning, wherever what wrote it has left off
             source.seek(0)  # type: ignore[attr-defined]

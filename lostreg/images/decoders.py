@@ -36,6 +36,7 @@ from lostreg.images import decode
 from lostreg.images.allocator import keep_freed_memory
 from lostreg.images.decode import read_image
 from lostreg.images.patches import PatchedPicture, cut_patches
+from lostreg.images.stores import FileRange
 
 _MOST_PIXELS: Final = 1 << 22  # of what is cut; for more, free memory is looked at
 _SHARED_BYTES: Final = 1 << 29  # by all processes together
@@ -138,7 +139,12 @@ class Decoders:
         return not ready or any(decoder.has_room() for decoder in ready)
 
     def ask(
-        self, path: str, otherwise: Callable[[], Future[PatchedPicture]], *, exif: bool | None = None
+        self,
+        path: str,
+        otherwise: Callable[[], Future[PatchedPicture]],
+        *,
+        exif: bool | None = None,
+        part: tuple[int, int] | None = None,
     ) -> Asked | None:
         """Have a process read a file; None where none can now.
 
@@ -146,6 +152,7 @@ class Decoders:
             path: of the file.
             otherwise: has a thread read it, where the process turns out not to.
             exif: in place of that of the reading.
+            part: the first byte and the number of bytes of the image in the file; None for all of it.
         """
         if self._started is None:
             self._start()
@@ -161,7 +168,7 @@ class Decoders:
         decoder = min(able, key=lambda decoder: len(decoder.asked))
         asked = Asked(partial(self._receive, decoder), otherwise)
         try:
-            decoder.ask(asked, path, self._reading.exif if exif is None else exif)
+            decoder.ask(asked, path, self._reading.exif if exif is None else exif, part)
         except (OSError, ValueError) as error:
             self._end(decoder, error)
             return None
@@ -288,13 +295,14 @@ class _Decoder:
             self._freed = self._spans.popleft().end
         return self._freed + len(self.memory) >= self._taken + (len(self.asked) + 2) * self._largest  # 1 for the seam
 
-    def ask(self, asked: Asked, path: str, exif: bool) -> None:
+    def ask(self, asked: Asked, path: str, exif: bool, part: tuple[int, int] | None) -> None:
         """Have it read a file.
 
         Raises:
             OSError, ValueError: if it has ended.
         """
-        line = json.dumps({"path": path, "exif": exif, "freed": self._freed}).encode() + b"\n"
+        request = {"path": path, "exif": exif, "part": part, "freed": self._freed}
+        line = json.dumps(request).encode() + b"\n"
         while line:
             line = line[os.write(self._requests, line) :]
         self.asked.append(asked)
@@ -385,9 +393,10 @@ def _decode(reading: dict[str, Any], size: int, shared: int, requests: int, answ
 def _answer(request: dict[str, Any], room: "_Room") -> bytes:
     """Read what is asked for into the room; decline any other image than one that is small and sound."""
     room.freed = request["freed"]
+    path, part = request["path"], request.get("part")
     try:
         picture = read_image(
-            request["path"],
+            path if part is None else FileRange(path, path, *part),
             max_side=request["max_side"],
             exif=request["exif"],
             max_pixels=request["max_pixels"],

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lostreg.images.decode import Picture
 from lostreg.images.files import ImageFile
+from lostreg.images.stores import StoredImage
 
 
 def patch_grid(pixels: NDArray[np.uint8], patch_size: int) -> tuple[int, int]:
@@ -26,14 +27,14 @@ class PatchedPicture:
         size: (height, width) of what was cut, in pixels.
         width: of the original image, in pixels.
         height: of the original image, in pixels.
-        source: the file that it comes from, if it comes from one.
+        source: the file that it comes from, or its place in another one or in a store, if it comes from one.
     """
 
     patches: NDArray[np.uint8]
     size: tuple[int, int]
     width: int
     height: int
-    source: "str | os.PathLike[str] | ImageFile | None" = None
+    source: "str | os.PathLike[str] | ImageFile | StoredImage | None" = None
 
     @property
     def grid(self) -> tuple[int, int]:

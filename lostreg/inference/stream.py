@@ -25,6 +25,7 @@ from lostreg.images.decoders import Asked, Decoders, Reading
 from lostreg.images.files import ImageFile
 from lostreg.images.memory import describe_bytes
 from lostreg.images.patches import PatchedPicture, cut_patches
+from lostreg.images.stores import FileRange, StoredImage
 from lostreg.inference.memory import available_bytes, required_bytes
 from lostreg.models.backbone import Backbone
 from lostreg.models.pixels import pin
@@ -33,6 +34,7 @@ _PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a
 _OTHER_PACK_PATCHES: Final = 1 << 14
 _DECODED_APART: Final = ("cuda",)  # devices that are quicker than what threads can decode
 _DECODED_BYTES: Final = 1 << 30  # that wait for their turn
+_REMOTE_READERS: Final = 32  # threads that read from stores: most of their time they wait for an answer
 _PINNED_BYTES: Final = 1 << 25  # of an image
 _UNCHECKED_BYTES: Final = 2 << 30  # an image that needs less is tried without asking for free memory
 _LONG: Final = 1 << 16  # patches
@@ -111,16 +113,21 @@ class ImageStream(Generic[Outcome]):
     def _stream(self, images: Iterator[ImageSource]) -> Iterator[Outcome | ImageError]:
         """Decode, compute and finish at the same time: on a GPU, the next pack is started before one is finished."""
         started: deque[_Started] = deque()
-        with ThreadPoolExecutor(_decoders()) as pool, self._decoding_processes() as decoders:
+        with (
+            ThreadPoolExecutor(_decoders()) as pool,
+            ThreadPoolExecutor(_REMOTE_READERS) as remote,  # whose threads begin with the first image for them
+            self._decoding_processes() as decoders,
+        ):
             try:
-                for pack in self._packs(self._decoded(pool, decoders, images)):
+                for pack in self._packs(self._decoded(pool, remote, decoders, images)):
                     started.append(self._start(pack))
                     while len(started) > self._ahead:
                         yield from self._finish(started.popleft())
                 while started:
                     yield from self._finish(started.popleft())
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                for threads in (pool, remote):
+                    threads.shutdown(wait=False, cancel_futures=True)
                 raise
 
     def _decoding_processes(self) -> AbstractContextManager[Decoders | None]:
@@ -131,7 +138,11 @@ class ImageStream(Generic[Outcome]):
         return Decoders(reading, _decoders() - 1, partial(pin, self.backbone.device))  # a core feeds the device
 
     def _decoded(
-        self, pool: ThreadPoolExecutor, decoders: Decoders | None, images: Iterator[ImageSource]
+        self,
+        pool: ThreadPoolExecutor,
+        remote: ThreadPoolExecutor,
+        decoders: Decoders | None,
+        images: Iterator[ImageSource],
     ) -> Iterator["_Decoded"]:
         """Images in order, the next ones being decoded meanwhile: two batches of them, or as much as memory allows."""
         window: deque[tuple[ImageSource, Asked | Future[PatchedPicture]]] = deque()
@@ -143,7 +154,8 @@ class ImageStream(Generic[Outcome]):
                 source = next(images, _END)
                 if isinstance(source, _End):
                     break
-                by_thread = partial(pool.submit, self._read, source, waiting)
+                threads = remote if isinstance(source, StoredImage) and source.is_remote else pool
+                by_thread = partial(threads.submit, self._read, source, waiting)
                 asked = None
                 if number + len(window) >= self.batch_size:  # a short list is not worth processes
                     asked = self._ask(decoders, source, by_thread)
@@ -158,15 +170,19 @@ class ImageStream(Generic[Outcome]):
                 continue
             if isinstance(reading, Future) or reading.future is not None:
                 waiting.add(-picture.patches.nbytes)
-            if isinstance(source, str | os.PathLike | ImageFile):
+            if isinstance(source, str | os.PathLike | ImageFile | StoredImage):
                 picture = replace(picture, source=source.path if isinstance(source, os.DirEntry) else source)
             yield _Decoded(name_of(source), picture)
 
     def _ask(
         self, decoders: Decoders | None, source: ImageSource, otherwise: Callable[[], Future[PatchedPicture]]
     ) -> Asked | None:
-        """Have a process decode an image, where there is one and the image is a file."""
-        if decoders is None or not isinstance(source, str | os.PathLike | ImageFile):
+        """Have a process decode an image, where there is one and the image is a file, or part of one, on a disk."""
+        if decoders is None:
+            return None
+        if isinstance(source, FileRange) and source.size is not None and not source.is_remote:
+            return decoders.ask(source.file, otherwise, part=(source.start, source.size))
+        if not isinstance(source, str | os.PathLike | ImageFile):
             return None
         path, exif = (source.path, source.exif) if isinstance(source, ImageFile) else (source, None)
         return decoders.ask(os.fsdecode(path), otherwise, exif=exif)

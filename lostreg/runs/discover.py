@@ -121,7 +121,7 @@ def discover_collection(
     """
     settings = {
         "collection": {
-            "root": str(collection.root.absolute()),
+            "root": collection.place,
             "images": len(collection),
             "fingerprint": collection.fingerprint(),
         },
@@ -151,14 +151,14 @@ def discover_collection(
         failed_lines = _write_failed(out, _counted(run.resume(), summary, min_score, strict=strict))
         summary.known = summary.images
         drawn: list[str] = []
-        for name, outcome in run.outcomes(discoverer.outcomes, collection.path):
-            path, error = collection.path(name), None
+        for name, outcome in run.outcomes(discoverer.outcomes, collection.source):
+            source, error = collection.source(name), None
             if isinstance(outcome, ImageError):
                 if strict:
                     raise outcome
-                prediction, maps, error = from_error(name, outcome, path), None, outcome
+                prediction, maps, error = from_error(name, outcome, source), None, outcome
             else:
-                prediction, maps = from_discovery(name, outcome, masks=masks), maps_of(name, path, outcome)
+                prediction, maps = from_discovery(name, outcome, masks=masks), maps_of(name, source, outcome)
                 if mask_pictures:
                     save_mask_png(mask_path(out, name), outcome.labels())
                     drawn.append(name)

@@ -6,9 +6,11 @@ from pathlib import Path, PurePath
 from typing import Final
 
 from lostreg.datasets.base import ImageId
+from lostreg.datasets.lake import stored_at
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.images.files import SUFFIXES
+from lostreg.images.stores import StoredImage, is_uri
 from lostreg.runs.maps import read_maps
 from lostreg.runs.results import results_of
 
@@ -57,15 +59,15 @@ def is_file(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """An image file.
+    """An image file, or an image that is kept elsewhere.
 
     Attributes:
-        path: of the file; it need not exist any more.
+        path: of the file, or its place in another file or a store; it need not be there any more.
         exif: whether boxes are in pixels turned as its EXIF orientation says; None where that is not known.
         name: its place below the folder of the images; None where that folder is not known.
     """
 
-    path: Path
+    path: Path | StoredImage
     exif: bool | None
     name: str | None = None
 
@@ -107,12 +109,15 @@ class ImageFinder:
         self._maps = {one.image_id: (one.path, one.exif) for one in read_maps(maps)} if maps.is_file() else {}
         collection = (results_of(predictions.parent) or {}).get("collection")
         root = collection.get("root") if isinstance(collection, dict) else None
-        self.folder = images or (Path(root) if isinstance(root, str) and root else None)
+        self.folder = images or (Path(root) if isinstance(root, str) and root and not is_uri(root) else None)
         """The folder that the ids are relative to; None where it is not known."""
 
     def find(self, image_id: ImageId) -> Source | None:
         """The file of an image; None where there is none."""
         recorded, exif = self._maps.get(image_id, (None, None))
+        stored = stored_at(str(image_id), recorded) if recorded is not None and self._given is None else None
+        if stored is not None:
+            return Source(stored, exif, str(image_id))
         if recorded is not None and self._given is None:
             path: Path | None = Path(recorded)
         else:
@@ -121,7 +126,11 @@ class ImageFinder:
             path = Path(str(image_id))
         return Source(path, exif, below(path, self.folder) if self.folder else None) if path else None
 
-    def place(self, image_id: ImageId) -> Path:
-        """Where the file of an image is, or would be."""
+    def place(self, image_id: ImageId) -> Path | None:
+        """The file that an image lies in, or would; None where that is in a store."""
         source = self.find(image_id)
-        return source.path if source else (self.folder or Path()) / str(image_id)
+        if source is None:
+            return (self.folder or Path()) / str(image_id)
+        if isinstance(source.path, StoredImage):
+            return None if source.path.is_remote else Path(source.path.file)
+        return source.path

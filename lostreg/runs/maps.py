@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lostreg.checks import shown
 from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
+from lostreg.images.stores import StoredImage
 from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import as_line, is_box, is_finite_number, is_id
 
@@ -28,7 +29,7 @@ class ImageMaps:
 
     Attributes:
         image_id: as in the predictions file.
-        path: of the image file, absolute.
+        path: of the image file, absolute; or `StoredImage.locator`.
         degrees: connections of each patch, shape (h, w), int64.
         patch_width: of a patch, in pixels of the original image.
         patch_height: of a patch, in pixels of the original image.
@@ -74,17 +75,18 @@ class ImageMaps:
         return as_line(fields)
 
 
-def maps_of(image_id: ImageId, path: Path, found: Discovery, truth: Any = None) -> ImageMaps:
+def maps_of(image_id: ImageId, source: Path | StoredImage, found: Discovery, truth: Any = None) -> ImageMaps:
     """The line for one image's discovery.
 
     Args:
         image_id: as in the predictions file.
-        path: of the image file.
+        source: the image file, or where the image is kept.
         found: what was found in it.
         truth: ground-truth boxes, shape (m, 4); None where there is no ground truth.
     """
     boxes = None if truth is None else np.asarray(truth, dtype=float).tolist()
-    place = os.path.abspath(path)  # noqa: PTH100 - without `..`, and without following links
+    # Without `..`, and without following links.
+    place = source.locator if isinstance(source, StoredImage) else os.path.abspath(source)  # noqa: PTH100
     return ImageMaps(
         image_id,
         place,

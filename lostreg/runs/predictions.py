@@ -10,6 +10,7 @@ from lostreg.checks import FARTHEST, shown
 from lostreg.datasets.base import ImageId
 from lostreg.errors import ImageUnavailableError, PredictionsError
 from lostreg.images.rle import Rle, encode_rle
+from lostreg.images.stores import StoredImage
 from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import as_line, is_box, is_finite_number, is_id
 
@@ -77,13 +78,13 @@ def from_discovery(image_id: ImageId, found: Discovery, *, masks: bool = False) 
     )
 
 
-def from_error(image_id: ImageId, error: Exception, path: Path | None = None) -> Prediction:
-    """The line for an image that could not be read; without its folder, if its path is given.
+def from_error(image_id: ImageId, error: Exception, source: Path | StoredImage | None = None) -> Prediction:
+    """The line for an image that could not be read; without its folder, if its file is given.
 
     Where images lie is no part of a result: the same run from another place writes the same.
     """
     reason = str(error)
-    reason = reason if path is None else reason.replace(str(path), path.name)
+    reason = reason.replace(str(source), source.name) if isinstance(source, Path) else reason
     return Prediction(image_id, (), error=reason, unavailable=isinstance(error, ImageUnavailableError))
 
 

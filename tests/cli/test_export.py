@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from exporting import BROKEN, NAMES, collect, line, write_lines, write_run
+from pyarrow.parquet import ParquetWriter
 
 from lostreg.cli.main import main
 
-OUT = {"coco": "coco.json", "voc": "voc", "yolo": "yolo", "csv": "boxes.csv", "labelstudio": "tasks.json"}
+OUT = {"coco": "coco.json", "voc": "voc", "yolo": "yolo", "csv": "boxes.csv"}
+OUT |= {"parquet": "boxes.parquet", "labelstudio": "tasks.json"}
 
 
 def run(command: str, place: Path) -> int | str | None:
@@ -36,7 +38,7 @@ def test_a_run_is_exported_and_the_last_line_says_what(
     assert run(f"{{}}/run --format {kind} --out {{}}/new/{OUT[kind]}", tmp_path) == 0
     out = tmp_path / "new" / OUT[kind]
     assert out.exists()
-    note = "1 unreadable" if kind == "csv" else "1 unreadable left out"
+    note = "1 unreadable" if kind in ("csv", "parquet") else "1 unreadable left out"
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"exported {len(NAMES)} images, {2 * len(NAMES)} boxes to {out} ({note})"
     beside = {OUT[kind], "tasks.xml"} if kind == "labelstudio" else {OUT[kind]}
@@ -122,6 +124,7 @@ def test_a_full_disk_leaves_nothing_and_harms_nothing(
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
+        patched.setattr(ParquetWriter, "write_table", lambda *_, **__: full(tmp_path / "half"))
         assert run(command, tmp_path) == 2
         assert "No space left on device" in capsys.readouterr().err
     assert contents(tmp_path / "new") == {}
@@ -129,6 +132,7 @@ def test_a_full_disk_leaves_nothing_and_harms_nothing(
     before = contents(tmp_path / "new")
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
+        patched.setattr(ParquetWriter, "write_table", lambda *_, **__: full(tmp_path / "half"))
         assert run(command + " --overwrite", tmp_path) == 2
     assert contents(tmp_path / "new") == before
 
@@ -250,6 +254,7 @@ BAD = {
     "an image": ("{}/photos/a.jpg --format csv --out {}/x.csv", r"a\.jpg, line 1: expected an object with image_id"),
     "results": ("{}/run/results.json --format csv --out {}/x.csv", "results.json, line 1: expected an object with"),
     "folder as a file": ("{}/run --format coco --out {}/photos", "expected a file ending in .json"),
+    "a store": ("{}/run --format csv --out s3://bucket/x.csv", "expected a place on this machine's disks, not s3://"),
     "wrong suffix": ("{}/run --format csv --out {}/x.json", "expected a file ending in .csv"),
     "file as a folder": ("{}/run --format yolo --out {}/run/results.json", "expected a folder for this format"),
     "plain file as a folder": ("{}/run --format voc --out {}/file", "is a file: expected a folder"),
@@ -271,6 +276,8 @@ BAD = {
     "empty label": ("{}/run --format coco --out {}/x.json --label ' '", "expected the name of a class, not ' '"),
     "label of two lines": ("{}/run --format coco --out {}/x.json --label 'a\nb'", "expected the name of a class"),
     "twice": ("{}/twice.jsonl --format csv --out {}/x.csv", "1 images twice: a.jpg"),
+    "twice, streamed": ("{}/twice.jsonl --format parquet --out {}/x.parquet", "have an image twice: a.jpg"),
+    "streamed from a cut line": ("{}/cut.jsonl --format parquet --out {}/x.parquet", "holds no predictions: expected"),
     "NaN": ("{}/nan.jsonl --format csv --out {}/x.csv", "line 1: expected an object with image_id and boxes"),
     "outside": ("{}/outside.jsonl --format coco --out {}/x.json", "covers nothing of the image of 60x40 pixels"),
     "only a cut line": ("{}/cut.jsonl --format csv --out {}/x.csv", "holds no predictions: expected one JSON object"),

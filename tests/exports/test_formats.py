@@ -9,16 +9,18 @@ from urllib.parse import unquote
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
-from exporting import BROKEN, HEIGHT, MENDED, NAMES, WIDTH, collect, collection_of, line, write_run
+from exporting import BROKEN, HEIGHT, MENDED, NAMES, WIDTH, collect, collection_of, line, write_lines, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 
 from lostreg.datasets.voc import load_voc
-from lostreg.exports import voc, yolo
+from lostreg.errors import PredictionsError
+from lostreg.exports import parquet, voc, yolo
 from lostreg.exports.coco import as_coco
 from lostreg.exports.csv_table import COLUMNS, as_csv
 from lostreg.exports.items import ExportSet
@@ -26,6 +28,7 @@ from lostreg.exports.labelstudio import as_tasks, labelling_config
 from lostreg.exports.voc import whole_corners
 from lostreg.exports.writing import as_text, write_file
 from lostreg.exports.yolo import choose_val
+from lostreg.runs.predictions import read_predictions
 
 BOXES = [[6, 4, 30.5, 28.125], [0, 0, WIDTH, HEIGHT]]
 UNUSUAL = st.text(st.characters(exclude_categories=()), min_size=1, max_size=12)
@@ -42,6 +45,54 @@ def masks() -> list[dict[str, Any]]:
     pixels[4:28, 6:30, 0] = 1
     pixels[::2, :, 1] = 1  # many parts
     return [{**rle, "counts": rle["counts"].decode()} for rle in coco_masks.encode(pixels)]
+
+
+# Parquet
+
+
+def test_a_parquet_file_holds_the_predictions_as_they_were(tmp_path: Path) -> None:
+    unreadable = {"image_id": "broken.jpg", "boxes": [], "error": "broken.jpg: no such file", "unavailable": True}
+    bare = {"image_id": 7, "boxes": [[1, 2, 3, 4.5]]}
+    predictions = write_lines(tmp_path, [line("a.jpg", masks=masks()), unreadable, line(BROKEN), bare])
+    parquet.write(tmp_path / "x.parquet", read_predictions(predictions))
+    table = pq.read_table(tmp_path / "x.parquet")
+    assert table.schema.remove_metadata() == parquet.schema().remove_metadata()
+    assert table.schema.metadata[b"format"] == b"lostreg predictions 1"
+    first, second, third, last = table.to_pylist()
+    assert first == {**line("a.jpg", masks=masks()), "error": None, "unavailable": False}
+    none = dict.fromkeys(("width", "height", "scores", "seeds", "masks", "error"))
+    assert second == {**none, **unreadable, "scores": [], "seeds": []}
+    assert third["image_id"] == "caf\\udce9.jpg"
+    assert last == {**none, **bare, "image_id": "7", "unavailable": False}
+
+
+def test_pandas_reads_a_parquet_file(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    parquet.write(tmp_path / "x.parquet", read_predictions(write_lines(tmp_path, [line("a.jpg"), line("b.jpg")])))
+    frame = pandas.read_parquet(tmp_path / "x.parquet")
+    assert list(frame["image_id"]) == ["a.jpg", "b.jpg"]
+    assert [box.tolist() for box in frame["boxes"][1]] == BOXES
+
+
+def test_the_same_predictions_are_the_same_parquet_file_in_groups_of_bounded_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "ROWS", 4)
+    lines = read_predictions(write_lines(tmp_path, [line(f"{number}.jpg") for number in range(10)]))
+    taken: list[int] = []
+    for name in ("a", "b"):
+        parquet.write(tmp_path / name, (one for one in lines if taken.append(0) is None), min_score=0.5)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    found = pq.ParquetFile(tmp_path / "a")
+    assert [found.metadata.row_group(group).num_rows for group in range(found.num_row_groups)] == [4, 4, 2]
+    assert found.read()["scores"].to_pylist() == [[0.75]] * 10
+
+
+def test_an_unsound_mask_leaves_no_parquet_file(tmp_path: Path) -> None:
+    lines = read_predictions(write_lines(tmp_path, [line("a.jpg", masks=[{"size": [1, 1], "counts": "x"}] * 2)]))
+    with pytest.raises(PredictionsError, match=r"image 'a.jpg': expected masks of 60x40"):
+        parquet.write(tmp_path / "out" / "x.parquet", lines)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 # COCO

@@ -1,11 +1,13 @@
 """What is fuzzed: one row for each kind of file that lostreg reads, with what it may say of an unsound one."""
 
+import contextlib
 import functools
 import io
 import json
 import shutil
 import tarfile
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import disc_picture
+from fabricate_lake import struct_table, write_arrow, write_parquet
 from fabricate_run import GRID, map_of, predict
 from fuzz.mutations import (
     Mutation,
@@ -40,12 +43,14 @@ from lostreg.datasets import coco20k, fetch
 from lostreg.datasets.base import Benchmark, Example
 from lostreg.datasets.coco import load_coco
 from lostreg.datasets.folder import find_collection
+from lostreg.datasets.lake import stored_at
 from lostreg.datasets.voc import main_class, read_split, read_voc
 from lostreg.errors import (
     CalibrationError,
     DatasetError,
     ImageError,
     LostregError,
+    LostregWarning,
     ObjectnessError,
     OptionError,
     PredictionsError,
@@ -57,6 +62,7 @@ from lostreg.exports.pictures import Reader, plan
 from lostreg.gallery.entries import make_entry
 from lostreg.images.decode import Picture, read_image
 from lostreg.images.rle import decode_rle, encode_rle
+from lostreg.images.stores import StoredImage
 from lostreg.inference.calibration import Calibration
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.objectness import Facts, Objectness
@@ -273,6 +279,44 @@ def _unpack_zip(path: Path, rng: Random) -> None:
     assert annotations.stat().st_size == len(_COCO)
 
 
+# ------------------------------------------------------------------------------------- shards and tables
+
+
+def _shard() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number, content in enumerate(_sound()):
+            entry = tarfile.TarInfo(f"{number}.jpg")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@functools.cache
+def _tables() -> list[bytes]:
+    """A Parquet file, an Arrow file and a stream."""
+    table = struct_table({f"{number}.jpg": content for number, content in enumerate(_sound())})
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        paths = [
+            write_parquet(place / "t.parquet", table),
+            write_arrow(place / "file.arrow", table, stream=False),
+            write_arrow(place / "stream.arrow", table, stream=True),
+        ]
+        return [path.read_bytes() for path in paths]
+
+
+def _read_packed(path: Path, rng: Random) -> None:
+    """Listed, and each image read: that may fail for one, and not for all."""
+    with warnings.catch_warnings(action="ignore", category=LostregWarning):
+        found = find_collection(str(path))
+    for image in found:
+        assert isinstance(image, StoredImage)
+        assert stored_at(image.name, image.locator) == image
+        with contextlib.suppress(ImageError):
+            read_image(image, max_pixels=MAX_PIXELS)
+
+
 # ----------------------------------------------------------------------------------------------- runs
 
 _MASK: Final = np.arange(150 * 110).reshape(110, 150) % 9 < 4
@@ -426,17 +470,20 @@ TARGETS: Final = (
                (ImageError, PredictionsError), share)
         for kind, share in _IMAGE_SHARES.items()
     ),
-    Target("exif", "image.jpg", _sound, with_random_exif, _read_sound, (), 13),
-    Target("voc", "000001.xml", lambda: [_XML], mutate_xml, _read_xml, (DatasetError,), 8),
-    Target("coco", "instances.json", lambda: [_COCO], mutate_json, _read_coco, (DatasetError, OptionError), 8),
+    Target("exif", "image.jpg", _sound, with_random_exif, _read_sound, (), 12),
+    Target("voc", "000001.xml", lambda: [_XML], mutate_xml, _read_xml, (DatasetError,), 7),
+    Target("coco", "instances.json", lambda: [_COCO], mutate_json, _read_coco, (DatasetError, OptionError), 7),
     Target("tar", "voc.tar", lambda: [_tar()], random_tar, _unpack_tar, (DatasetError,), 2),
     Target("zip", "annotations_trainval2014.zip", _zips, mutate_bytes, _unpack_zip, (DatasetError,), 2),
     Target("split", "ImageSets/Main/dog_train.txt", lambda: [b"000001 -1\n000002  1\n", b"a\nb\n"], mutate_bytes,
            _read_split, (DatasetError,), 2),
     Target("list", "list.txt", lambda: [b"a.jpg\n# no\n\nsub/b.png\r\n", "\xe4.jpg\n".encode()], mutate_bytes,
            lambda path, rng: find_collection(str(path)).fingerprint(), (OptionError,), 2),
+    Target("shard", "0.tar", lambda: [_shard()], random_tar, _read_packed, (OptionError,), 2),
+    Target("parquet", "t.parquet", lambda: _tables()[:1], mutate_bytes, _read_packed, (OptionError,), 2),
+    Target("arrow", "t.arrow", lambda: _tables()[1:], mutate_bytes, _read_packed, (OptionError,), 1),
     Target("predictions", "predictions.jsonl", lambda: [_run()["predictions.jsonl"]], mutate_lines, _read_run,
-           (PredictionsError, OptionError, ImageError), 8),
+           (PredictionsError, OptionError, ImageError), 6),
     Target("maps", "maps.jsonl", lambda: [_run()["maps.jsonl"]], mutate_lines, _read_run, (PredictionsError,), 5),
     Target("results", "results.json", lambda: [_run()["results.json"]], mutate_json, _read_run,
            (PredictionsError,), 3),

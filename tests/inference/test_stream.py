@@ -14,9 +14,11 @@ import pytest
 import torch
 from conftest import disc_picture, same, scene, scenes
 from fabricate import png_header
+from fabricate_lake import write_tar
 from PIL import Image
 from torch import Tensor
 
+from lostreg.datasets.folder import find_collection
 from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning
 from lostreg.images.decode import Picture, read_image
 from lostreg.images.decoders import Asked, Decoders
@@ -459,4 +461,10 @@ def test_processes_decode_for_a_quick_device(
     found = list(discoverer.outcomes(paths))
     assert sorted(asked) == sorted(str(path) for path in paths[discoverer.options.batch_size :])
     assert str(found.pop(7)) == str(expected.pop(7))
+    assert all(same(one, other) for one, other in zip(found, expected, strict=True))  # type: ignore[arg-type]
+    asked.clear()
+    shard = write_tar(tmp_path / "0.tar", {path.name: path.read_bytes() for path in paths})
+    found = list(discoverer.outcomes(find_collection(str(shard))))
+    assert asked == [str(shard)] * (len(paths) - discoverer.options.batch_size)
+    assert str(found.pop(7)).startswith("0.tar/7.png: not a readable image")
     assert all(same(one, other) for one, other in zip(found, expected, strict=True))  # type: ignore[arg-type]

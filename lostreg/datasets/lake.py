@@ -1,0 +1,234 @@
+"""Images where image lakes keep them: in shards and tables, in folders of stores."""
+
+import fnmatch
+import json
+import posixpath
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import unquote
+
+from lostreg.datasets.base import name_some
+from lostreg.datasets.parts import Listing, Part
+from lostreg.datasets.shards import list_shard
+from lostreg.datasets.tables import cell_at, forget_tables, list_table
+from lostreg.errors import LostregWarning, OptionError
+from lostreg.images.files import HEIF_HINT, HEIF_SUFFIXES, SUFFIXES
+from lostreg.images.stores import (
+    FileRange,
+    StoredImage,
+    arrow,
+    check_uri,
+    close_files,
+    is_uri,
+    join_uri,
+    list_files,
+    open_file,
+    range_at,
+)
+
+PACKED: Final[dict[str, Callable[[str, str], Listing]]] = {
+    ".tar": list_shard,
+    ".parquet": list_table,
+    ".arrow": list_table,
+}
+"""Endings of files that hold many images, and what lists these, by file and name."""
+
+_STATE: Final = "state.json"  # of a folder that Hugging Face's `datasets` saved: its files, caches not among them
+_STATE_FILES: Final = "_data_files"
+_AT_ONCE: Final = 16  # files of a store that are listed together
+
+
+@dataclass
+class Kinds:
+    """Files, by what their endings say.
+
+    Attributes:
+        images: image files.
+        packed: files that hold many images.
+        states: where Hugging Face's `datasets` says which files count.
+        others: the rest, counted by endings.
+    """
+
+    images: list[str]
+    packed: list[str]
+    states: list[str]
+    others: Counter[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Objects:
+    """The images of a store's folder, each a file of its own.
+
+    Attributes:
+        folder: its URI.
+        count: of the images.
+    """
+
+    folder: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def image(self, number: int, name: str) -> StoredImage:
+        """One of them: its name says it all."""
+        del number
+        return FileRange(name, join_uri(self.folder, name))
+
+
+def sort_files(files: Iterable[str]) -> Kinds:
+    """Tell files by their endings. Where there are images, files that hold many count among the others."""
+    kinds = Kinds([], [], [], Counter())
+    packings = tuple(PACKED)
+    for file in files:
+        low = file.lower()
+        if low.endswith(SUFFIXES):
+            kinds.images.append(file)
+        elif low.endswith(packings):
+            kinds.packed.append(file)
+        else:
+            kinds.others[_ending(low)] += 1
+            if posixpath.basename(low) == _STATE:
+                kinds.states.append(file)
+    if kinds.images:
+        kinds.others.update(_ending(file) for file in kinds.packed)
+        kinds.packed.clear()
+    kinds.images.sort()
+    kinds.packed.sort()
+    return kinds
+
+
+def _ending(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
+
+
+def tell_others(others: Counter[str], place: object) -> None:
+    """Warn of what is left out, counted by endings."""
+    if others:
+        counts = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+        endings = [f"{count:,} {ending or 'without ending'}" for ending, count in counts]
+        hint = f" ({HEIF_HINT})" if others.keys() & set(HEIF_SUFFIXES) else ""
+        message = f"left out of {place}, by their endings: {name_some(endings)}{hint}"
+        warnings.warn(message, LostregWarning, stacklevel=2)
+
+
+def unpack(kinds: Kinds, place: str, file_of: Callable[[str], str]) -> tuple[tuple[str, ...], tuple[Part, ...]]:
+    """The names and places of the images in files that hold many.
+
+    Args:
+        kinds: the files; of a folder that Hugging Face's `datasets` saved, those alone that it lists.
+        place: what messages call the folder.
+        file_of: absolute path or URI of a file.
+
+    Raises:
+        OptionError: if one cannot be read, or says not where its images are.
+    """
+    close_files()
+    forget_tables()
+    packed = _without_caches(kinds, file_of)
+    files = [file_of(name) for name in packed]
+    names: list[str] = []
+    parts, others = [], Counter(kinds.others)
+    with ThreadPoolExecutor(_AT_ONCE if any(map(is_uri, files)) else 1) as pool:
+        for listing in pool.map(lambda file, name: PACKED[_ending(name)](file, name), files, packed):
+            names += listing.names
+            parts.append(listing.part)
+            others += listing.others
+            if listing.fault:
+                warnings.warn(listing.fault, LostregWarning, stacklevel=2)
+    tell_others(others, place)
+    return tuple(names), tuple(parts)
+
+
+def _without_caches(kinds: Kinds, file_of: Callable[[str], str]) -> list[str]:
+    """The files that count: where a folder's state lists its own, no others of it."""
+    packed = kinds.packed
+    for state in kinds.states:
+        folder = posixpath.dirname(state)
+        listed = _listed_files(file_of(state))
+        if listed is not None:
+            mine = {posixpath.join(folder, name) for name in listed}
+            missing = sorted(mine - set(packed))
+            if missing:
+                raise OptionError(f"{missing[0]} is not there, which {state} lists")
+            packed = [name for name in packed if posixpath.dirname(name) != folder or name in mine]
+    return packed
+
+
+def _listed_files(state: str) -> list[str] | None:
+    try:
+        with open_file(state) as file:
+            return [str(entry["filename"]) for entry in json.loads(file.read(1 << 20))[_STATE_FILES]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # something else of that name
+        return None
+
+
+def find_stored(uri: str) -> tuple[str, tuple[str, ...], tuple[Part, ...]]:
+    """The images that the URI of a store's folder, glob or file stands for.
+
+    Returns:
+        The URI of the folder that names are relative to, or of the one file, the names, and where the images are.
+
+    Raises:
+        OptionError: if there is no such thing, no image in it, or it cannot be listed.
+    """
+    check_uri(uri)
+    path, mark, query = uri.partition("?")
+    path, pattern = _fixed_part(path)
+    root = folder = path.rstrip("/") + mark + query
+    files = list_files(root)
+    if files is None:  # it is a file
+        head, _, last = path.rstrip("/").rpartition("/")
+        folder, files = head + mark + query, [unquote(last, errors="surrogateescape")]
+        if files[0].lower().endswith(SUFFIXES):
+            raise OptionError(f"{uri} is one image: expected a folder, a glob, or a file with many images")
+    if pattern:
+        files = [name for name in files if _matches(name.split("/"), pattern)]
+    kinds = sort_files(files)
+    if kinds.images:
+        tell_others(kinds.others, uri)
+        return root, tuple(kinds.images), (Objects(root, len(kinds.images)),)
+    names, parts = unpack(kinds, uri, lambda name: join_uri(folder, name))
+    if not names:
+        raise OptionError(f"no images in {uri}: expected files ending in {endings()}")
+    return root, names, parts
+
+
+def endings() -> str:
+    """What image files end in, and files that hold many of them, for people."""
+    return f"{name_some(list(SUFFIXES), 7)}, or in {', '.join(PACKED)}"
+
+
+def _fixed_part(path: str) -> tuple[str, list[str]]:
+    """The folder in front of the first wildcard, and the parts of the pattern behind it; none where there is none."""
+    scheme, _, rest = path.partition("://")
+    parts = rest.split("/")
+    first = next((number for number, part in enumerate(parts) if {"*", "["} & set(part)), None)
+    if first is None:
+        return path, []
+    return f"{scheme}://" + "/".join(parts[:first]), [unquote(part) for part in parts[first:]]
+
+
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a name fits a glob, part by part; ``**`` is any number of folders."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[start:], pattern[1:]) for start in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def stored_at(name: str, locator: str) -> StoredImage | None:
+    """The image at a place that `StoredImage.locator` wrote; None for the path of a file.
+
+    Raises:
+        OptionError: if pyarrow is needed for it and not installed.
+    """
+    image = cell_at(name, locator) or range_at(name, locator)
+    if image is not None and image.is_remote:
+        arrow("fs", image.file)
+    return image

@@ -1,0 +1,98 @@
+"""Parquet: one row an image, typed, for data frames and queries; written as it is read."""
+
+from collections.abc import Iterable
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from lostreg.checks import cut
+from lostreg.errors import OptionError, PredictionsError
+from lostreg.exports.names import escaped
+from lostreg.images.rle import Rle, rle_area
+from lostreg.images.stores import arrow
+from lostreg.jsonio import whole_file
+from lostreg.runs.predictions import Prediction
+
+ROWS: Final = 10_000  # of a row group, and all that is in memory
+FORMAT: Final = "lostreg predictions 1"
+
+
+def write(out: Path, predictions: Iterable[Prediction], *, min_score: float = 0.0) -> int:
+    """Write the file, in row groups of `ROWS`, with the columns of `schema`; the same predictions give the same bytes.
+
+    Args:
+        out: the file, in a folder that is made if need be.
+        predictions: one an image, in their order.
+        min_score: boxes with a lower score are left out; the image stays.
+
+    Returns:
+        0: no image is encoded.
+
+    Raises:
+        OptionError: if boxes are to be left out by scores that the predictions do not have, or pyarrow is missing.
+        PredictionsError: if a mask is none, or the file cannot be written.
+    """
+    lib, parquet = arrow("lib", str(out)), arrow("parquet", str(out))
+    columns = schema()
+    rows = (_row(prediction, min_score) for prediction in predictions)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(out) as beside, parquet.ParquetWriter(beside, columns, compression="zstd") as writer:
+            while batch := list(islice(rows, ROWS)):
+                writer.write_table(lib.Table.from_pylist(batch, schema=columns), row_group_size=ROWS)
+    except OSError as error:
+        raise PredictionsError(f"cannot write {out}: {error.strerror or error}") from error
+    return 0
+
+
+def schema() -> Any:
+    """The columns, as docs/photos.md tells them."""
+    lib = arrow("lib", "a Parquet file")
+    boxes = lib.list_(lib.list_(lib.field("element", lib.float32(), nullable=False), 4))
+    seeds = lib.list_(lib.list_(lib.field("element", lib.int32(), nullable=False), 2))
+    masks = lib.list_(lib.struct([("size", lib.list_(lib.int32())), ("counts", lib.string())]))
+    return lib.schema(
+        [
+            lib.field("image_id", lib.string(), nullable=False),
+            ("width", lib.int32()),
+            ("height", lib.int32()),
+            lib.field("boxes", boxes, nullable=False),
+            ("scores", lib.list_(lib.float32())),
+            ("seeds", seeds),
+            ("masks", masks),
+            ("error", lib.string()),
+            lib.field("unavailable", lib.bool_(), nullable=False),
+        ],
+        {"format": FORMAT, "lostreg": metadata.version("lostreg")},
+    )
+
+
+def _row(prediction: Prediction, min_score: float) -> dict[str, Any]:
+    boxes, scores = prediction.boxes, prediction.scores
+    if min_score and boxes and not scores:
+        name = cut(repr(prediction.image_id))
+        raise OptionError(f"image {name} has boxes without scores: --min-score cannot choose among them")
+    kept = [place for place in range(len(boxes)) if not min_score or scores[place] >= min_score]
+    masks = prediction.masks if prediction.masks and len(prediction.masks) == len(boxes) else None
+    return {
+        "image_id": escaped(str(prediction.image_id)),
+        "width": prediction.width or None,
+        "height": prediction.height or None,
+        "boxes": [list(map(float, boxes[place])) for place in kept],
+        "scores": [float(scores[place]) for place in kept] if prediction.has_scores else None,
+        "seeds": [prediction.seeds[place] for place in kept] if len(prediction.seeds) == len(boxes) else None,
+        "masks": None
+        if masks is None or len(masks) < len(boxes)
+        else [_checked(prediction, masks[place]) for place in kept],
+        "error": None if prediction.error is None else escaped(prediction.error),
+        "unavailable": prediction.unavailable,
+    }
+
+
+def _checked(prediction: Prediction, mask: Rle) -> Rle:
+    try:
+        rle_area(mask, (prediction.height, prediction.width) if prediction.width and prediction.height else None)
+    except PredictionsError as error:
+        raise PredictionsError(f"image {cut(repr(prediction.image_id))}: {error}") from error
+    return mask

@@ -1,0 +1,467 @@
+"""Which images shards, tables and stores stand for, and what they are called."""
+
+import gzip
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import time
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from fabricate_lake import HF, S3Server, struct_table, write_arrow, write_parquet, write_saved, write_tar
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lostreg.datasets import tables
+from lostreg.datasets.folder import Collection, find_collection, find_images, find_sources
+from lostreg.datasets.lake import stored_at
+from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError
+from lostreg.images import stores
+from lostreg.images.stores import StoredImage
+
+MEMBERS = {f"{number:03}.jpg": bytes([number]) * (300 * number) for number in range(1, 5)}
+
+
+def bytes_of(collection: Collection) -> list[bytes]:
+    return [bytes(image.read()) for image in collection if isinstance(image, StoredImage)]
+
+
+# ------------------------------------------------------------------------------------------------ shards
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_shard_stands_for_its_images_in_their_order(tmp_path: Path, form: int) -> None:
+    long = "a folder/" * 9 + "photo.JPG"
+    members = {"./b.jpg": b"1", "a.jpg": b"22", long: b"333", "b.json": b"{}", "b.cls": b"", "a.JSON": b"[]"}
+    write_tar(tmp_path / "0.tar", members, form)
+    with pytest.warns(LostregWarning, match=r"left out of .*0.tar, by their endings: 2 .json, 1 .cls$"):
+        found = find_collection(str(tmp_path / "0.tar"))
+    assert found.names == ("0.tar/b.jpg", "0.tar/a.jpg", f"0.tar/{long}")
+    assert bytes_of(found) == [b"1", b"22", b"333"]
+    assert [found.source(name) for name in found.names] == list(found)
+    assert (found.root, find_collection(str(tmp_path)).root) == (tmp_path / "0.tar", tmp_path)
+
+
+def test_what_is_no_image_file_of_its_own_in_a_shard_is_none(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, kind in (
+            ("folder.jpg", tarfile.DIRTYPE),
+            ("link.jpg", tarfile.SYMTYPE),
+            ("hard.jpg", tarfile.LNKTYPE),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "a.jpg"
+            tar.addfile(member)
+        for content in (b"first", b"again"):
+            member = tarfile.TarInfo("a.jpg")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    found = find_collection(str(tmp_path / "0.tar"))
+    assert (found.names, bytes_of(found)) == (("0.tar/a.jpg",), [b"first"])
+
+
+@given(cut=st.integers(1, 10239))
+@settings(max_examples=60, deadline=None)
+def test_what_lies_before_a_cut_counts_and_the_cut_is_told(cut: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = write_tar(tmp_path_factory.mktemp("cut") / "0.tar", MEMBERS, tarfile.USTAR_FORMAT)
+    content = path.read_bytes()
+    assert len(content) == 10240
+    ends = []
+    with tarfile.open(path) as tar:
+        ends = [(member.name, member.offset_data + member.size) for member in tar]
+    path.write_bytes(content[:cut])
+    whole = tuple(f"0.tar/{name}" for name, end in ends if end <= cut)
+    last = -(-ends[-1][1] // 512) * 512
+    if not whole:
+        with pytest.raises(OptionError, match=r"no images in|expected a plain tar file|is cut off"):
+            find_collection(str(path))
+    elif cut >= last + 512:  # the mark of the end is there
+        assert find_collection(str(path)).names == whole
+    else:
+        with pytest.warns(LostregWarning, match=f"0.tar is cut off or damaged behind {len(whole)} images"):
+            assert find_collection(str(path)).names == whole
+
+
+def test_a_shard_that_is_none_is_refused_in_a_line(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a" / "sound.tar", MEMBERS)
+    (tmp_path / "a" / "packed.tar").write_bytes(gzip.compress((tmp_path / "a" / "sound.tar").read_bytes()))
+    with pytest.raises(OptionError, match=r"^packed.tar: expected a plain tar file \(it is packed with gzip"):
+        find_collection(str(tmp_path / "a"))
+    (tmp_path / "text.tar").write_text("no tar" * 200)
+    with pytest.raises(OptionError, match=r"text.tar: expected a plain tar file \(invalid header"):
+        find_collection(str(tmp_path / "text.tar"))
+
+
+def test_a_shard_that_changed_since_it_was_listed_is_unavailable(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", MEMBERS)
+    found = find_collection(str(path))
+    path.write_bytes(path.read_bytes()[:2048])
+    with pytest.raises(ImageUnavailableError, match=r"^0.tar/004.jpg: cannot be read \(its file has changed"):
+        found[-1].read()  # type: ignore[union-attr]
+    path.unlink()
+    with pytest.raises(ImageUnavailableError, match=r"^0.tar/004.jpg: it is not there any more$"):
+        found[-1].read()  # type: ignore[union-attr]
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"picture": HF, "key": pa.string()}, "picture"),
+        ({"picture": pa.struct({"bytes": pa.large_binary()}), "thumb": pa.binary()}, "picture"),
+        ({"whatever": pa.binary(), "key": pa.string()}, "whatever"),
+        ({"mask": pa.binary(), "jpg": pa.large_binary()}, "jpg"),
+        ({"mask": HF, "image": HF}, "image"),
+        ({"image": HF, "bytes": pa.binary()}, "image"),
+        ({"left": pa.binary(), "right": pa.binary()}, r"found left \(binary\), right \(binary\)"),
+        ({"left": HF, "right": HF}, r"found left \(struct"),
+        ({"image": pa.string()}, r"found image \(string\)"),
+        ({"images": pa.list_(HF)}, r"found images \(list"),
+    ],
+)
+def test_the_column_of_the_images_is_found_by_its_type(tmp_path: Path, columns: dict, expected: str) -> None:
+    table = pa.table(
+        {
+            name: pa.array([{"bytes": name.encode()}], kind)
+            if pa.types.is_struct(kind)
+            else pa.array([name.encode()], pa.binary()).cast(kind)
+            if not pa.types.is_list(kind)
+            else pa.array([[]], kind)
+            for name, kind in columns.items()
+        }
+    )
+    path = write_parquet(tmp_path / "t.parquet", table)
+    if expected in columns:
+        assert bytes_of(find_collection(str(path))) == [expected.encode()]
+    else:
+        with pytest.raises(OptionError, match=f"^t.parquet: expected one column of image bytes.*{expected}"):
+            find_collection(str(path))
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["a.jpg", "b.jpg", "c.jpg"], ["/a.jpg", "/b.jpg", "/c.jpg"]),
+        (["/home/me/a.jpg", "C:\\me\\b.jpg", "x/c.jpg"], ["/a.jpg", "/b.jpg", "/c.jpg"]),
+        (["a.jpg", "x/a.jpg", "c.jpg"], ["#0", "#1", "#2"]),
+        (["a.jpg", None, "c.jpg"], ["#0", "#1", "#2"]),
+        (["a.jpg", "", "c/"], ["#0", "#1", "#2"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+def test_rows_are_called_by_their_paths_where_these_tell_them_apart(
+    tmp_path: Path, paths: list[str | None], names: list[str], kind: str
+) -> None:
+    cells = [{"bytes": str(number).encode(), "path": path} for number, path in enumerate(paths)]
+    table = pa.table({"image": pa.array(cells, HF)})
+    path = tmp_path / ("t.parquet" if kind == "parquet" else "t.arrow")
+    if kind == "parquet":
+        write_parquet(path, table)
+    else:
+        write_arrow(path, table, stream=kind == "stream")
+    found = find_collection(str(path))
+    assert found.names == tuple(path.name + name for name in names)
+    assert bytes_of(found) == [b"0", b"1", b"2"]
+
+
+def test_a_row_without_bytes_is_one_image_that_cannot_be_read(tmp_path: Path) -> None:
+    table = struct_table({"a.jpg": b"1", "b.jpg": None, "c.jpg": b"3"})  # type: ignore[dict-item]
+    found = find_collection(str(write_parquet(tmp_path / "t.parquet", table)))
+    assert bytes(found[2].read()) == b"3"  # type: ignore[union-attr]
+    with pytest.raises(ImageError, match=r"^t.parquet/b.jpg: its row holds no bytes$") as told:
+        found[1].read()  # type: ignore[union-attr]
+    assert not isinstance(told.value, ImageUnavailableError)
+
+
+def test_a_row_group_beyond_the_free_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find_collection(str(write_parquet(tmp_path / "t.parquet", struct_table({"a.jpg": b"1" * 9000}))))
+    monkeypatch.setattr("lostreg.datasets.tables._KEPT_BYTES", 100)
+    monkeypatch.setattr("lostreg.datasets.tables.host_bytes", lambda: 8000)
+    with pytest.raises(ImageUnavailableError, match=r"^t.parquet/a.jpg: cannot be read \(its row group takes 0.0 GB"):
+        found[0].read()  # type: ignore[union-attr]
+
+
+def test_a_group_of_rows_is_read_once_for_all_its_threads_and_few_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = {f"{number:02}.jpg": bytes([number]) * 1000 for number in range(40)}
+    found = find_collection(str(write_parquet(tmp_path / "t.parquet", struct_table(images), rows=8)))
+    monkeypatch.setattr("lostreg.datasets.tables._KEPT_BYTES", 10_000)
+    read: list[int] = []
+    cells = tables._Parquet.cells
+
+    def slow(self: tables._Parquet, column: str, group: int) -> object:
+        read.append(group)
+        time.sleep(0.02)
+        return cells(self, column, group)
+
+    monkeypatch.setattr(tables._Parquet, "cells", slow)
+    with ThreadPoolExecutor(8) as pool:
+        contents = list(pool.map(lambda image: bytes(image.read()), found))
+    assert contents == list(images.values())
+    assert sorted(read) == [0, 1, 2, 3, 4]
+    assert len(tables._groups._kept) == 2
+
+
+def test_groups_of_a_store_that_are_read_in_order_are_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    images = {f"{number}.jpg": bytes([number]) * 100 for number in range(6)}
+    path = write_parquet(tmp_path / "t.parquet", struct_table(images), rows=1)
+    fsspec.filesystem("memory").pipe("/ahead/t.parquet", path.read_bytes())
+    read: list[int] = []
+    cells = tables._Parquet.cells
+
+    def noted(self: tables._Parquet, column: str, group: int) -> object:
+        read.append(group)
+        return cells(self, column, group)
+
+    monkeypatch.setattr(tables._Parquet, "cells", noted)
+    for asked, expected in (((0, 2, 4), [0, 2, 4]), ((0, 1), [0, 1, 2]), ((0, 1, 2, 3, 4, 5), [0, 1, 2, 3, 4, 5])):
+        found = find_collection("memory://ahead/t.parquet")
+        read.clear()
+        assert [bytes(found[number].read())[0] for number in asked] == list(asked)  # type: ignore[union-attr]
+        tables._groups._ahead.submit(int).result()
+        deadline = time.monotonic() + 10
+        while sorted(read) != expected and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert sorted(read) == expected
+
+
+def test_a_table_that_is_cut_is_refused_in_a_line(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", struct_table({"a.jpg": b"1"}))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(OptionError, match=r"t.parquet: cannot be read \(.*") as told:
+        find_collection(str(path))
+    assert "\n" not in str(told.value)
+
+
+def test_what_datasets_saves_counts_without_its_caches_and_with_all_splits(tmp_path: Path) -> None:
+    images = {f"{number}.jpg": str(number).encode() for number in range(4)}
+    write_saved(tmp_path / "saved" / "train", struct_table(images))
+    write_saved(tmp_path / "saved" / "test", struct_table({"x.jpg": b"x", "y.jpg": b"y"}))
+    (tmp_path / "saved" / "dataset_dict.json").write_text(json.dumps({"splits": ["train", "test"]}))
+    with pytest.warns(LostregWarning, match=r"left out of .*: 5 .json"):
+        found = find_collection(str(tmp_path / "saved"))
+    assert found.names[:2] == ("test/data-00000-of-00002.arrow/x.jpg", "test/data-00001-of-00002.arrow/y.jpg")
+    assert found.names[2:4] == ("train/data-00000-of-00002.arrow/0.jpg", "train/data-00000-of-00002.arrow/1.jpg")
+    assert bytes_of(found) == [b"x", b"y", b"0", b"1", b"2", b"3"]
+    (tmp_path / "saved/train/data-00001-of-00002.arrow").unlink()
+    with pytest.raises(OptionError, match=r"train/data-00001-of-00002.arrow is not there, which train/state.json"):
+        find_collection(str(tmp_path / "saved"))
+
+
+def test_where_there_are_image_files_they_count_alone(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", MEMBERS)
+    write_parquet(tmp_path / "t.parquet", struct_table({"a.jpg": b"1"}))
+    found = find_collection(str(tmp_path))
+    assert len(found) == 5
+    assert len(find_collection(f"{tmp_path}/*.tar")) == 4
+    (tmp_path / "a.jpg").write_bytes(b"1")
+    with pytest.warns(LostregWarning, match=r"left out of .*: 1 .parquet, 1 .tar"):
+        assert find_collection(str(tmp_path)).names == ("a.jpg",)
+
+
+def test_a_sample_is_drawn_from_shards_and_commands_on_files_say_that_they_are_none(tmp_path: Path) -> None:
+    shard = str(write_tar(tmp_path / "in" / "0.tar", MEMBERS))
+    assert find_sources([shard]) == list(find_collection(shard))
+    (single,) = find_sources(["s3://bucket/a.jpg?region=x"])  # it need not be there
+    assert (str(single), single.file) == ("s3://bucket/a.jpg", "s3://bucket/a.jpg?region=x")  # type: ignore[union-attr]
+    assert find_sources(["file:///nowhere/a.jpg"]) == [Path("/nowhere/a.jpg")]
+    assert find_sources([str(tmp_path / "in"), "a.jpg"])[3:] == [find_collection(shard)[3], Path("a.jpg")]
+    with pytest.raises(OptionError, match=r"0.tar/001.jpg is no image file of its own"):
+        find_images([shard])
+
+
+# ------------------------------------------------------------------------------------------------- size
+
+
+def shard_of(path: Path, count: int) -> Path:
+    """A shard of images of one byte, written all at once."""
+    header = bytearray(tarfile.TarInfo("000000.jpg").tobuf(tarfile.USTAR_FORMAT))
+    members = np.tile(np.frombuffer(bytes(header), np.uint8), (count, 1))
+    digits = np.arange(count)[:, None] // 10 ** np.arange(5, -1, -1) % 10
+    members[:, :6] = digits + ord("0")
+    members[:, 124:135] = np.frombuffer(b"00000000001", np.uint8)
+    members[:, 148:156] = ord(" ")
+    sums = members.sum(axis=1, dtype=np.int64)
+    members[:, 148:154] = sums[:, None] // 8 ** np.arange(5, -1, -1) % 8 + ord("0")
+    members[:, 154] = 0
+    whole = np.zeros((count, 1024), np.uint8)
+    whole[:, :512] = members
+    with path.open("wb") as file:
+        whole.tofile(file)
+        file.write(bytes(1024))
+    return path
+
+
+@pytest.mark.parametrize(("kind", "count"), [("tar", 20_000), ("parquet", 100_000)])
+def test_of_many_images_hardly_more_than_their_names_is_kept(tmp_path: Path, kind: str, count: int) -> None:
+    if kind == "tar":
+        path = shard_of(tmp_path / "0.tar", count)
+    else:
+        cells = pa.StructArray.from_arrays(
+            [pa.array([b"x" * 100] * count), pa.array([f"{number:06}.jpg" for number in range(count)])],
+            ["bytes", "path"],
+        )
+        path = write_parquet(tmp_path / "t.parquet", pa.table({"image": cells}), rows=1000)
+    tracemalloc.start()
+    try:
+        found = find_collection(str(path))
+        found.source(found.names[777])
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found) == count
+    assert found.names[-1].endswith(f"/{count - 1:06}.jpg")
+    names = sum(map(sys.getsizeof, found.names))
+    assert kept < names + 40 * count  # places in the list, offsets, digests
+
+
+# ------------------------------------------------------------------------------------------------ stores
+
+
+def test_the_folder_of_a_store_is_listed_with_its_subfolders(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["b.jpg", "a.PNG", "sub dir/ä #1%?.jpg", "notes.txt", "sub dir/deep/c.webp"]
+    for name in names:
+        server.put(f"photos/trip/{name}", name.encode())
+    server.put("photos/tripod.jpg", b"another folder's")
+    with pytest.warns(LostregWarning, match="by their endings: 1 .txt"):
+        found = find_collection(server.uri("photos/trip"))
+    assert found.names == ("a.PNG", "b.jpg", "sub dir/deep/c.webp", "sub dir/ä #1%?.jpg")
+    assert bytes_of(found) == [name.encode() for name in found.names]
+    assert found.place == server.uri("photos/trip")
+    assert find_collection(server.uri("photos/trip/**/*.jpg")).names == ("b.jpg", "sub dir/ä #1%?.jpg")
+    assert find_collection(server.uri("photos/trip/*")).names == ("a.PNG", "b.jpg")
+    assert find_collection(server.uri("photos/*/sub%20dir/*.jpg")).names == ("trip/sub dir/ä #1%?.jpg",)
+    assert len(find_collection(server.uri("photos"))) == 5
+    assert find_collection(server.uri("anonymous@photos/trip")).names == found.names
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{server.address}/")
+    assert bytes_of(find_collection("s3://photos/trip")) == bytes_of(found)
+
+
+@pytest.mark.filterwarnings("ignore::lostreg.errors.LostregWarning")
+def test_the_place_of_an_image_leads_back_to_it(server: S3Server, tmp_path: Path) -> None:
+    server.put("places/ä #1%?.jpg", b"1")
+    write_parquet(tmp_path / "a#b" / "t.parquet", pa.table({"a.b&c=": pa.array([b"0", b"1", b"2"])}))
+    server.put("places in/t.parquet", (tmp_path / "a#b" / "t.parquet").read_bytes())
+    write_tar(tmp_path / "0.tar", MEMBERS)
+    for source in (server.uri("places"), str(tmp_path / "a#b"), server.uri("places in"), str(tmp_path / "0.tar")):
+        for image in find_collection(source):
+            assert isinstance(image, StoredImage)
+            assert stored_at(image.name, image.locator) == image
+    assert stored_at("a", str(tmp_path / "a#b.jpg")) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nobucket/photos", "nobucket/photos.*: no such folder or file in that store"),
+        ("refusals/nothing", "no such folder or file in that store"),
+        ("refusals/a.jpg", "is one image"),
+        ("refusals/*.gif", "no images in"),
+        ("refusals/forbidden", r"cannot be read \(.*ACCESS_DENIED"),
+        ("refusals/forbidden.parquet", r"cannot be read \(.*ACCESS_DENIED"),
+        ("", "expected s3://BUCKET/NAME"),
+    ],
+)
+def test_what_a_store_cannot_list_is_refused_in_a_line(server: S3Server, path: str, message: str) -> None:
+    server.put("refusals/a.jpg", b"1")
+    server.forbidden.add("forbidden")
+    try:
+        with pytest.raises(OptionError, match=message) as told:
+            find_collection(server.uri(path))
+    finally:
+        server.forbidden.clear()
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://key:secret@bucket/photos", "credentials in a URI would be written into results"),
+        ("s3://bucket/photos?secret_key=secret", "credentials in a URI would be written into results"),
+        ("s3://somebody@bucket/photos", "nothing or anonymous@ in front of the bucket"),
+        ("s3://bucket/photos?reigon=x", "expected region, scheme or endpoint_override"),
+        ("s3://[bucket/photos", "expected SCHEME://BUCKET/NAME"),
+        ("nowhere://bucket/photos", "pyarrow knows no such store, and fsspec says"),
+        ("file://elsewhere/photos", "of this machine; it names the machine 'elsewhere'"),
+    ],
+)
+def test_a_uri_that_cannot_be_meant_is_refused(uri: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message) as told:
+        find_collection(uri)
+    assert "secret@" not in str(told.value)
+    assert "=secret" not in str(told.value)
+
+
+def test_a_store_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(stores, "CONNECT_SECONDS", 0.3)
+    monkeypatch.setattr(stores, "ATTEMPTS", 1)
+    for scheme in ("gs", "s3"):
+        with pytest.raises(OptionError, match=rf"^{scheme}://anonymous@nobody/photos.*: cannot be read \(.*onnect"):
+            find_collection(f"{scheme}://anonymous@nobody/photos?scheme=http&endpoint_override=127.0.0.1:1")
+
+
+def test_stores_that_pyarrow_does_not_know_are_read_with_fsspec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/lake/photos/a.jpg": b"1", "/lake/photos/sub/b c.jpg": b"22"})
+    memory.pipe("/lake/0.tar", write_tar(tmp_path / "0.tar", MEMBERS).read_bytes())
+    found = find_collection("memory://lake/photos")
+    assert (found.names, bytes_of(found)) == (("a.jpg", "sub/b c.jpg"), [b"1", b"22"])
+    assert bytes_of(find_collection("memory://lake/0.tar")) == list(MEMBERS.values())
+
+    def reset(*_: object, **__: object) -> None:
+        raise RuntimeError("connection\nreset")
+
+    monkeypatch.setattr(type(memory), "_open", reset)
+    with pytest.raises(ImageUnavailableError, match=r"^a.jpg: cannot be read \(connection reset\)$"):
+        found[0].read()  # type: ignore[union-attr]
+
+
+def test_a_list_may_name_images_of_stores(server: S3Server, tmp_path: Path) -> None:
+    server.put("listed/a b.jpg", b"1")
+    (tmp_path / "local.jpg").write_bytes(b"2")
+    (tmp_path / "list.txt").write_text(f"{server.uri('listed/a%20b.jpg')}\nlocal.jpg\n")
+    found = find_collection(str(tmp_path / "list.txt"))
+    assert found.names == (server.uri("listed/a%20b.jpg"), "local.jpg")
+    assert bytes_of(found) == [b"1"]
+    assert found[1] == tmp_path / "local.jpg"
+
+
+def test_without_pyarrow_shards_are_read_and_the_rest_says_what_to_install(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", MEMBERS)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    program = (
+        "import sys; sys.modules['pyarrow'] = None\n"
+        "from lostreg.datasets.folder import find_collection\n"
+        "print(len(find_collection('0.tar')))\n"
+        "for source in ('t.parquet', 's3://bucket/photos'):\n"
+        "    try: find_collection(source)\n"
+        "    except Exception as error: print(error)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    assert lines[0] == "4", done.stderr
+    assert all(re.search(r'needs pyarrow: pip install "lostreg\[lake\]"$', line) for line in lines[1:])
+    assert len(lines) == 3
