@@ -186,28 +186,31 @@ class RayWorkers:
 
         fresh, waiting = map(_Chunk, chunks), deque[_Chunk]()
         running: dict[Any, tuple[Any, _Chunk]] = {}  # by what will be answered
-        while True:
-            self._hand_out(make, fresh, waiting, running)
-            if not running and not waiting:
-                return
-            answer = self._next(list(running))
-            if answer in self._starting:
-                self._welcome(answer)
-                continue
-            worker, chunk = running.pop(answer)
-            try:
-                entries, told = _get(answer)
-            except RayTaskError as error:
-                raise self._explained(error) from error
-            except RayError as error:  # the worker or its node is gone
-                self._replace(worker)
-                self._count_loss(chunk, error)
-                waiting.append(chunk)
-                continue
-            self._at_hand[worker] -= 1
-            for message in told:
-                warnings.warn(message, LostregWarning, stacklevel=2)
-            yield entries
+        try:
+            while True:
+                self._hand_out(make, fresh, waiting, running)
+                if not running and not waiting:
+                    return
+                answer = self._next(list(running))
+                if answer in self._starting:
+                    self._welcome(answer)
+                    continue
+                worker, chunk = running.pop(answer)
+                self._at_hand.subtract([worker] if worker in self._at_hand else [])
+                try:
+                    entries, told = _get(answer)
+                except RayTaskError as error:
+                    raise self._explained(error) from error
+                except RayError as error:  # the worker or its node is gone
+                    self._replace(worker)
+                    self._count_loss(chunk, error)
+                    waiting.append(chunk)
+                    continue
+                for message in told:
+                    warnings.warn(message, LostregWarning, stacklevel=2)
+                yield entries
+        finally:
+            self._at_hand.subtract(worker for worker, _ in running.values() if worker in self._at_hand)
 
     def _hand_out(
         self, make: Make, fresh: Iterator[_Chunk], waiting: deque[_Chunk], running: dict[Any, tuple[Any, _Chunk]]
@@ -355,7 +358,7 @@ class RaySession:
         if room < count and (self.is_here or not room):
             raise OptionError(f"{count} workers on {device}: Ray has room for {room}")
         held = [ray.put(discoverer.on("cpu"))]
-        actor = ray.remote(_Worker).options(**resources, max_concurrency=_AT_HAND + 1)
+        actor = ray.remote(_Worker).options(**resources, max_concurrency=_AT_HAND + 1, scheduling_strategy="SPREAD")
         chunk = discoverer.options.batch_size * _BATCHES.get(device, _OTHER_BATCHES)
         workers = RayWorkers(lambda: actor.remote(held, device, threads), count, chunk, self.logs)
         try:
