@@ -42,6 +42,8 @@ _OTHER_BATCHES: Final = 2
 _MOST_LOSSES: Final = 5  # workers that a chunk may lose, and workers that may fail to start one after the other
 _PATIENCE: Final = 60.0  # seconds without any worker, after which a person is told
 _CONNECTING: Final = 5.0  # seconds
+_HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # RFC 9113, 3.4
+_HTTP2_SETTINGS: Final = b"\4"  # the kind of the first frame that comes back
 _ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what its daemons say of workers that end; read when Ray is imported
@@ -431,16 +433,20 @@ def _import_ray() -> Any:
 
 
 def _check_listening(address: str) -> None:
-    """Ray itself would try for a minute.
+    """Ray itself would try for minutes.
 
     Raises:
         OptionError: if the address is none.
-        ClusterError: if nobody listens there.
+        ClusterError: if nobody listens there, or somebody who does not speak gRPC.
     """
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isdecimal() and "/" not in host):
         raise OptionError(f"expected auto or the HOST:PORT of a cluster's head, such as 10.0.0.1:6379, not '{address}'")
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECTING).close()
+        with socket.create_connection((host, int(port)), timeout=_CONNECTING) as connection:
+            connection.sendall(_HTTP2_PREFACE)
+            answer = connection.recv(9)
     except (OSError, OverflowError) as error:
         raise ClusterError(f"no cluster at {address}: {error}; `ray start --head` starts one") from error
+    if answer[3:4] != _HTTP2_SETTINGS and "RAY_USE_TLS" not in os.environ:
+        raise ClusterError(f"no cluster at {address}: something else listens there; `ray start --head` tells its own")

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -320,7 +322,7 @@ def test_ray_is_started_and_stopped_without_a_word(photos: Collection, repositor
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.01)
     left = children(driver.pid)
-    driver.send_signal(signal.SIGINT)
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
     said, told = driver.communicate(timeout=60)
     assert (driver.returncode, said) == (130, "")
     lines = [line for line in told.replace("\r", "\n").splitlines() if line and "img/s" not in line]
@@ -342,6 +344,13 @@ def test_an_address_where_nobody_listens_is_told_at_once() -> None:
     start = time.monotonic()
     with pytest.raises(ClusterError, match=r"no cluster at 127\.0\.0\.1:9: .*; `ray start --head` starts one"):
         workers_of_ray._check_listening("127.0.0.1:9")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        answering = threading.Thread(target=lambda: server.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n"))
+        answering.start()
+        with pytest.raises(ClusterError, match=f"no cluster at {host}:{port}: something else listens there"):
+            workers_of_ray._check_listening(f"{host}:{port}")
+        answering.join()
     for wrong in ("here", "ray://127.0.0.1:10001", "127.0.0.1:", ":6379", ""):
         with pytest.raises(OptionError, match="expected auto or the HOST:PORT of a cluster's head"):
             workers_of_ray._check_listening(wrong)
