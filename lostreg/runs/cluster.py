@@ -72,12 +72,12 @@ class _Worker:
         self._failure: Exception | None = None
         self._told: list[str] = []
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        warnings.simplefilter("always", LostregWarning)
+        warnings.showwarning = self._hear  # type: ignore[assignment]
         try:
             self._discoverer = _discoverer_on(held[0], device, threads)
         except Exception as error:
             self._failure = error
-        warnings.simplefilter("always", LostregWarning)
-        warnings.showwarning = self._hear  # type: ignore[assignment]
         threading.Thread(target=self._work, daemon=True).start()
 
     def _hear(self, message: Warning | str, category: type[Warning], *_: Any) -> None:

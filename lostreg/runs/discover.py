@@ -156,7 +156,8 @@ def discover_collection(
         drawn: list[str] = []
 
         def ask(name: str) -> Asked:
-            return Asked(name, collection.path(name), collection.path(name))
+            source = collection.path(name)
+            return Asked(name, source, source)
 
         make = partial(make_entry, masks=masks, mask_pictures=mask_pictures)
         batch_size = discoverer.options.batch_size

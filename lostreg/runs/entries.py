@@ -23,13 +23,13 @@ class Asked:
     Attributes:
         image_id: of its lines.
         source: what is decoded.
-        path: of its file.
+        place: where it is kept, as its lines say it.
         truth: ground-truth boxes that its maps tell of, shape (m, 4); None where there is no ground truth.
     """
 
     image_id: ImageId
     source: ImageSource
-    path: Path
+    place: Path
     truth: Any = None
 
 
@@ -80,13 +80,13 @@ def make_entry(
     """
     image_id = asked.image_id
     if isinstance(outcome, ImageError):
-        prediction = from_error(image_id, outcome, asked.path)
+        prediction = from_error(image_id, outcome, asked.place)
         return Entry(prediction, WrittenLine(image_id, prediction.to_line()), error=outcome)
     prediction = from_discovery(image_id, outcome, masks=masks)
     return Entry(
         replace(prediction, masks=None),
         WrittenLine(image_id, prediction.to_line()),
-        WrittenLine(image_id, maps_of(image_id, asked.path, outcome, asked.truth).to_line()),
+        WrittenLine(image_id, maps_of(image_id, asked.place, outcome, asked.truth).to_line()),
         picture=mask_png(outcome.labels()) if mask_pictures else None,
     )
 
