@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lostreg.artifacts.register_search import find_registers
     from lostreg.datasets import load_benchmark
     from lostreg.images.allocator import keep_freed_memory
+    from lostreg.inference.batches import MapBatches
     from lostreg.inference.calibrate import calibrate
     from lostreg.inference.calibration import Calibration
     from lostreg.inference.discoverer import Discoverer
@@ -41,6 +42,7 @@ __all__ = [
     "Discovery",
     "LostResult",
     "LostregError",
+    "MapBatches",
     "Objectness",
     "Options",
     "RegisterNeurons",
@@ -66,6 +68,7 @@ _HOMES = {
     "Calibration": "inference.calibration",
     "calibrate": "inference.calibrate",
     "learn": "inference.learn",
+    "MapBatches": "inference.batches",
     "Objectness": "inference.objectness",
     "load_benchmark": "datasets",
     "Discoverer": "inference.discoverer",

@@ -54,6 +54,10 @@ class RegistersError(LostregError):
     """A registers file cannot be written or read, or there is nothing that test-time registers could take up."""
 
 
+class ClusterError(LostregError):
+    """Ray cannot be started or joined, or its workers do not last."""
+
+
 class LostregWarning(UserWarning):
     """Something that a user should know of, though the work goes on."""
 

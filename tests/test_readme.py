@@ -1,5 +1,6 @@
 """Every command and the Python code that README.md shows, run in a folder laid out as it says."""
 
+import os
 import re
 import shlex
 import shutil
@@ -121,10 +122,21 @@ def test_every_lostreg_command_runs_in_the_order_shown(commands: list[str], capf
 
 @pytest.mark.usefixtures("_in_folder")
 def test_the_python_code_runs(repository: Path) -> None:
-    (code,) = blocks(repository, "python")
+    code = blocks(repository, "python")[0]
     assert len(code.splitlines()) == 5
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.count("[[") == 5
+
+
+@pytest.mark.usefixtures("_in_folder")
+def test_the_pipeline_of_ray_data_runs(repository: Path) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install lostreg[ray]")
+    _, code = blocks(repository, "python")
+    assert len(code.splitlines()) == 6
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(repository)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^\d+ \d+ .*[\d.]+.* None$", done.stdout, re.MULTILINE)) == 2
 
 
 def test_generated_documentation_is_up_to_date(repository: Path) -> None:

@@ -288,6 +288,26 @@ def test_memory_of_collections_is_measured(script: Callable[[str], ModuleType], 
     assert row["peak_mb"] > 100
 
 
+def test_workers_are_measured(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install lostreg[ray]")
+    out = tmp_path / "scale.json"
+    script("ray_scale").main(["--counts", "200", "--out", str(out)])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["same_bytes"]
+    assert row["plain"]["unreadable"] == row["ray"]["unreadable"] == 2
+    assert row["ray"]["peak_mb"].keys() == {"driver", "worker", "ray"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending", "files"), [("folder", ".png", 3), ("tar", ".tar", 1), ("parquet", ".parquet", 1)]
+)
+def test_pictures_of_the_measurement_are_what_they_are_called(
+    script: Callable[[str], ModuleType], tmp_path: Path, kind: str, ending: str, files: int
+) -> None:
+    script("ray_scale").write_pictures(kind, 3, tmp_path)
+    assert sum(path.suffix == ending for path in tmp_path.rglob("*")) == files
+
+
 def test_further_objects_and_the_demo_are_timed(
     script: Callable[[str], ModuleType], photos: list[Path], tmp_path: Path
 ) -> None:

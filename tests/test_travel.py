@@ -50,6 +50,7 @@ def held(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> list[A
         backbone.spec,
         discoverer,
         discoverer.options,
+        lostreg.MapBatches(backbone, device="cpu"),
         found,
         picture,
         cut_patches(picture, 14),
@@ -86,6 +87,8 @@ def equal(first: Any, second: Any) -> bool:
         return len(first) == len(second) and all(map(equal, first, second))
     if isinstance(first, torch.nn.Module):
         return equal(dict(first.state_dict()), dict(second.state_dict()))
+    if isinstance(first, lostreg.MapBatches):
+        return equal(vars(first), vars(second))
     if isinstance(first, lostreg.Discoverer):
         return equal([first.options, first.backbone], [second.options, second.backbone])
     if hasattr(first, "__dict__") and not callable(first):

@@ -1,7 +1,8 @@
 """Parsed options become objects: the discoverer, the benchmark, test-time registers."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lostreg.images.decode import ImageSource
     from lostreg.inference.discoverer import Discoverer
     from lostreg.models.registers import RegisterNeurons
+    from lostreg.runs.cluster import RaySession, RayWorkers
 
 REGISTERS_FILE = "registers.json"
 OBJECTNESS_FILE = "objectness.safetensors"
@@ -123,6 +125,38 @@ def _earlier(kept: Path, wanted: int) -> "RegisterNeurons | None":
     else:
         return None
     raise OptionError(f"{kept.parent} holds a run with {told}; use --overwrite or another --out")
+
+
+@contextmanager
+def asked_session(args: argparse.Namespace) -> "Iterator[RaySession | None]":
+    """The Ray that ``--ray`` asks for, started or joined; None without it.
+
+    Raises:
+        OptionError: if there are workers without it, Ray is not installed, or the address is none.
+        ClusterError: if Ray cannot be started or joined.
+    """
+    if args.ray is None:
+        if args.workers is not None:
+            raise OptionError("--workers are Ray's: add --ray")
+        yield None
+        return
+    from lostreg.runs.cluster import ray_session
+
+    with ray_session(args.ray, args.workers) as session:
+        yield session
+
+
+@contextmanager
+def asked_workers(
+    args: argparse.Namespace, session: "RaySession | None", discoverer: "Discoverer"
+) -> "Iterator[RayWorkers | None]":
+    """Workers that hold a discoverer; None without a session."""
+    if session is None:
+        yield None
+        return
+    with session.workers(discoverer, args.workers) as workers:
+        tell(f"workers on {workers.device}")
+        yield workers
 
 
 def chosen_backbones(args: argparse.Namespace) -> list[str]:

@@ -5,13 +5,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.build import OBJECTNESS_FILE, REGISTERS_FILE, make_discoverer, with_objectness, with_registers
+from lostreg.cli.build import (
+    OBJECTNESS_FILE,
+    REGISTERS_FILE,
+    asked_session,
+    asked_workers,
+    make_discoverer,
+    with_objectness,
+    with_registers,
+)
 from lostreg.cli.files import check_mask_pictures
-from lostreg.cli.options import Subparsers, add_max_side, add_method_options, add_object_options, local_place, tell
+from lostreg.cli.options import (
+    Subparsers,
+    add_max_side,
+    add_method_options,
+    add_object_options,
+    add_workers,
+    local_place,
+    tell,
+)
 from lostreg.cli.progress import ProgressBar, judge_failures
 from lostreg.errors import ObjectnessError
 
 if TYPE_CHECKING:
+    from lostreg.datasets.folder import Collection
+    from lostreg.inference.discoverer import Discoverer
     from lostreg.runs.discover import Summary
 
 
@@ -52,6 +70,7 @@ def add_parser(commands: Subparsers) -> None:
     add_max_side(parser, defaults.MAX_SIDE)
     add_object_options(parser, is_collection=True)
     add_method_options(parser, precision="auto")
+    add_workers(parser)
     parser.set_defaults(run=run)
 
 
@@ -63,33 +82,40 @@ def run(args: argparse.Namespace) -> int:
     if args.mask_png:
         check_mask_pictures("--mask-png", args.max_objects)
     collection = find_collection(args.source, apart=args.out / MASKS_FOLDER)
+    with asked_session(args) as session:
+        discoverer = _discoverer(args, collection)
+        with asked_workers(args, session, discoverer) as workers, ProgressBar(args.backbone) as bar:
+            summary = discover_collection(
+                collection,
+                discoverer,
+                args.out,
+                overwrite=args.overwrite,
+                retry_failed=args.retry_failed,
+                strict=args.strict,
+                masks=args.masks is not None,
+                mask_pictures=args.mask_png,
+                workers=workers,
+                on_progress=bar,
+            )
+    print(_words(summary, args.min_score, args.out), flush=True)
+    return judge_failures(summary.unreadable, summary.unavailable, summary.images, retry="--retry-failed")
+
+
+def _discoverer(args: argparse.Namespace, collection: "Collection") -> "Discoverer":
+    """The discoverer, with what it learns from the collection first."""
     is_asked = args.objectness is not None
     _choose(args, len(collection.names))
     discoverer = make_discoverer(args, args.backbone)
     if args.test_time_registers is not None or args.objectness == "self":
         discoverer = with_registers(args, discoverer, collection, kept=args.out / REGISTERS_FILE)
         try:
-            discoverer = with_objectness(args, discoverer, collection, kept=args.out / OBJECTNESS_FILE)
+            return with_objectness(args, discoverer, collection, kept=args.out / OBJECTNESS_FILE)
         except ObjectnessError as error:
             if is_asked:
                 raise
             tell(f"{error}: going on without")
-    elif args.objectness is not None:
-        discoverer = with_objectness(args, discoverer, [])
-    with ProgressBar(args.backbone) as bar:
-        summary = discover_collection(
-            collection,
-            discoverer,
-            args.out,
-            overwrite=args.overwrite,
-            retry_failed=args.retry_failed,
-            strict=args.strict,
-            masks=args.masks is not None,
-            mask_pictures=args.mask_png,
-            on_progress=bar,
-        )
-    print(_words(summary, args.min_score, args.out), flush=True)
-    return judge_failures(summary.unreadable, summary.unavailable, summary.images, retry="--retry-failed")
+            return discoverer
+    return discoverer if args.objectness is None else with_objectness(args, discoverer, [])
 
 
 def _choose(args: argparse.Namespace, photos: int) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Final
 from lostreg.cli.build import (
     OBJECTNESS_FILE,
     REGISTERS_FILE,
+    asked_session,
+    asked_workers,
     chosen_backbones,
     make_discoverer,
     open_benchmark,
@@ -22,13 +24,16 @@ from lostreg.cli.options import (
     add_max_side,
     add_method_options,
     add_object_options,
+    add_workers,
 )
 from lostreg.cli.progress import ProgressBar, describe_misses, judge_failures
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
+from lostreg.errors import OptionError
 
 if TYPE_CHECKING:
     from lostreg.datasets import Benchmark, Example
     from lostreg.inference.discovery import Discovery
+    from lostreg.runs.cluster import RaySession
     from lostreg.runs.evaluate import Evaluation, Hook
 
 PLOTS: Final = "plots"
@@ -59,22 +64,27 @@ def add_parser(commands: Subparsers) -> None:
     add_max_side(parser, None)
     add_object_options(parser)
     add_method_options(parser, several_backbones=True)
+    add_workers(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every backbone that was asked for; for the exit code see `judge_failures`."""
     backbones = chosen_backbones(args)
+    if args.ray is not None and args.plots:
+        raise OptionError("--plots are drawn where one process computes: leave out --ray")
     benchmark = open_benchmark(args)
-    if len(backbones) == 1:
-        return _exit_code(_evaluate(args, benchmark, backbones[0], args.out))
-    found: dict[str, Evaluation] = {}
-    try:
-        for backbone in backbones:
-            found[backbone] = _evaluate(args, benchmark, backbone, args.out / backbone.replace(":", "_"))
-    finally:
-        if found:  # where one fails, those before it are not lost
-            print(_table(found), flush=True)
+    with asked_session(args) as session:
+        if len(backbones) == 1:
+            return _exit_code(_evaluate(args, benchmark, backbones[0], args.out, session))
+        found: dict[str, Evaluation] = {}
+        try:
+            for backbone in backbones:
+                out = args.out / backbone.replace(":", "_")
+                found[backbone] = _evaluate(args, benchmark, backbone, out, session)
+        finally:
+            if found:  # where one fails, those before it are not lost
+                print(_table(found), flush=True)
     return max(map(_exit_code, found.values()))
 
 
@@ -83,7 +93,9 @@ def _exit_code(evaluation: "Evaluation") -> int:
     return judge_failures(unreadable, unavailable, evaluation.score.images, retry="--overwrite")
 
 
-def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, out: Path) -> "Evaluation":
+def _evaluate(
+    args: argparse.Namespace, benchmark: "Benchmark", backbone: str, out: Path, session: "RaySession | None"
+) -> "Evaluation":
     from lostreg.runs.evaluate import evaluate
     from lostreg.runs.locate import is_file
 
@@ -92,7 +104,7 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
     discoverer = with_registers(args, discoverer, paths, kept=out / REGISTERS_FILE)
     discoverer = with_objectness(args, discoverer, paths, kept=out / OBJECTNESS_FILE)
     plots: list[Path] = []
-    with ProgressBar(backbone) as bar:
+    with asked_workers(args, session, discoverer) as workers, ProgressBar(backbone) as bar:
         evaluation = evaluate(
             benchmark,
             discoverer,
@@ -105,6 +117,7 @@ def _evaluate(args: argparse.Namespace, benchmark: "Benchmark", backbone: str, o
                 "no_hard": args.no_hard,
                 **({"transductive": True} if args.objectness == "self" else {}),
             },
+            workers=workers,
             on_progress=bar,
             on_discovery=_plotter(out / PLOTS, plots) if args.plots else None,
             on_gone=lambda image_id: _remove_plot(out / PLOTS, f"{image_id}.png"),

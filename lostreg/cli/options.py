@@ -309,6 +309,25 @@ def _add_running(group: Group, precision: defaults.Precision = "fp32") -> None:
     add_max_pixels(group)
 
 
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """The options that have Ray's workers compute."""
+    group = parser.add_argument_group("workers")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="have workers compute that Ray runs, one a GPU, with the same predictions: on this machine, or on the "
+        "cluster whose head is at ADDRESS, HOST:PORT; after the other arguments, or with auto for this machine",
+    )
+    group.add_argument(
+        "--workers",
+        type=positive_int,
+        metavar="N",
+        help="with --ray, how many (default: one a GPU, or as many as have the threads of this command on a CPU)",
+    )
+
+
 def add_device(group: Group, precision: defaults.Precision = "fp32") -> None:
     """Where the backbone runs, and in what precision."""
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")

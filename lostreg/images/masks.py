@@ -179,13 +179,27 @@ def save_mask_png(path: Path, labels: NDArray[np.uint8]) -> None:
     """
     if path.suffix.lower() != ".png":
         raise LostregError(f"cannot write {path}: expected a file ending in .png")
+    write_picture(path, mask_png(labels))
+
+
+def mask_png(labels: NDArray[np.uint8]) -> bytes:
+    """The content of the file that `save_mask_png` writes."""
     picture = Image.fromarray(labels).convert("P")
     picture.putpalette(palette().tobytes())
     encoded = io.BytesIO()
     picture.save(encoded, format="PNG")
+    return encoded.getvalue()
+
+
+def write_picture(path: Path, content: bytes) -> None:
+    """Write a picture's file; its folder is made if need be.
+
+    Raises:
+        LostregError: if it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encoded.getbuffer())
+        path.write_bytes(content)
     except OSError as error:
         raise LostregError(f"cannot write {path}: {error.strerror}") from error
 

@@ -114,6 +114,16 @@ class Discoverer:
         other._start(self.backbone, dataclasses.replace(self.options, objectness=objectness))
         return other
 
+    def on(self, device: str | torch.device) -> "Discoverer":
+        """The same on another device, in the same precision.
+
+        Raises:
+            OptionError: if the device is not there.
+        """
+        other = type(self).__new__(type(self))
+        other._start(_place(self.backbone, resolve_device(device), self.backbone.dtype), self.options)
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
         # What is made of the others is made again: it holds caches, and compiled code, which cannot travel.
         return {name: value for name, value in vars(self).items() if name not in ("features", "stream")}

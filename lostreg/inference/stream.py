@@ -84,6 +84,7 @@ class ImageStream(Generic[Outcome]):
         self.max_side = max_side
         self.exif = exif
         self.max_pixels = max_pixels
+        self.cores = available_cores()  # that may be busy with it
         # Patches of a pack of several images: fewer after memory ran out.
         self._pack_patches = _PACK_PATCHES.get(self.backbone.device.type, _OTHER_PACK_PATCHES)
         self._is_halved = False
@@ -114,7 +115,7 @@ class ImageStream(Generic[Outcome]):
         """Decode, compute and finish at the same time: on a GPU, the next pack is started before one is finished."""
         started: deque[_Started] = deque()
         with (
-            ThreadPoolExecutor(_decoders()) as pool,
+            ThreadPoolExecutor(self._decoders) as pool,
             ThreadPoolExecutor(_REMOTE_READERS) as remote,  # whose threads begin with the first image for them
             self._decoding_processes() as decoders,
         ):
@@ -135,7 +136,7 @@ class ImageStream(Generic[Outcome]):
         if self.backbone.device.type not in _DECODED_APART:
             return nullcontext()
         reading = Reading(self.max_side, self.exif, self.max_pixels, self._patch_size)
-        return Decoders(reading, _decoders() - 1, partial(pin, self.backbone.device))  # a core feeds the device
+        return Decoders(reading, self._decoders - 1, partial(pin, self.backbone.device))  # a core feeds the device
 
     def _decoded(
         self,
@@ -211,6 +212,11 @@ class ImageStream(Generic[Outcome]):
                 if not is_out_of_memory(error):  # no more can be pinned
                     raise
         return np.empty(shape, dtype=np.uint8)
+
+    @property
+    def _decoders(self) -> int:
+        """Threads that decode: as many as there are cores, within reason."""
+        return min(max(self.cores, 2), 16)
 
     @property
     def _patch_size(self) -> int:
@@ -388,10 +394,9 @@ class _Started:
     parts: list[_Part]
 
 
-def _decoders() -> int:
-    """Threads that decode: as many as this process may have cores, within reason."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores, 2), 16)
+def available_cores() -> int:
+    """How many cores this process may have."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tell(message: str) -> None:

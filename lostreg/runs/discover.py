@@ -11,20 +11,21 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from lostreg.datasets.folder import Collection
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
 from lostreg.errors import ImageError, PredictionsError
-from lostreg.images.masks import save_mask_png
+from lostreg.images.masks import write_picture
 from lostreg.inference.discoverer import Discoverer
 from lostreg.jsonio import count_lines, whole_file
 from lostreg.progress import OnProgress, Progress
+from lostreg.runs.entries import Asked, Entry, Workers, make_entry, missing_entries, until_error
 from lostreg.runs.folder import Run
 from lostreg.runs.locate import is_file
-from lostreg.runs.maps import maps_of
-from lostreg.runs.predictions import Prediction, from_discovery, from_error, parse_prediction, stream_predictions
+from lostreg.runs.predictions import Prediction, parse_prediction, stream_predictions
 from lostreg.runs.results import describe_device
 from lostreg.text import spreadsheet_text
 
@@ -93,6 +94,7 @@ def discover_collection(
     strict: bool = False,
     masks: bool = False,
     mask_pictures: bool = False,
+    workers: Workers | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> Summary:
     """Find the objects of every image of a collection, going on where an earlier run into the same folder stopped.
@@ -109,6 +111,7 @@ def discover_collection(
         strict: whether to stop at the first image that cannot be read, instead of listing it.
         masks: whether predictions hold masks.
         mask_pictures: whether each image's masks are also written to ``masks``, as PNG.
+        workers: who computes, if not this process: see `lostreg.runs.cluster`.
         on_progress: called after each image.
 
     Returns:
@@ -139,7 +142,7 @@ def discover_collection(
         out,
         collection.names,
         settings,
-        describe_device(discoverer.backbone.device, discoverer.backbone.dtype),
+        workers.device if workers else describe_device(discoverer.backbone.device, discoverer.backbone.dtype),
         parse_prediction,
         memory=PREDICTIONS_FILE,
         beside=[MAPS_FILE],
@@ -151,22 +154,21 @@ def discover_collection(
         failed_lines = _write_failed(out, _counted(run.resume(), summary, min_score, strict=strict))
         summary.known = summary.images
         drawn: list[str] = []
-        for name, outcome in run.outcomes(discoverer.outcomes, collection.source):
-            source, error = collection.source(name), None
-            if isinstance(outcome, ImageError):
-                if strict:
-                    raise outcome
-                prediction, maps, error = from_error(name, outcome, source), None, outcome
-            else:
-                prediction, maps = from_discovery(name, outcome, masks=masks), maps_of(name, source, outcome)
-                if mask_pictures:
-                    save_mask_png(mask_path(out, name), outcome.labels())
-                    drawn.append(name)
-            run.append(prediction, maps)
-            if error is not None:
-                failed_lines += _append_failed(out, prediction)
-            summary.add(prediction, min_score)
-            on_progress(Progress(summary.images, len(collection), known=summary.known, error=error))
+
+        def ask(name: str) -> Asked:
+            source = collection.source(name)
+            return Asked(name, source, source)
+
+        make = partial(make_entry, masks=masks, mask_pictures=mask_pictures)
+        batch_size = discoverer.options.batch_size
+        computed = missing_entries(run, ask, make, compute=discoverer.outcomes, batch_size=batch_size, workers=workers)
+        for entries in until_error(computed) if strict else computed:
+            drawn += _draw(out, entries)
+            run.append_all([(entry.line, entry.maps) for entry in entries])
+            for entry in entries:
+                failed_lines += _append_failed(out, entry.prediction)
+                summary.add(entry.prediction, min_score)
+                on_progress(Progress(summary.images, len(collection), known=summary.known, error=entry.error))
         if run.put_in_order() or count_lines(out / FAILED_FILE) != failed_lines:
             _write_failed(out, stream_predictions(out / PREDICTIONS_FILE))
         _check_drawn(out, drawn)
@@ -185,6 +187,14 @@ def _counted(
         yield prediction
 
 
+def _draw(out: Path, entries: Iterable[Entry]) -> list[str]:
+    """Write the pictures of masks that entries bring; their images."""
+    drawn = {str(entry.line.image_id): entry.picture for entry in entries if entry.picture is not None}
+    for name, picture in drawn.items():
+        write_picture(mask_path(out, name), picture)
+    return list(drawn)
+
+
 def _write_failed(out: Path, predictions: Iterable[Prediction]) -> int:
     """The table of the images that could not be read, written whole, of a run's predictions; how many lines it has."""
     with whole_file(out / FAILED_FILE) as beside:
@@ -195,7 +205,9 @@ def _write_failed(out: Path, predictions: Iterable[Prediction]) -> int:
 
 
 def _append_failed(out: Path, prediction: Prediction) -> int:
-    """Add a row to the table; how many lines it takes."""
+    """Add a row to the table for an image that could not be read; how many lines it takes."""
+    if prediction.error is None:
+        return 0
     row = _failed_row(prediction)
     with (out / FAILED_FILE).open("ab") as file:
         file.write(row)

@@ -10,14 +10,14 @@ from lostreg.checks import shown
 from lostreg.datasets import Benchmark, Example
 from lostreg.datasets.base import ImageId
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE
-from lostreg.errors import ImageError, ImageUnavailableError, PredictionsError
+from lostreg.errors import ImageError, ImageUnavailableError, OptionError, PredictionsError
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery
 from lostreg.metrics import Corloc, Detections, DetectionScores, corloc, detection_scores, is_hit, score_auc
 from lostreg.progress import OnProgress, Progress
+from lostreg.runs.entries import Asked, Entry, Workers, make_entry, missing_entries, until_error
 from lostreg.runs.folder import Run
-from lostreg.runs.maps import maps_of
-from lostreg.runs.predictions import Prediction, from_discovery, from_error, parse_prediction
+from lostreg.runs.predictions import Prediction, parse_prediction
 from lostreg.runs.results import benchmark_settings, describe_device
 
 
@@ -74,6 +74,7 @@ def evaluate(
     on_discovery: Hook | None = None,
     on_gone: Callable[[ImageId], None] = lambda _: None,
     try_again: Callable[[Prediction], bool] = lambda _: False,
+    workers: Workers | None = None,
 ) -> Evaluation:
     """Predict and score a benchmark, going on where an earlier run into the same folder stopped.
 
@@ -91,21 +92,26 @@ def evaluate(
         on_discovery: called with each image's discovery before its line is written; its source is the decoded image.
         on_gone: called with each image of an earlier run that is overwritten.
         try_again: whether an image is computed again for another reason, such as a picture of it that is missing.
+        workers: who computes, if not this process: see `lostreg.runs.cluster`. Then nothing is called with discoveries.
 
     Raises:
+        OptionError: if workers are given and ``on_discovery``, too.
         PredictionsError: if the folder cannot be written, is in use by another run, or holds a run with other
             settings; or if what was written was deleted meanwhile.
         ImageError: with ``strict``, at the first image that cannot be read; what came before it is kept.
     """
+    if workers is not None and on_discovery is not None:
+        raise OptionError("workers keep what they see: pictures of images are drawn where one process computes")
     examples = {example.image_id: example for example in benchmark.examples}
     settings = benchmark_settings(benchmark, {**discoverer.options.record(), "masks": masks}, extra)
     compute = partial(discoverer.outcomes, keep_pixels=on_discovery is not None)
+    make = partial(make_entry, masks=masks)
     tally = _Tally(examples, strict=strict, on_progress=on_progress)
     with Run(
         Path(out),
         list(examples),
         settings,
-        describe_device(discoverer.backbone.device, discoverer.backbone.dtype),
+        workers.device if workers else describe_device(discoverer.backbone.device, discoverer.backbone.dtype),
         parse_prediction,
         memory=PREDICTIONS_FILE,
         beside=[MAPS_FILE],
@@ -115,18 +121,28 @@ def evaluate(
     ) as run:
         for prediction in run.resume():
             tally.add(prediction, known=True)
-        for image_id, outcome in run.outcomes(compute, lambda image_id: examples[image_id].source):
+
+        def ask(image_id: ImageId) -> Asked:
             example = examples[image_id]
-            if isinstance(outcome, ImageError):
-                prediction, maps = from_error(image_id, outcome, example.path), None
-                tally.check(prediction)
-            else:
-                if on_discovery:
-                    on_discovery(example, outcome)
-                prediction = from_discovery(image_id, outcome, masks=masks)
-                maps = maps_of(image_id, example.path, outcome, example.boxes)
-            run.append(prediction, maps)
-            tally.add(prediction)
+            return Asked(image_id, example.source, example.path, example.boxes)
+
+        def shown(asked: Asked, outcome: Discovery | ImageError) -> Entry:
+            if on_discovery and not isinstance(outcome, ImageError):
+                on_discovery(examples[asked.image_id], outcome)
+            return make(asked, outcome)
+
+        computed = missing_entries(
+            run,
+            ask,
+            make if on_discovery is None else shown,
+            compute=compute,
+            batch_size=discoverer.options.batch_size,
+            workers=workers,
+        )
+        for entries in until_error(computed) if strict else computed:
+            run.append_all([(entry.line, entry.maps) for entry in entries])
+            for entry in entries:
+                tally.add(entry.prediction)
         run.put_in_order()
         evaluation = tally.evaluation(run.computed)
         run.finish(evaluation.figures())
@@ -144,12 +160,9 @@ class _Tally:
         self.is_hit: dict[ImageId, bool] = {}
         self.hits = self.known = self.unreadable = self.unavailable = 0
 
-    def check(self, prediction: Prediction) -> None:
+    def add(self, prediction: Prediction, *, known: bool = False) -> None:
         if self.strict and prediction.error is not None:
             raise ImageError(prediction.error)
-
-    def add(self, prediction: Prediction, *, known: bool = False) -> None:
-        self.check(prediction)
         image_id = prediction.image_id
         self.predictions[image_id] = replace(prediction, masks=None)  # they would take up memory
         self.is_hit[image_id] = is_hit(prediction.boxes, self.examples[image_id].boxes)

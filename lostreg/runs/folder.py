@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain, tee
 from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TextIO, TypeVar
 
@@ -27,6 +28,7 @@ _DEVICE: Final = "device"
 _EARLIER_DEVICES: Final = "earlier_devices"  # of results whose images were not all computed on one
 _WHERE: Final = (_DEVICE, _EARLIER_DEVICES)
 _OF_THE_LIST: Final = ("root", "images", "fingerprint")  # settings that may differ where the list may change
+_NAMES_THE_LIST: Final = "fingerprint"  # the one of these that tells whether it has
 _RESUMED_AFTER: Final = "resumed_after"  # of unfinished results: lines that were there when this list was first met
 
 
@@ -71,10 +73,11 @@ class Run(Generic[AnyLine]):
     images that are gone are left out in the end, when the files are put in the list's order. Results are there from
     the start with the settings, so that a run with other settings is noticed.
 
-    What shares a pack is a function of a list alone. For a run that was merely stopped it is the whole list, so it ends
-    with the same bytes as one that was not. For a run whose list has changed it is the list of the images that were
-    missing when the change was met, however often the run is stopped then. Images tried again, and those that could
-    not be had the last time are, make a new list each time.
+    What shares a pack is a function of a list alone, which is cut into batches: each of them that has a missing image
+    is computed whole, in whatever order. For a run that was merely stopped it is the whole list, so it ends with the
+    same bytes as one that was not. For a run whose list has changed it is the list of the images that were missing when
+    the change was met, however often the run is stopped then. Images tried again, and those that could not be had the
+    last time are, make a new list each time.
 
     Args:
         out: the folder; made if need be.
@@ -131,7 +134,8 @@ class Run(Generic[AnyLine]):
         self._on_gone = on_gone
         self._written: list[ImageId] = []  # ids of the memory's lines, as they stand in the file
         self._gone_beside = False  # whether a file beside the memory has lines of images that are gone
-        self._batch: Sequence[ImageId] = ()  # the list whose packs the missing images share
+        self._missing: set[ImageId] = set()
+        self._list: Sequence[ImageId] = ()  # whose packs the missing images share
         self._earlier: dict[str, Any] = {}  # results of an earlier run
         self._stack = ExitStack()
         self._files: list[TextIO] = []
@@ -184,8 +188,9 @@ class Run(Generic[AnyLine]):
                 yield line
         self._check_strangers(known - images, known & images)
         self.todo = [image_id for image_id in self.images if image_id not in done]
+        self._missing = set(self.todo)
         self._devices = self._name_devices()
-        resumed_after = self._choose_batch()
+        resumed_after = self._choose_list(is_new=bool(dropped) or self._has_changed())
         self._marks = {_RESUMED_AFTER: resumed_after} if resumed_after else {}
         if self._written != list(self.images) or not self._earlier:
             earlier: dict[str, Any] = {name: self._earlier[name] for name in _WHERE if name in self._earlier}
@@ -251,55 +256,87 @@ class Run(Generic[AnyLine]):
             before, device = [*before, device], self._device
         return {_DEVICE: device, **({_EARLIER_DEVICES: before} if before else {})}
 
-    def _choose_batch(self) -> int:
+    def _has_changed(self) -> bool:
+        """Whether the earlier run was over another list."""
+        names = [
+            values[_NAMES_THE_LIST]
+            for settings in (self._earlier, self._settings)
+            for values in settings.values()
+            if isinstance(values, dict) and _NAMES_THE_LIST in values
+        ]
+        return len(set(map(str, names))) > 1
+
+    def _choose_list(self, *, is_new: bool) -> int:
         """Choose the list whose packs the missing images share; how many lines there were when it was first met."""
         recorded = self._earlier.get(_RESUMED_AFTER)
-        for lines in (recorded if isinstance(recorded, int) else 0, len(self._written)):
-            earlier = set(self._written[:lines])
-            self._batch = [image_id for image_id in self.images if image_id not in earlier]
-            if self._written[lines:] == self._batch[: len(self._written) - lines]:
-                break
+        lines = len(self._written) if is_new else recorded if isinstance(recorded, int) else 0
+        earlier = set(self._written[:lines])
+        self._list = [image_id for image_id in self.images if image_id not in earlier]
         return lines
+
+    def missing_batches(self, size: int) -> Iterator[Sequence[ImageId]]:
+        """The batches of the list that have a missing image, in order and whole: what shares a pack stays together."""
+        for start in range(0, len(self._list), size):
+            batch = self._list[start : start + size]
+            if not self._missing.isdisjoint(batch):
+                yield batch
+
+    def is_missing(self, image_id: ImageId) -> bool:
+        """Whether an image has not been appended yet: of a batch that is computed whole, some may have been."""
+        return image_id in self._missing
 
     def outcomes(
         self,
-        compute: Callable[[Iterable[ImageSource], int], Iterator[Outcome]],
+        compute: Callable[[Iterable[ImageSource]], Iterator[Outcome]],
         source_of: Callable[[Any], ImageSource],
+        batch_size: int,
     ) -> Iterator[tuple[Any, Outcome]]:
         """Compute what is missing.
 
         Args:
             compute: as `Discoverer.outcomes`.
             source_of: the file of an image, by its id.
+            batch_size: images that share packs at most.
 
         Yields:
             The ids of `todo` with their outcomes.
         """
         if self.todo:
-            computed = compute((source_of(image_id) for image_id in self._batch), len(self._batch) - len(self.todo))
-            yield from zip(self.todo, computed, strict=True)
+            images, ahead = tee(chain.from_iterable(self.missing_batches(batch_size)))
+            for image_id, outcome in zip(images, compute(source_of(image) for image in ahead), strict=True):
+                if self.is_missing(image_id):
+                    yield image_id, outcome
 
-    def append(self, line: AnyLine, *beside: Line | None) -> None:
-        """Remember one more image; a kill leaves at most a line beside too many.
+    def append(self, line: Line, *beside: Line | None) -> None:
+        """Remember one more image; see `append_all`."""
+        self.append_all([(line, *beside)])
+
+    def append_all(self, entries: Sequence[Sequence[Line | None]]) -> None:
+        """Remember more images; a kill leaves at most lines beside too many.
 
         Args:
-            line: of the memory.
-            beside: lines of the files beside it; None for an image that has none.
+            entries: of each image its line of the memory, and those of the files beside it; None where it has none.
 
         Raises:
             PredictionsError: if one of the files is gone.
         """
+        if not entries:
+            return
         if not self.computed and _EARLIER_DEVICES in self._devices:  # it goes on elsewhere, from now on
             self._write_unfinished(self._devices)
-        for path, file, entry in zip(self._lines, self._files, (*beside, line), strict=True):
-            if entry is not None:
-                file.write(entry.to_line() + "\n")
+        memory, *beside = zip(*entries, strict=True)
+        for path, file, lines in zip(self._lines, self._files, (*beside, memory), strict=True):
+            texts = [line.to_line() + "\n" for line in lines if line is not None]
+            if texts:
+                file.write("".join(texts))
                 file.flush()
-                self._lines[path] += 1
+                self._lines[path] += len(texts)
             if not path.exists():  # better now than after hours
                 raise self._lost(path)
-        self._written.append(line.image_id)
-        self.computed += 1
+        ids = [line.image_id for line in memory if line is not None]
+        self._written += ids
+        self._missing.difference_update(ids)
+        self.computed += len(ids)
 
     def put_in_order(self) -> bool:
         """Close the files and put them in the list's order, without images that are gone; whether that was needed.

@@ -203,7 +203,8 @@ def sweep(
     ) as run:
         lines |= {line.image_id: line for line in run.resume()}
         known = len(lines)
-        for image_id, outcome in run.outcomes(stream.outcomes, lambda image_id: examples[image_id].source):
+        outcomes = run.outcomes(stream.outcomes, lambda image_id: examples[image_id].source, stream.batch_size)
+        for image_id, outcome in outcomes:
             lines[image_id] = _line(examples[image_id], outcome, pairs)
             run.append(lines[image_id])
             error = outcome if isinstance(outcome, ImageError) else None

@@ -129,6 +129,26 @@ def test_a_run_goes_on_where_it_was(
     assert settings(out)["complete"] is True
 
 
+@pytest.mark.parametrize("kept", [(4, 5, 0, 1), (6, 2, 3), (5,), (3, 1, 6)])
+def test_lines_of_any_batches_in_any_order_are_gone_on_with(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path, packs: list[tuple[str, ...]], kept: tuple[int, ...]
+) -> None:
+    """What several processes leave when they are stopped."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    discover_collection(photos, discoverer, whole)
+    shutil.copytree(whole, out)
+    order = [photos.names[place] for place in kept]
+    for name in FILES[:2]:
+        lines = {json.loads(line)["image_id"]: line for line in (out / name).read_bytes().splitlines(keepends=True)}
+        (out / name).write_bytes(b"".join(lines[image] for image in order if image in lines))
+    (out / "results.json").write_text(json.dumps({**settings(out), "complete": False}))
+    packs.clear()
+    assert discover_collection(photos, discoverer, out).known == len(kept)
+    batches = [photos.names[start : start + 2] for start in range(0, 7, 2)]
+    assert packs == [tuple(batch) for batch in batches if set(batch) - set(order)]
+    assert contents(out) == contents(whole)
+
+
 def test_other_options_are_refused_and_a_moved_folder_is_not(
     photos: Collection, discoverer: Discoverer, backbone: Backbone, tmp_path: Path
 ) -> None:

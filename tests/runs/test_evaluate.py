@@ -116,9 +116,10 @@ def close_scores(discoverer: Discoverer, monkeypatch: pytest.MonkeyPatch) -> lis
     scores = [0.5 + 0.0001 * (number * 7 % COUNT) for number in range(COUNT)]
     outcomes = discoverer.outcomes
 
-    def scored(images: Iterable[ImageSource], skip: int = 0, **_: object) -> Iterator[Discovery | ImageError]:
-        for score, outcome in zip(scores[skip:], outcomes(images, skip), strict=True):
+    def scored(images: Iterable[ImageSource], **_: object) -> Iterator[Discovery | ImageError]:
+        for outcome in outcomes(images):
             assert isinstance(outcome, Discovery)
+            score = scores[int(Path(str(outcome.source)).stem.removeprefix("im"))]
             yield dataclasses.replace(outcome, scores=np.array([score], dtype=np.float32))
 
     monkeypatch.setattr(discoverer, "outcomes", scored)
