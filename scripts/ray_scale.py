@@ -90,8 +90,8 @@ def run(folder: Path, out: str, options: Sequence[str]) -> dict[str, Any]:
         raise SystemExit(f"lostreg discover ended with {process.returncode}")
     results = json.loads((folder / out / "results.json").read_text(encoding="utf-8"))
     by_role: Counter[str] = Counter()
-    for role, peak in peaks.values():
-        by_role[role] = max(by_role[role], round(peak))
+    for role, megabytes in peaks.values():
+        by_role[role] = max(by_role[role], round(megabytes))
     return {
         "images_per_s": results["run"]["images_per_s"],
         "whole_s": round(time.perf_counter() - start, 1),

@@ -39,7 +39,7 @@ HERE: Final = "auto"  # the address that starts Ray on this machine
 _AT_HAND: Final = 2  # chunks of a worker: one is computed, the next is being decoded
 _BATCHES: Final = {"cuda": 16}  # of a chunk: some seconds of work
 _OTHER_BATCHES: Final = 2
-_MOST_LOSSES: Final = 5  # workers that a chunk may lose, and workers that may fail to start one after the other
+_MOST_LOSSES: Final = 5  # workers that a chunk may lose, and fewest failed starts in a row that end a run
 _PATIENCE: Final = 60.0  # seconds without any worker, after which a person is told
 _CONNECTING: Final = 5.0  # seconds
 _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # RFC 9113, 3.4
@@ -173,6 +173,7 @@ class RayWorkers:
         self._starting: dict[Any, Any] = {}  # workers, by what they will answer first
         self._at_hand: Counter[Any] = Counter()  # chunks of each worker that has answered
         self._failed = 0  # starts, one after the other
+        self._most_failed = max(count, _MOST_LOSSES)  # a lost node may take all of its own
         for _ in range(count):
             self._add()
         while not self._at_hand:
@@ -263,7 +264,7 @@ class RayWorkers:
             raise self._explained(error) from error
         except RayError as error:
             self._failed += 1
-            if self._failed == _MOST_LOSSES:
+            if self._failed == self._most_failed:
                 raise ClusterError(f"no worker starts: {self._last_words(error)}") from error
             self._add()
             return
@@ -359,6 +360,9 @@ class RaySession:
         count = count or room
         if room < count and (self.is_here or not room):
             raise OptionError(f"{count} workers on {device}: Ray has room for {room}")
+        if room < count:
+            message = f"the cluster has room for {room} of {count} workers: the others join when there is more"
+            warnings.warn(message, LostregWarning, stacklevel=3)
         held = [ray.put(discoverer.on("cpu"))]
         actor = ray.remote(_Worker).options(**resources, max_concurrency=_AT_HAND + 1, scheduling_strategy="SPREAD")
         chunk = discoverer.options.batch_size * _BATCHES.get(device, _OTHER_BATCHES)
@@ -402,7 +406,8 @@ def ray_session(address: str = HERE, workers: int | None = None) -> Iterator[Ray
         finally:
             ray.shutdown()
     finally:
-        os.environ.clear()
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
         os.environ.update(environment)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)
