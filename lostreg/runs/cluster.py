@@ -1,6 +1,6 @@
 """Workers that Ray runs, on this machine or on many: each computes chunks of a run's list as one process would.
 
-The process that has the run's folder (the driver) hands out chunks, two at most to a worker, and appends what comes
+The process that has the run's folder (the driver) hands out chunks, a few at a time to a worker, and appends what comes
 back: so much is in memory and no more, however many images there are. A worker feeds its chunks to one stream of
 images, so that the next is being decoded while one is computed. Chunks are whole batches of the list, and nothing of
 one batch shares a pack with another: what is found in an image is what one process finds, to the bit, on the same kind
@@ -36,7 +36,7 @@ from lostreg.runs.entries import Asked, Entry, Make
 from lostreg.runs.results import describe_device
 
 HERE: Final = "auto"  # the address that starts Ray on this machine
-_AT_HAND: Final = 2  # chunks of a worker: one is computed, the next is being decoded
+_AT_HAND: Final = 3  # chunks of a worker: one is computed, the next is being decoded, and one is there when that ends
 _BATCHES: Final = {"cuda": 16}  # of a chunk: some seconds of work
 _OTHER_BATCHES: Final = 2
 _MOST_LOSSES: Final = 5  # workers that a chunk may lose, and fewest failed starts in a row that end a run
