@@ -1,6 +1,6 @@
 """Workers that Ray runs, on this machine or on many: each computes chunks of a run's list as one process would.
 
-The process that has the run's folder (the driver) hands out chunks, two at most to a worker, and appends what comes
+The process that has the run's folder (the driver) hands out chunks, a few at a time to a worker, and appends what comes
 back: so much is in memory and no more, however many images there are. A worker feeds its chunks to one stream of
 images, so that the next is being decoded while one is computed. Chunks are whole batches of the list, and nothing of
 one batch shares a pack with another: what is found in an image is what one process finds, to the bit, on the same kind
@@ -36,10 +36,10 @@ from lostreg.runs.entries import Asked, Entry, Make
 from lostreg.runs.results import describe_device
 
 HERE: Final = "auto"  # the address that starts Ray on this machine
-_AT_HAND: Final = 2  # chunks of a worker: one is computed, the next is being decoded
+_AT_HAND: Final = 3  # chunks of a worker: one is computed, the next is being decoded, and one is there when that ends
 _BATCHES: Final = {"cuda": 16}  # of a chunk: some seconds of work
 _OTHER_BATCHES: Final = 2
-_MOST_LOSSES: Final = 5  # workers that a chunk may lose, and workers that may fail to start one after the other
+_MOST_LOSSES: Final = 5  # workers that a chunk may lose, and fewest failed starts in a row that end a run
 _PATIENCE: Final = 60.0  # seconds without any worker, after which a person is told
 _CONNECTING: Final = 5.0  # seconds
 _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # RFC 9113, 3.4
@@ -173,6 +173,7 @@ class RayWorkers:
         self._starting: dict[Any, Any] = {}  # workers, by what they will answer first
         self._at_hand: Counter[Any] = Counter()  # chunks of each worker that has answered
         self._failed = 0  # starts, one after the other
+        self._most_failed = max(count, _MOST_LOSSES)  # a lost node may take all of its own
         for _ in range(count):
             self._add()
         while not self._at_hand:
@@ -263,7 +264,7 @@ class RayWorkers:
             raise self._explained(error) from error
         except RayError as error:
             self._failed += 1
-            if self._failed == _MOST_LOSSES:
+            if self._failed == self._most_failed:
                 raise ClusterError(f"no worker starts: {self._last_words(error)}") from error
             self._add()
             return
@@ -359,6 +360,9 @@ class RaySession:
         count = count or room
         if room < count and (self.is_here or not room):
             raise OptionError(f"{count} workers on {device}: Ray has room for {room}")
+        if room < count:
+            message = f"the cluster has room for {room} of {count} workers: the others join when there is more"
+            warnings.warn(message, LostregWarning, stacklevel=3)
         held = [ray.put(discoverer.on("cpu"))]
         actor = ray.remote(_Worker).options(**resources, max_concurrency=_AT_HAND + 1, scheduling_strategy="SPREAD")
         chunk = discoverer.options.batch_size * _BATCHES.get(device, _OTHER_BATCHES)
@@ -402,7 +406,8 @@ def ray_session(address: str = HERE, workers: int | None = None) -> Iterator[Ray
         finally:
             ray.shutdown()
     finally:
-        os.environ.clear()
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
         os.environ.update(environment)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)

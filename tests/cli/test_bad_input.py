@@ -577,6 +577,27 @@ BAD = {
         "expected an integer of at least 1, not '0'",
     ),
     "strict eval": (f"eval voc --root {{}}/broken --strict --out {{}}/out {FAST}", r"im01\.jpg: not a readable image"),
+    # workers
+    "workers of nobody": (
+        f"discover {{}}/voc/JPEGImages --workers 2 --out {{}}/out {FAST}",
+        "--workers are Ray's: add --ray",
+    ),
+    "no workers": (
+        f"discover {{}}/voc/JPEGImages --ray auto --workers 0 --out {{}}/out {FAST}",
+        "expected an integer of at least 1, not '0'",
+    ),
+    "no address": (
+        f"discover {{}}/voc/JPEGImages --ray here --out {{}}/out {FAST}",
+        r"expected auto or the HOST:PORT of a cluster's head.*not 'here'|Ray is not installed: pip",
+    ),
+    "nobody at an address": (
+        f"eval voc --root {{}}/voc --ray 127.0.0.1:9 --out {{}}/out {FAST}",
+        r"no cluster at 127\.0\.0\.1:9: .*`ray start --head` starts one|Ray is not installed: pip",
+    ),
+    "plots of workers": (
+        f"eval voc --root {{}}/voc --ray auto --plots --out {{}}/out {FAST}",
+        "--plots are drawn where one process computes: leave out --ray",
+    ),
     # predictions
     "cut predictions": (
         "score {}/cut.jsonl voc --root {}/voc",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import scenes
 from fabricate import write_voc
 from PIL import Image
@@ -46,8 +47,9 @@ def nodes(repository: Path) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")]))
         patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False})
-        found.add_node(num_cpus=4)
+        head = {"num_cpus": 2, "num_gpus": torch.cuda.device_count(), "include_dashboard": False}
+        found = Cluster(initialize_head=True, head_node_args=head)
+        found.add_node(num_cpus=2)
         ray.init(address=found.address, log_to_driver=False, logging_level="CRITICAL")
         found.wait_for_nodes()
         yield found
@@ -232,7 +234,7 @@ def test_a_node_that_is_lost_costs_the_chunks_that_it_had(
         while len(workers._at_hand) < 2:
             workers._welcome(workers._next([]))
         discover_collection(photos, discoverer, tmp_path / "out", workers=workers, on_progress=lose)
-    nodes.add_node(num_cpus=4)
+    nodes.add_node(num_cpus=2)
     nodes.wait_for_nodes()
     assert contents(tmp_path / "out") == contents(plain)
     assert set(computed()) == set(photos.names)
@@ -263,6 +265,20 @@ def test_what_a_worker_raises_is_raised(
     with pytest.raises(ArithmeticError, match="a fault") as raised:
         discover_collection(photos, discoverer, tmp_path / "out", workers=pair)
     assert raised.value.__notes__ == ["in a worker; Ray's logs are in its logs"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use (CUDA)")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_worker_on_a_gpu_writes_what_one_process_writes(
+    photos: Collection, backbone: Backbone, session: RaySession, tmp_path: Path, precision: str
+) -> None:
+    discoverer = Discoverer(backbone, device="cuda", precision=precision, batch_size=2, method="parts", max_objects=3)
+    discover_collection(photos, discoverer, tmp_path / "alone")
+    with session.workers(discoverer) as workers:
+        assert workers.chunk_images == 32
+        discover_collection(photos, discoverer, tmp_path / "out", workers=workers)
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert results(tmp_path / "out") == results(tmp_path / "alone")
 
 
 DRIVER = """
@@ -382,7 +398,13 @@ def test_threads_are_those_of_the_driver_as_far_as_there_are_cores(
     assert workers_of_ray._threads_each(cores, workers, most) == threads
 
 
-def test_more_workers_than_there_is_room_for_are_refused(discoverer: Discoverer, nodes: Any) -> None:
+def test_more_workers_than_there_is_room_for_are_refused_or_told(discoverer: Discoverer, nodes: Any) -> None:
     here = RaySession("its logs", is_here=True)
-    with pytest.raises(OptionError, match="9 workers on cpu: Ray has room for 8"), here.workers(discoverer, 9):
-        raise AssertionError("there are eight cores")
+    with pytest.raises(OptionError, match="5 workers on cpu: Ray has room for 4"), here.workers(discoverer, 5):
+        raise AssertionError("there are four cores")
+    cluster = RaySession("its logs", is_here=False)
+    with (
+        pytest.warns(LostregWarning, match="room for 4 of 5 workers: the others join"),
+        cluster.workers(discoverer, 5) as workers,
+    ):
+        assert workers.device.startswith("cpu: ")
