@@ -42,6 +42,7 @@ _OTHER_BATCHES: Final = 2
 _MOST_LOSSES: Final = 5  # workers that a chunk may lose, and fewest failed starts in a row that end a run
 _PATIENCE: Final = 60.0  # seconds without any worker, after which a person is told
 _CONNECTING: Final = 5.0  # seconds
+_LEAST_ROOM: Final = 2  # workers, on a machine of one core, too
 _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # RFC 9113, 3.4
 _HTTP2_SETTINGS: Final = b"\4"  # the kind of the first frame that comes back
 _ENVIRONMENT: Final = {
@@ -390,7 +391,7 @@ def ray_session(address: str = HERE, workers: int | None = None) -> Iterator[Ray
         workers: how many there will be, which cores are found for.
 
     Raises:
-        OptionError: if Ray is not installed, or the address is none.
+        OptionError: if Ray is not installed, the address is none, or there are more workers than cores.
         ClusterError: if nobody listens at the address, or Ray does not start.
     """
     environment, on_terminate = dict(os.environ), signal.getsignal(signal.SIGTERM)
@@ -400,8 +401,11 @@ def ray_session(address: str = HERE, workers: int | None = None) -> Iterator[Ray
         if ray.is_initialized():
             yield RaySession("its temporary folder", is_here=False)
             return
+        cores = max(available_cores(), _LEAST_ROOM)
+        if address == HERE and (workers or 0) > cores:  # Ray would try to start a process for each
+            raise OptionError(f"expected at most {cores} workers on this machine of that many cores, not {workers}")
         try:
-            logs = _start_ray(address, max(available_cores(), workers or 1))
+            logs = _start_ray(address, cores)
             yield RaySession(logs, is_here=address == HERE)
         finally:
             ray.shutdown()

