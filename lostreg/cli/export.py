@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if is_unfinished(source):
         tell(f"{source.parent} holds a run that did not come to its end: these are its images so far")
     if kind.is_streamed:
+        _refuse_among_packed(args.out, source)
         _stream(args, kind, source)
         return 0
     predictions = _read(source)
@@ -203,6 +204,19 @@ def _write(args: argparse.Namespace, kind: Format, chosen: "ExportSet", finder: 
             f"{encoded} images were encoded anew, upright, as JPEG or PNG: not all readers of {args.format} take them "
             "as they are"
         )
+
+
+def _refuse_among_packed(out: Path, source: Path) -> None:
+    """Raise if a file would replace one that holds the run's images, or be taken for such a one the next time."""
+    from lostreg.datasets.lake import PACKED
+    from lostreg.defaults import MAPS_FILE
+    from lostreg.runs.maps import read_maps
+
+    maps, place = source.with_name(MAPS_FILE), out.resolve()
+    files = {one.path.rpartition("#")[0] for one in read_maps(maps)} if maps.is_file() else set()
+    packed = [Path(file).resolve() for file in files if file.lower().endswith(tuple(PACKED))]
+    if place in packed or place.parent in {path.parent for path in packed}:
+        raise OptionError(f"--out {out} is among the files that hold the images: give another folder")
 
 
 def _refuse_among_images(out: Path, chosen: "ExportSet", finder: "ImageFinder") -> None:

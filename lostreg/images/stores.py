@@ -27,6 +27,8 @@ _S3_SCHEMES: Final = ("s3", "s3a")
 _GOOGLE_SCHEMES: Final = ("gs", "gcs")
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _ANONYMOUS: Final = "anonymous"
+_HARMLESS: Final = frozenset({"region", "scheme", "endpoint_override", "retry_limit_seconds"})  # of a URI's query
+_DEFAULT_HOST: Final = ("hdfs", "viewfs")  # schemes whose settings name the host
 
 CheckSize = Callable[[int], None]
 
@@ -74,17 +76,15 @@ class StoredImage(ABC):
         """
         try:
             return self._read(check_size)
-        except ImageError:
+        except (ImageError, MemoryError):
             raise
         except FileNotFoundError as error:
             raise ImageUnavailableError(f"{self.name}: it is not there any more") from error
         except Exception as error:
             # Clients of stores raise whatever their transports raise; a ValueError is what readers say of the content.
             is_of_store = self.is_remote and not isinstance(error, ValueError)
-            if isinstance(error, OSError | OptionError) or is_of_store:
-                reason = reason_of(error, self.file)
-                raise ImageUnavailableError(f"{self.name}: cannot be read ({reason})") from error
-            raise
+            kind = ImageUnavailableError if isinstance(error, OSError | OptionError) or is_of_store else ImageError
+            raise kind(f"{self.name}: cannot be read ({reason_of(error, self.file)})") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,15 +165,17 @@ def local_path(uri: str) -> str | None:
 
 
 def check_uri(uri: str) -> None:
-    """Raise `OptionError` for a URI that names no place, or holds a password."""
+    """Raise `OptionError` for a URI that names no place, or may hold a password: in a query, whatever is not known."""
     parts = _parts(uri)
-    if not parts.netloc.rpartition("@")[2]:
-        raise OptionError(f"{uri}: expected {parts.scheme}://BUCKET/NAME")
-    if ":" in parts.netloc.rpartition("@")[0] or {"access_key", "secret_key"} & dict(parse_qsl(parts.query)).keys():
+    unknown = dict(parse_qsl(parts.query, keep_blank_values=True)).keys() - _HARMLESS
+    if ":" in parts.netloc.rpartition("@")[0] or unknown:
         raise OptionError(
             f"{parts.scheme}://...{parts.path}: credentials in a URI would be written into results; expected them "
-            "where the store's tools look: in the environment (AWS_ACCESS_KEY_ID and so on) or its settings"
+            "where the store's tools look: in the environment (AWS_ACCESS_KEY_ID and so on) or its settings, and "
+            f"behind the ? nothing but {', '.join(sorted(_HARMLESS))}"
         )
+    if not parts.netloc.rpartition("@")[2] and parts.scheme not in _DEFAULT_HOST:
+        raise OptionError(f"{uri}: expected {parts.scheme}://BUCKET/NAME")
 
 
 def join_uri(folder: str, name: str) -> str:

@@ -53,7 +53,7 @@ class MapBatches:
         """A table, or a batch of records, with the columns.
 
         Raises:
-            OptionError: if it has no column of images, or one of those that are appended.
+            OptionError: if it has no column of images, or of something else, or one of those that are appended.
         """
         import pyarrow as pa
 
@@ -62,7 +62,7 @@ class MapBatches:
         taken = sorted({self.prefix + name for name in COLUMNS} & set(batch.schema.names))
         if taken:
             raise OptionError(f"the table has {', '.join(taken)} already: choose another prefix")
-        images = [_content(value.as_py()) for value in batch.column(self.column)]
+        images = [self._content(value.as_py()) for value in batch.column(self.column)]
         outcomes = list(self.discoverer.outcomes(images))
         rows = [
             (None, None, [], [], str(one))
@@ -75,9 +75,12 @@ class MapBatches:
             batch = batch.append_column(self.prefix + name, pa.array([row[place] for row in rows], kind))
         return batch
 
-
-def _content(value: Any) -> bytes:
-    """An image file's content; nothing where there is none, which cannot be read."""
-    if isinstance(value, dict):
-        value = value.get("bytes")
-    return b"" if value is None else bytes(value)
+    def _content(self, value: Any) -> bytes:
+        """An image file's content; nothing where there is none, which cannot be read."""
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if content is None:
+            return b""
+        if not isinstance(content, bytes):
+            what = f"contents of files, or structs with a field bytes, not {type(content).__name__}"
+            raise OptionError(f"expected column {self.column!r} to hold {what}")
+        return content

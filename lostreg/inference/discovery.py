@@ -27,7 +27,7 @@ class Discovery:
 
     Attributes:
         xyxy: boxes in pixels of the original image, shape (n, 4), float32, ``x1, y1, x2, y2`` with exclusive
-            right and bottom edges, in the order in which they were found: the main object first.
+            right and bottom edges, the main object first; see the method for the order of the others.
         scores: how clearly each box is an object, shape (n,), float32, in [0, 1]: see `lostreg.methods.objectness`.
         seeds: row and column of each object's seed patch, shape (n, 2), int64.
         biases: the Gram bias that each object was found with, shape (n,), float32.

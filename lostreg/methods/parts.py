@@ -314,7 +314,7 @@ def ranked_objects(
 
         score · apart / size^(1/2)        or, taught, rank · apart
 
-    and at most that of the main object, so that scores never rise from one object to the next.
+    and at most that of the main object, so that scores never rise from one object to the next; likewise a candidate's.
 
     Args:
         candidates: what LOST found.
@@ -337,7 +337,6 @@ def ranked_objects(
     clear = (of_patches * parted.contrasts.apart).astype(np.float32)
     kept = _suppress(boxes, ranks, main, max_objects)
     told = _told(boxes, lead, kept)
-    of_told = clear[told]
     clear = np.minimum(clear, clear[main])
     enough = clear[kept] >= min_score
     enough[0] = True
@@ -358,7 +357,7 @@ def ranked_objects(
         heat=degrees.reshape(height, width),
         seeds=np.stack(np.divmod(seeds, width), axis=1),
         biases=maps.bias[image].numpy()[np.where(kept < trials, kept, 0)],
-        candidates=np.column_stack([boxes[told], of_told]).astype(np.float32),
+        candidates=np.column_stack([boxes[told], clear[told]]).astype(np.float32),
     )
 
 

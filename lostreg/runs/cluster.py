@@ -117,8 +117,9 @@ class _Worker:
                     done.set_result(entries)
                     entries = []
         except BaseException as error:
-            for one in begun:
-                one.done.set_exception(error)
+            for one in begun or [job]:
+                if not one.done.done():
+                    one.done.set_exception(error)
 
     def _sources(self, job: _Job | None, begun: deque[_Job]) -> Iterator[ImageSource]:
         while job is not None:

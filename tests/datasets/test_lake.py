@@ -393,6 +393,7 @@ def test_what_a_store_cannot_list_is_refused_in_a_line(server: S3Server, path: s
     [
         ("s3://key:secret@bucket/photos", "credentials in a URI would be written into results"),
         ("s3://bucket/photos?secret_key=secret", "credentials in a URI would be written into results"),
+        ("abfs://host/photos?sig=secret", "credentials in a URI would be written into results"),
         ("s3://somebody@bucket/photos", "nothing or anonymous@ in front of the bucket"),
         ("s3://bucket/photos?reigon=x", "expected region, scheme or endpoint_override"),
         ("s3://[bucket/photos", "expected SCHEME://BUCKET/NAME"),

@@ -57,6 +57,9 @@ def test_columns_that_lack_or_clash_are_named(find: lostreg.MapBatches, backbone
         find(pa.table({"jpg": [b""], "width": [3]}))
     with pytest.raises(OptionError, match="the table has width already: choose another prefix"):
         find(pa.table({"bytes": [b""], "width": [3]}))
+    for wrong in ("a.jpg", 3, [1, 2]):
+        with pytest.raises(OptionError, match="expected column 'bytes' to hold contents of files"):
+            find(pa.table({"bytes": [wrong]}))
     other = lostreg.MapBatches(backbone, column="jpg", prefix="lost_", device="cpu")
     table = other(pa.table({"jpg": [b""], "width": [3]}))
     assert table.column_names[2:] == ["lost_width", "lost_height", "lost_boxes", "lost_scores", "lost_error"]

@@ -233,7 +233,7 @@ def test_objects_are_the_best_candidates_without_those_that_overlap(seed, most, 
         for place in [lead[:leading].argmax(), *sorted(range(len(masks)), key=lambda place: -ranks[place])]:
             if len(ranked) < most and (not ranked or pairwise_iou(boxes[[place]], boxes[ranked]).max() < 0.5):
                 ranked.append(place)
-        of_all, clear = clear, np.minimum(clear, clear[ranked[0]])
+        clear = np.minimum(clear, clear[ranked[0]])
         kept = [place for place in ranked if place == ranked[0] or clear[place] >= least]
         kept.sort(key=lambda place: -clear[place])
         one = found[image]
@@ -258,7 +258,7 @@ def test_objects_are_the_best_candidates_without_those_that_overlap(seed, most, 
                 told.append(place)
         told = sorted(told[:12], key=lambda place: -lead[place])
         assert one.candidates[:, :4].tolist() == boxes[told].tolist()
-        np.testing.assert_allclose(one.candidates[:, 4], of_all[told], rtol=1e-5)
+        np.testing.assert_allclose(one.candidates[:, 4], clear[told], rtol=1e-5)
         np.testing.assert_array_equal(one.objectness, None if chances is None else chances[image].reshape(grid))
 
 

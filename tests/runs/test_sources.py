@@ -183,6 +183,15 @@ def test_a_run_over_a_source_can_be_looked_at_and_exported_with_its_pictures(
         assert main(["export", str(out), "--format", "yolo", "--out", str(out / "yolo"), "--keep-empty"]) == 0
         copied = sorted((out / "yolo/images").rglob("*.png"))
         assert sorted(path.read_bytes() for path in copied) == sorted(pictures().values()), kind
+    table = tmp_path / "table.parquet"
+    before = table.read_bytes()
+    for place in (table, table.with_name("beside.parquet")):
+        again = ["export", str(tmp_path / "out of/parquet"), "--format", "parquet", "--out", str(place), "--overwrite"]
+        assert main(again) == 2
+    assert table.read_bytes() == before
+    table.write_bytes(b"no table any more")
+    yolo = ["--format", "yolo", "--out", str(tmp_path / "yolo"), "--keep-empty"]
+    assert main(["export", str(tmp_path / "out of/parquet"), *yolo]) == 2
     (tmp_path / "shards/0.tar").unlink()
     assert write_gallery(RunFolder(tmp_path / "out of/tar"), tmp_path / "report.html").gone == 5
     gone = ["export", str(tmp_path / "out of/tar"), "--format", "voc", "--out", str(tmp_path / "voc")]
