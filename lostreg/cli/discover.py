@@ -21,7 +21,7 @@ from lostreg.cli.options import (
     add_method_options,
     add_object_options,
     add_workers,
-    local_place,
+    run_place,
     tell,
 )
 from lostreg.cli.progress import ProgressBar, judge_failures
@@ -53,10 +53,11 @@ def add_parser(commands: Subparsers) -> None:
     )
     parser.add_argument(
         "--out",
-        type=local_place,
+        type=run_place,
         required=True,
         metavar="DIR",
-        help="folder for predictions.jsonl, maps.jsonl, failed.csv and results.json",
+        help="folder for predictions.jsonl, maps.jsonl, failed.csv and results.json; or a URI (s3://BUCKET/DIR and so "
+        "on), to which they are copied in the end",
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
     parser.add_argument("--retry-failed", action="store_true", help="try photos again that are broken, too")
@@ -76,16 +77,26 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Discover; for the exit code see `judge_failures`."""
-    from lostreg.datasets.folder import find_collection
-    from lostreg.runs.discover import MASKS_FOLDER, discover_collection
+    from lostreg.runs.remote import folder_of
 
     if args.mask_png:
         check_mask_pictures("--mask-png", args.max_objects)
+    place = args.out
+    with folder_of(place) as args.out:
+        summary = _run(args)
+    print(_words(summary, args.min_score, place), flush=True)
+    return judge_failures(summary.unreadable, summary.unavailable, summary.images, retry="--retry-failed")
+
+
+def _run(args: argparse.Namespace) -> "Summary":
+    from lostreg.datasets.folder import find_collection
+    from lostreg.runs.discover import MASKS_FOLDER, discover_collection
+
     collection = find_collection(args.source, apart=args.out / MASKS_FOLDER)
     with asked_session(args) as session:
         discoverer = _discoverer(args, collection)
         with asked_workers(args, session, discoverer) as workers, ProgressBar(args.backbone) as bar:
-            summary = discover_collection(
+            return discover_collection(
                 collection,
                 discoverer,
                 args.out,
@@ -97,8 +108,6 @@ def run(args: argparse.Namespace) -> int:
                 workers=workers,
                 on_progress=bar,
             )
-    print(_words(summary, args.min_score, args.out), flush=True)
-    return judge_failures(summary.unreadable, summary.unavailable, summary.images, retry="--retry-failed")
 
 
 def _discoverer(args: argparse.Namespace, collection: "Collection") -> "Discoverer":
@@ -138,7 +147,7 @@ def _choose(args: argparse.Namespace, photos: int) -> None:
         args.objectness = "self" if learns else None
 
 
-def _words(summary: "Summary", min_score: float, out: Path) -> str:
+def _words(summary: "Summary", min_score: float, out: Path | str) -> str:
     lines = [f"{summary.images:,} photos, {summary.boxes:,} boxes"]
     lines.append(f"{summary.clear:,} with a clear object")
     lines.append(f"{summary.unclear:,} with no clear object (a score below {min_score:g})")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from lostreg import defaults
 from lostreg.checks import LARGEST, cut
 from lostreg.errors import OptionError
+from lostreg.images.stores import is_uri, local_path
 from lostreg.models.table import FEATURES
 from lostreg.text import printable
 
@@ -425,6 +426,14 @@ def local_place(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"expected a place on this machine's disks, not {text}")
     return Path(text)
+
+
+def run_place(text: str) -> Path | str:
+    """The folder of a run: on this machine, or the URI of a store's."""
+    if not is_uri(text):
+        return Path(text)
+    path = local_path(text)
+    return text if path is None else Path(path)
 
 
 def one_line(message: str) -> str:

@@ -6,13 +6,14 @@ S3, Google's, Azure's and Hadoop's; of any other kind with fsspec and whatever t
 
 import os
 import re
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, Final, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
@@ -22,6 +23,7 @@ LAKE_HINT: Final = 'needs pyarrow: pip install "lostreg[lake]"'
 CONNECT_SECONDS: Final = 10.0
 REQUEST_SECONDS: Final = 30.0  # without a byte
 ATTEMPTS: Final = 3  # of a request
+_COPIED_BYTES: Final = 1 << 20  # at a time
 _OPEN_FILES: Final = 64  # handles of stores' files that are kept
 _S3_SCHEMES: Final = ("s3", "s3a")
 _GOOGLE_SCHEMES: Final = ("gs", "gcs")
@@ -204,8 +206,40 @@ def list_files(uri: str) -> list[str] | None:
         return [info.path[below:] for info in infos if info.type == fs_module.FileType.File]
 
 
+def fetch_folder(uri: str, folder: Path) -> None:
+    """Copy a store's folder, with all its subfolders, into one of this machine; nothing where there is none.
+
+    Raises:
+        OptionError: if it cannot be read.
+    """
+    fs_module = arrow("fs", uri)
+    with telling(uri):
+        store, path = _opened(uri)
+        if store.get_file_info(path).type == fs_module.FileType.NotFound:
+            return
+    for name in list_files(uri) or ():
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with telling(uri), open_file(join_uri(uri, name)) as there, place.open("wb") as here:
+            shutil.copyfileobj(there, here, _COPIED_BYTES)
+
+
+def store_folder(folder: Path, uri: str) -> None:
+    """Copy a folder of this machine, with all its subfolders but no hidden files, into one of a store.
+
+    Raises:
+        OptionError: if it cannot be written to.
+    """
+    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("[!.]*")) if path.is_file()]
+    for name in files:
+        with telling(uri, "written to"):
+            store, path = _opened(join_uri(uri, name))
+            with (folder / name).open("rb") as here, store.open_output_stream(path) as there:
+                shutil.copyfileobj(here, there, _COPIED_BYTES)
+
+
 @contextmanager
-def telling(file: str) -> Iterator[None]:
+def telling(file: str, what: str = "read") -> Iterator[None]:
     """Whatever a store or a reader of data sets raises comes out as one line on that file.
 
     Raises:
@@ -220,7 +254,7 @@ def telling(file: str) -> Iterator[None]:
     except MemoryError as error:
         raise OptionError(f"{file}: not enough memory to read it") from error
     except Exception as error:
-        raise OptionError(f"{file}: cannot be read ({reason_of(error, file)})") from error
+        raise OptionError(f"{file}: cannot be {what} ({reason_of(error, file)})") from error
 
 
 def open_file(file: str) -> BinaryIO:

@@ -209,7 +209,9 @@ def test_a_shard_that_grew_is_the_same_run(discoverer: Discoverer, tmp_path: Pat
     assert (summary.known, summary.images) == (3, 10)
 
 
-def test_commands_take_sources(server: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_take_sources(
+    server: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sources = kept(tmp_path, server)
     model = ["--backbone", NAME, "--weights", str(save_weights(small(), tmp_path / "w.safetensors")), "--device", "cpu"]
     image = server.uri("pictures/folder/001.png")
@@ -223,4 +225,24 @@ def test_commands_take_sources(server: S3Server, tmp_path: Path, capsys: pytest.
     assert main(["discover", sources["s3:// tar"], *model, "--objectness", learned, "--out", out]) == 0
     assert "5 photos" in capsys.readouterr().out
     assert main(["discover", server.uri("pictures/none"), *model, "--out", out]) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stored, files = server.uri("pictures/runs/found"), ("predictions.jsonl", "maps.jsonl", "failed.csv")
+    for known in ("", "5 of these had been done before"):  # the second goes on with what the store has
+        assert main(["discover", sources["s3:// tar"], *model, "--objectness", learned, "--out", stored]) == 0
+        assert known in capsys.readouterr().out
+        assert not list((tmp_path / "cache/lostreg/runs").iterdir())
+    stores.fetch_folder(stored, tmp_path / "fetched")
+    for name in files:
+        assert (tmp_path / "fetched" / name).read_bytes() == (Path(out) / name).read_bytes()
+    other = ["discover", sources["tar"], *model, "--out", server.uri("pictures/runs/other")]
+    server.forbidden.add("runs/other/predictions.jsonl")
+    try:
+        assert main(other) == 2
+    finally:
+        server.forbidden.clear()
+    assert "cannot be written to" in capsys.readouterr().err
+    assert main(other) == 0
+    assert "5 of these had been done before" in capsys.readouterr().out
+    stores.fetch_folder(server.uri("pictures/runs/other"), tmp_path / "other")
+    assert len((tmp_path / "other/predictions.jsonl").read_bytes().splitlines()) == 5
     assert main(["attention", sources["tar"], *model]) == 2
