@@ -202,6 +202,8 @@ def write_picture(path: Path, content: bytes) -> None:
         path.write_bytes(content)
     except OSError as error:
         raise LostregError(f"cannot write {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise LostregError(f"cannot write {str(path)!r}: no file can have that name ({error})") from error
 
 
 def palette() -> NDArray[np.uint8]:

@@ -233,10 +233,15 @@ def mask_path(out: Path, name: str) -> Path:
     """
     *folders, last = PurePosixPath(name).parts
     folders = [_ELSEWHERE.get(part) or _TAKEN.sub(r"_\1", _PICTURE.sub(r"\1_", part)) for part in folders]
-    if len(os.fsencode(last)) >= _LONGEST_NAME:  # file systems take 255 bytes; cut names are of just that length
-        digest = hashlib.sha256(os.fsencode(last)).hexdigest()[:12]
-        last = os.fsdecode(os.fsencode(last)[: _LONGEST_NAME - 13]) + "-" + digest
-    return out.joinpath(MASKS_FOLDER, *folders, last + ".png")
+    return out.joinpath(MASKS_FOLDER, *map(_cut, folders), _cut(last) + ".png")
+
+
+def _cut(part: str) -> str:
+    """A name that file systems take, which is 255 bytes; cut ones are of just one length, which no other one has."""
+    name = os.fsencode(part)
+    if len(name) < _LONGEST_NAME:
+        return part
+    return os.fsdecode(name[: _LONGEST_NAME - 13]) + "-" + hashlib.sha256(name).hexdigest()[:12]
 
 
 def _remove_mask(out: Path, name: str) -> None:

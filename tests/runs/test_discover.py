@@ -469,10 +469,11 @@ def test_a_folder_whose_name_is_no_text_is_recorded(discoverer: Discoverer, tmp_
 
 def test_a_name_too_long_for_a_mask_is_cut_and_stays_its_own(tmp_path: Path) -> None:
     names = [letter * 250 + ".jpg" for letter in "ab"] + ["ä" * 124 + end for end in ("1.jpg", "2.jpg")]
+    names += ["0.tar/" + "d" * 300 + end for end in ("1/a.jpg", "2/a.jpg")]
     paths = [mask_path(tmp_path, name) for name in names]
-    assert len({path.name for path in paths}) == 4
+    assert len(set(paths)) == len(names)
     for path in paths:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
 
 
