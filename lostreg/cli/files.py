@@ -1,11 +1,16 @@
 """Files and folders that commands write: whether they may, and what they are called."""
 
 import os
+import posixpath
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lostreg.errors import LostregError, OptionError
 from lostreg.text import Unused
+
+if TYPE_CHECKING:
+    from lostreg.images.stores import StoredImage
 
 
 def check_writable(target: Path, purpose: str) -> None:
@@ -46,10 +51,13 @@ def check_written(paths: Iterable[Path]) -> None:
         )
 
 
-def unique_names(paths: Iterable[Path]) -> Iterator[str]:
-    """A file name without suffix for each image: images of one name in different folders get different ones."""
+def unique_names(images: Iterable["Path | StoredImage"]) -> Iterator[str]:
+    """A name for a file of each image: images of one name in different folders get different ones.
+
+    It is that of the image's file without suffix; the whole last part of another image's name, as in `t.parquet#17`.
+    """
     unused = Unused()
-    return (unused.name(path.stem) for path in paths)
+    return (unused.name(image.stem if isinstance(image, Path) else posixpath.basename(image.name)) for image in images)
 
 
 def check_mask_pictures(option: str, max_objects: int) -> None:
@@ -60,27 +68,30 @@ def check_mask_pictures(option: str, max_objects: int) -> None:
         raise OptionError(f"{option} tells {MOST_OBJECTS} objects apart, not {max_objects}: see --max-objects")
 
 
-def mask_paths(folder: Path, arguments: Iterable[str], paths: list[Path]) -> list[Path]:
+def mask_paths(folder: Path, arguments: Iterable[str], images: "list[Path | StoredImage]") -> list[Path]:
     """Where the mask of each image goes.
 
     Raises:
         OptionError: if the folder cannot be written, or masks could be taken for images there.
     """
     make_folder(folder)
-    refuse_among_images("--mask-dir", folder, arguments, paths)
-    return [folder / f"{name}.png" for name in unique_names(paths)]
+    refuse_among_images("--mask-dir", folder, arguments, images)
+    return [folder / f"{name}.png" for name in unique_names(images)]
 
 
-def refuse_among_images(option: str, folder: Path, arguments: Iterable[str], paths: Iterable[Path]) -> None:
+def refuse_among_images(
+    option: str, folder: Path, arguments: Iterable[str], images: Iterable["Path | StoredImage"]
+) -> None:
     """Raise `OptionError` if pictures in a folder could replace images, or be taken for images the next time.
 
     Args:
         option: that names the folder.
         folder: where pictures go.
         arguments: what the user named as images: those that are folders are searched whole.
-        paths: the images.
+        images: these.
     """
     place = folder.resolve()
     searched = [Path(argument).resolve() for argument in arguments if Path(argument).is_dir()]
-    if place in {path.resolve().parent for path in paths} or any(place.is_relative_to(path) for path in searched):
+    taken = {image.resolve().parent for image in images if isinstance(image, Path)}
+    if place in taken or any(place.is_relative_to(path) for path in searched):
         raise OptionError(f"{option} {folder} is among the images: give another folder")

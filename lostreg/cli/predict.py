@@ -34,6 +34,7 @@ from lostreg.text import printable
 _OTHER_PICTURES = (".bmp", ".eps", ".gif", ".pdf", ".svg", ".tif", ".tiff")  # no folder is meant
 
 if TYPE_CHECKING:
+    from lostreg.images.stores import StoredImage
     from lostreg.inference.discovery import Discovery
 
 
@@ -68,9 +69,8 @@ def run(args: argparse.Namespace) -> int:
     from lostreg.images.masks import save_mask_png
 
     sources = find_sources(args.images)
-    paths = [source if isinstance(source, Path) else Path(source.name) for source in sources]
-    plots = _plot_paths(args.plot, args.images, paths) if args.plot else None
-    masks = _mask_paths(args, paths)
+    plots = _plot_paths(args.plot, args.images, sources) if args.plot else None
+    masks = _mask_paths(args, sources)
     failed, written = 0, list[Path]()
     with ExitStack() as stack:
         output = _open_json(args.json, stack) if args.json else None
@@ -95,18 +95,18 @@ def run(args: argparse.Namespace) -> int:
                 save_mask_png(masks[index], outcome.labels())
                 written.append(masks[index])
         if output:
-            _check_json(args.json, output, len(paths))
+            _check_json(args.json, output, len(sources))
     check_written(written)
-    if failed and len(paths) > 1:
-        tell(f"{failed} of {len(paths)} images could not be read")
+    if failed and len(sources) > 1:
+        tell(f"{failed} of {len(sources)} images could not be read")
     return 2 if failed else 0
 
 
-def _mask_paths(args: argparse.Namespace, paths: list[Path]) -> list[Path] | None:
+def _mask_paths(args: argparse.Namespace, images: "list[Path | StoredImage]") -> list[Path] | None:
     """Where the picture of each image's masks goes, if that was asked for."""
     if args.mask_dir:
         check_mask_pictures("--mask-dir", args.max_objects)
-        return mask_paths(args.mask_dir, args.images, paths)
+        return mask_paths(args.mask_dir, args.images, images)
     if args.masks and args.box_from == "patches" and not (args.json or args.plot):
         raise OptionError("--masks shows nowhere: add --json, --plot or --mask-dir, or take boxes --box-from mask")
     return None
@@ -160,31 +160,31 @@ def _open_json(target: str, stack: ExitStack) -> TextIO:
     return stack.enter_context(path.open("a", encoding="utf-8", newline="\n"))
 
 
-def _plot_paths(target: Path, arguments: list[str], paths: list[Path]) -> list[Path]:
+def _plot_paths(target: Path, arguments: list[str], images: "list[Path | StoredImage]") -> list[Path]:
     """Where each picture goes; images of one name in different folders get different pictures.
 
     Raises:
         OptionError: if one file is asked for and there are several images, the folder cannot be written, or a
             picture would take the place of an image.
     """
-    plots = _place_plots(target, paths)
+    plots = _place_plots(target, images)
     if plots != [target]:
-        refuse_among_images("--plot", target, arguments, paths)
-    elif target.resolve() in {path.resolve() for path in paths}:
+        refuse_among_images("--plot", target, arguments, images)
+    elif target.resolve() in {image.resolve() for image in images if isinstance(image, Path)}:
         raise OptionError(f"--plot {target} is among the images: give another folder")
     return plots
 
 
-def _place_plots(target: Path, paths: list[Path]) -> list[Path]:
+def _place_plots(target: Path, images: "list[Path | StoredImage]") -> list[Path]:
     from lostreg.images.draw import PLOT_SUFFIXES
 
     suffix = target.suffix.lower()
     if suffix in _OTHER_PICTURES and not target.is_dir():
         raise OptionError(f"--plot {target}: expected a folder or a file ending in {', '.join(PLOT_SUFFIXES)}")
     if suffix in PLOT_SUFFIXES and not target.is_dir():
-        if len(paths) > 1:
-            raise OptionError(f"--plot {target} is one file, but there are {len(paths)} images: give a folder")
+        if len(images) > 1:
+            raise OptionError(f"--plot {target} is one file, but there are {len(images)} images: give a folder")
         make_folder(target.parent)
         return [target]
     make_folder(target)
-    return [target / f"{name}.png" for name in unique_names(paths)]
+    return [target / f"{name}.png" for name in unique_names(images)]

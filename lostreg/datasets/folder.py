@@ -3,12 +3,14 @@
 import glob
 import hashlib
 import os
+import posixpath
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,6 +135,9 @@ def find_collection(source: str, apart: Path | None = None) -> Collection:
 def find_sources(arguments: Iterable[str]) -> list[Path | StoredImage]:
     """The images that files, folders, globs, files with many images and URIs stand for, folders and globs sorted.
 
+    Each is called by its whole path or URI, so that images of several arguments are told apart. A glob stands for what
+    `find_collection` finds; where that is nothing, for whatever files match.
+
     Args:
         arguments: as a command line names them; a file need not be there, and may have any ending.
 
@@ -150,21 +155,42 @@ def find_sources(arguments: Iterable[str]) -> list[Path | StoredImage]:
             arrow("fs", argument)
             sources.append(FileRange(argument.partition("?")[0], argument))
         elif is_uri(argument) or path.suffix.lower() in PACKED:
-            sources += find_collection(argument)
+            sources += _named(find_collection(argument))
         elif path.is_dir():
             kinds = sort_files(os.path.relpath(file, path) for file in _files_below(path))
             inside = _of_kinds(path, kinds, path, _no_images(path), None)
-            sources += inside if inside.parts else sorted(map(inside.path, inside.names))
+            sources += _named(inside) if inside.parts else sorted(map(inside.path, inside.names))
         elif glob.has_magic(argument) and not path.exists():
             # pathlib's glob takes no absolute patterns
             matches = sorted(Path(match) for match in glob.glob(argument, recursive=True))  # noqa: PTH207
             files = [match for match in matches if match.is_file()]
             if not files:
                 raise OptionError(f"no file matches '{argument}'")
-            sources += files
+            kinds = sort_files(map(str, files))
+            if kinds.images:
+                tell_others(kinds.others, argument)
+                files = sorted(map(Path, kinds.images))
+            sources += _named(find_collection(argument)) if kinds.packed else files
         else:
             sources.append(path)
     return sources
+
+
+def _named(collection: Collection) -> Iterator[Path | StoredImage]:
+    """Its images, called by their whole paths or URIs."""
+    root = collection.root
+    if isinstance(root, Path):
+        folder = root.parent if root.is_file() else root
+        prefix = "" if folder == Path() else folder.as_posix()
+    else:
+        prefix = root.partition("?")[0]
+        if prefix.lower().endswith(tuple(PACKED)):
+            prefix = posixpath.dirname(prefix)
+    for image in collection:
+        if isinstance(image, Path):
+            yield image
+        else:
+            yield replace(cast("Any", image), name=posixpath.join(prefix, image.name))
 
 
 def find_images(arguments: Iterable[str]) -> list[Path]:
@@ -230,6 +256,7 @@ def _listed(path: Path) -> list[str]:
         raise OptionError(f"{path} is no list of images: expected a text file with a path a line")
     lines = (line.removesuffix("\r") for line in text.split("\n"))  # names may hold what else ends lines
     listed = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    listed = [local_path(line) or line for line in listed]
     uris = [line for line in listed if is_uri(line)]
     for uri in uris:
         check_uri(uri)

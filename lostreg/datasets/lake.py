@@ -12,7 +12,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from lostreg.datasets.base import name_some
-from lostreg.datasets.parts import Listing, Part
+from lostreg.datasets.parts import Listing, NoImagesError, Part
 from lostreg.datasets.shards import list_shard
 from lostreg.datasets.tables import cell_at, forget_tables, list_table
 from lostreg.errors import LostregWarning, OptionError
@@ -125,23 +125,38 @@ def unpack(kinds: Kinds, place: str, file_of: Callable[[str], str]) -> tuple[tup
         file_of: absolute path or URI of a file.
 
     Raises:
-        OptionError: if one cannot be read, or says not where its images are.
+        OptionError: if one cannot be read, several columns of one could hold images, or there are tables without such a
+            column alone.
     """
     close_files()
     forget_tables()
     packed = _without_caches(kinds, file_of)
     files = [file_of(name) for name in packed]
     names: list[str] = []
-    parts, others = [], Counter(kinds.others)
+    parts, others = list[Part](), Counter(kinds.others)
+    without: NoImagesError | None = None
     with ThreadPoolExecutor(_AT_ONCE if any(map(is_uri, files)) else 1) as pool:
-        for listing in pool.map(lambda file, name: PACKED[_ending(name)](file, name), files, packed):
+        for name, listing in zip(packed, pool.map(_listing, files, packed), strict=True):
+            if isinstance(listing, NoImagesError):  # such as what img2dataset writes of a shard beside it
+                without = without or listing
+                others[_ending(name)] += 1
+                continue
             names += listing.names
             parts.append(listing.part)
             others += listing.others
             if listing.fault:
                 warnings.warn(listing.fault, LostregWarning, stacklevel=2)
+    if without and not names:
+        raise without
     tell_others(others, place)
     return tuple(names), tuple(parts)
+
+
+def _listing(file: str, name: str) -> Listing | NoImagesError:
+    try:
+        return PACKED[_ending(name)](file, name)
+    except NoImagesError as error:
+        return error
 
 
 def _without_caches(kinds: Kinds, file_of: Callable[[str], str]) -> list[str]:

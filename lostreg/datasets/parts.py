@@ -5,7 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from lostreg.errors import OptionError
 from lostreg.images.stores import StoredImage
+
+
+class NoImagesError(OptionError):
+    """A file that could hold many images, but by its kind holds none."""
 
 
 class Part(Protocol):

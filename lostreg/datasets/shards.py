@@ -45,9 +45,11 @@ class Shard:
 
 
 def list_shard(file: str, name: str) -> Listing:
-    """The images of a tar shard: regular members with an image's ending. Of two members of one name the first counts.
+    """The images of a tar shard: members with an image's ending that are regular, or hard links to such ones.
 
-    Nothing but headers is kept of a shard, however large. Where it is cut off or damaged, what lies before counts.
+    Of two members of one name the first counts. Names have no ``.`` and no empty part, so that ``./a.jpg`` and
+    ``/a.jpg`` are ``a.jpg``. Nothing but headers is kept of a shard, however large. Where it is cut off or damaged,
+    what lies before counts.
 
     Args:
         file: absolute path or URI.
@@ -56,7 +58,7 @@ def list_shard(file: str, name: str) -> Listing:
     Raises:
         OptionError: if it cannot be read, or is no tar file.
     """
-    names: dict[str, None] = {}
+    names: dict[str, int] = {}
     starts, sizes = array("q"), array("q")
     others: Counter[str] = Counter()
     fault = ""
@@ -65,15 +67,24 @@ def list_shard(file: str, name: str) -> Listing:
         end = shard.seek(0, io.SEEK_END)
         try:
             for member in _members(shard, name):
-                path = f"{name}/{member.name.removeprefix('./')}"
+                path = _path(name, member.name)
+                ending = posixpath.splitext(path)[1].lower()
+                start, size = member.offset_data, member.size
+                original = names.get(_path(name, member.linkname)) if member.islnk() else None
+                if original is not None:
+                    start, size = starts[original], sizes[original]
+                is_file = original is not None or (member.isreg() and not member.issparse())
                 if not path.lower().endswith(SUFFIXES):
-                    others[posixpath.splitext(path)[1].lower()] += 1
-                elif member.offset_data + member.size > end:
+                    if is_file:
+                        others[ending] += 1
+                elif not is_file:
+                    others[f"{ending} ({'sparse' if member.isreg() else 'no file of its own'})"] += 1
+                elif start + size > end:
                     raise tarfile.ReadError("its last image is cut")
                 elif path not in names:
-                    names[path] = None
-                    starts.append(member.offset_data)
-                    sizes.append(member.size)
+                    names[path] = len(names)
+                    starts.append(start)
+                    sizes.append(size)
         except OptionError:
             raise
         except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
@@ -81,12 +92,17 @@ def list_shard(file: str, name: str) -> Listing:
     return Listing(list(names), Shard(file, np.array(starts, np.int64), np.array(sizes, np.int64)), others, fault)
 
 
+def _path(shard: str, member: str) -> str:
+    parts = (part for part in member.split("/") if part not in ("", "."))
+    return "/".join((shard, *parts)).replace("\0", "\\0")  # which no file's name holds
+
+
 def _members(shard: BinaryIO, name: str) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a shard.
+    """What a shard holds, but folders.
 
     Raises:
         OptionError: if it is no tar file.
-        tarfile.TarError: where it is cut off or damaged.
+        tarfile.TarError: where it is cut off or damaged, or more lies behind its end.
     """
     shard.seek(0)
     head = shard.read(512)
@@ -100,9 +116,12 @@ def _members(shard: BinaryIO, name: str) -> Iterator[tarfile.TarInfo]:
     with tar:
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # which it keeps to extract from
-            if member.isreg() and not member.issparse():
+            if not member.isdir():
                 yield member
         shard.seek(tar.offset)
         block = shard.read(tarfile.BLOCKSIZE)
     if block != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("a broken header" if block else "no end mark")
+    while block := shard.read(_REMOTE_BLOCK):
+        if any(block):
+            raise tarfile.ReadError("more behind its end mark, such as another archive")

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lostreg.datasets.base import name_some
-from lostreg.datasets.parts import Listing
+from lostreg.datasets.parts import Listing, NoImagesError
 from lostreg.errors import ImageError, OptionError
 from lostreg.images.memory import describe_bytes, host_bytes
 from lostreg.images.stores import CheckSize, StoredImage, arrow, is_uri, open_file, telling
@@ -22,6 +22,7 @@ from lostreg.images.stores import CheckSize, StoredImage, arrow, is_uri, open_fi
 _NAMES: Final = ("image", "bytes", "jpg")  # of a column, where several could be meant
 _KEPT_BYTES: Final = 1 << 28  # of groups of rows; at least two of them are kept
 _AHEAD: Final = 4  # groups of stores that are read before they are asked for, of all files
+_NO_FILE: Final = frozenset(("", ".", ".."))
 _MAGIC: Final = b"ARROW1"  # of a file; a stream has none
 
 
@@ -101,14 +102,15 @@ def list_table(file: str, name: str) -> Listing:
     """The images of a Parquet or Arrow file, and their names.
 
     An image is called ``NAME/PATH``, by the file name in the ``path`` of Hugging Face's struct, where these are there
-    and different in the whole file; else ``NAME#ROW``, from 0.
+    and different in the whole file, and all could be names of files; else ``NAME#ROW``, from 0.
 
     Args:
         file: absolute path or URI.
         name: of the file.
 
     Raises:
-        OptionError: if it cannot be read, or no column or several could hold the images.
+        NoImagesError: if no column could hold the images.
+        OptionError: if it cannot be read, or several could.
     """
     with telling(file):
         reader = _reader(file)
@@ -117,7 +119,8 @@ def list_table(file: str, name: str) -> Listing:
     ends = np.cumsum(counts, dtype=np.int64)
     table = Table(file, column, ends)
     last = [re.split(r"[/\\]", path)[-1] for path in paths if path]  # where it was made is nobody's business
-    if len(last) == len(table) and all(last) and len(set(last)) == len(last):
+    are_names = _NO_FILE.isdisjoint(last) and not any("\0" in path for path in last)
+    if len(last) == len(table) and are_names and len(set(last)) == len(last):
         return Listing([f"{name}/{path}" for path in last], table)
     return Listing([f"{name}#{row}" for row in range(len(table))], table)
 
@@ -131,22 +134,22 @@ def forget_tables() -> None:
 def choose_column(schema: Any, name: str) -> str:
     """The column of a schema that holds encoded images.
 
-    The one struct with ``bytes``, else the one binary column; of several, the one that is called image, bytes or jpg.
+    Of binary columns and structs with ``bytes`` the one that is called image, bytes or jpg; else the one struct, else
+    the one binary column.
 
     Raises:
-        OptionError: if there is none, or several could be meant.
+        NoImagesError: if there is none.
+        OptionError: if several could be meant.
     """
     types = arrow("types", name)
     structs = [field.name for field in schema if types.is_struct(field.type) and _has_bytes(types, field.type)]
     plain = [field.name for field in schema if _is_binary(types, field.type)]
-    for columns in (structs, plain):
+    called = [column for column in _NAMES if column in structs + plain]
+    for columns in (called[:1], structs, plain):
         if len(columns) == 1:
             return str(columns[0])
-        called = [column for column in _NAMES if column in columns]
-        if called:
-            return called[0]
     columns = [f"{field.name} ({field.type})" for field in schema]
-    raise OptionError(
+    raise (OptionError if structs or plain else NoImagesError)(
         f"{name}: expected one column of image bytes, binary or a struct with bytes, or one of these called "
         f"{', '.join(_NAMES)}; found {name_some(columns, 12) or 'no columns'}"
     )
@@ -166,6 +169,15 @@ def _child(column: Any, name: str) -> Any:
     return compute.struct_field(column, name) if types.is_struct(column.type) else column
 
 
+def _texts(column: Any) -> list[str | None]:
+    """The cells of a column of texts; none, where one is no UTF-8."""
+    try:
+        column.validate(full=True)  # Arrow would read wherever places within the file lead
+        return list(column.to_pylist())
+    except ValueError:
+        return []
+
+
 # ---------------------------------------------------------------------------------------------- readers
 
 
@@ -179,7 +191,7 @@ def _has_paths(kind: Any) -> bool:
     if not types.is_struct(kind) or kind.get_field_index("path") < 0:
         return False
     path = kind.field("path").type
-    return bool(types.is_string(path) or types.is_large_string(path))
+    return bool(types.is_string(path) or types.is_large_string(path) or types.is_string_view(path))
 
 
 class _Parquet:
@@ -204,7 +216,7 @@ class _Parquet:
             return counts, []
         with _source(self.file) as source:
             paths = self._open(source).read(columns=[f"{column}.path"], use_threads=False).column(0)
-        return counts, _child(paths, "path").to_pylist()
+        return counts, _texts(_child(paths, "path"))
 
     def cells(self, column: str, group: int) -> Any:
         """The images of a group.
@@ -247,26 +259,24 @@ class _Arrow:
         source = _source(self.file) if is_uri(self.file) else self._arrow.memory_map(self.file)
         return self._ipc.open_stream(source) if self._is_stream else self._ipc.open_file(source)
 
-    def _columns(self, name: str) -> Iterator[Any]:
-        """A column of each record batch."""
+    def _batches(self) -> Iterator[Any]:
         reader = self._open()
-        batches = reader if self._is_stream else map(reader.get_batch, range(reader.num_record_batches))
-        yield from (_valid(batch, name) for batch in batches)
+        yield from reader if self._is_stream else map(reader.get_batch, range(reader.num_record_batches))
 
     def rows(self, column: str) -> tuple[list[int], list[str | None]]:
         """How many rows each group has, and the paths of all, or none."""
         counts, paths = list[int](), list[str | None]()
-        for cells in self._columns(column):
-            counts.append(len(cells))
-            if _has_paths(cells.type):
-                paths += _child(cells, "path").to_pylist()
+        for batch in self._batches():
+            counts.append(len(_images(batch, column)))
+            if _has_paths(batch.schema.field(column).type):
+                paths += _texts(_child(batch.column(column), "path"))
         return [sum(counts)] if self._is_stream else counts, paths  # nothing says where a stream's batches begin
 
     def cells(self, column: str, group: int) -> Any:
         """The images of a group."""
         if not self._is_stream:
-            return _child(_valid(self._open().get_batch(group), column), "bytes")
-        return self._arrow.chunked_array([_child(cells, "bytes") for cells in self._columns(column)])
+            return _images(self._open().get_batch(group), column)
+        return self._arrow.chunked_array([_images(batch, column) for batch in self._batches()])
 
 
 @lru_cache(64)
@@ -274,11 +284,13 @@ def _reader(file: str) -> _Parquet | _Arrow:
     return _Arrow(file) if file.partition("?")[0].lower().endswith(".arrow") else _Parquet(file)
 
 
-def _valid(batch: Any, name: str) -> Any:
-    """A column of a record batch, whose places within the file are checked: Arrow would read wherever they lead."""
+def _images(batch: Any, name: str) -> Any:
+    """The images of a record batch, whose places in the file are checked: Arrow would read wherever they lead."""
     column = batch.column(name)
-    column.validate(full=True)
-    return column
+    column.validate()
+    images = _child(column, "bytes")
+    images.validate(full=True)
+    return images
 
 
 _Key = tuple[str, str, int]  # file, column, group

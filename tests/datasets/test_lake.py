@@ -11,6 +11,7 @@ import tarfile
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from fabricate_lake import HF, S3Server, struct_table, write_arrow, write_parque
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lostreg.cli.files import unique_names
 from lostreg.datasets import tables
 from lostreg.datasets.folder import Collection, find_collection, find_images, find_sources
 from lostreg.datasets.lake import stored_at
@@ -50,22 +52,43 @@ def test_a_shard_stands_for_its_images_in_their_order(tmp_path: Path, form: int)
     assert (found.root, find_collection(str(tmp_path)).root) == (tmp_path / "0.tar", tmp_path)
 
 
-def test_what_is_no_image_file_of_its_own_in_a_shard_is_none(tmp_path: Path) -> None:
+def test_of_links_and_members_of_one_name_the_first_file_counts_and_what_is_none_is_told(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for name, kind in (
             ("folder.jpg", tarfile.DIRTYPE),
             ("link.jpg", tarfile.SYMTYPE),
-            ("hard.jpg", tarfile.LNKTYPE),
+            ("link.txt", tarfile.SYMTYPE),
+            ("hard.jpg", tarfile.LNKTYPE),  # to what comes later
         ):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "a.jpg"
             tar.addfile(member)
-        for content in (b"first", b"again"):
-            member = tarfile.TarInfo("a.jpg")
+        for name, content in (("a.jpg", b"first"), ("a.jpg", b"again"), ("/./a.jpg", b"again"), ("x/..//a.jpg", b"3")):
+            member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    found = find_collection(str(tmp_path / "0.tar"))
-    assert (found.names, bytes_of(found)) == (("0.tar/a.jpg",), [b"first"])
+        member = tarfile.TarInfo("late.jpg")
+        member.type, member.linkname = tarfile.LNKTYPE, "./a.jpg"
+        tar.addfile(member)
+    with pytest.warns(LostregWarning, match=r"by their endings: 2 .jpg \(no file of its own\)$"):
+        found = find_collection(str(tmp_path / "0.tar"))
+    assert found.names == ("0.tar/a.jpg", "0.tar/x/../a.jpg", "0.tar/late.jpg")
+    assert bytes_of(found) == [b"first", b"3", b"first"]
+
+
+def test_a_sparse_member_and_a_second_archive_are_told(tmp_path: Path) -> None:
+    headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "1", "GNU.sparse.numblocks": "1"}
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, pax in (("a.jpg", {}), ("sparse.jpg", headers)):
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = 1, pax
+            tar.addfile(member, io.BytesIO(b"1"))
+    both = tmp_path / "both.tar"
+    both.write_bytes((tmp_path / "a.tar").read_bytes() + write_tar(tmp_path / "b.tar", MEMBERS).read_bytes())
+    with pytest.warns(LostregWarning) as told:
+        assert find_collection(str(both)).names == ("both.tar/a.jpg",)
+    assert "behind 1 images (more behind its end mark" in str(told[0].message)
+    assert str(told[1].message).endswith("by their endings: 1 .jpg (sparse)")
 
 
 @given(cut=st.integers(1, 10239))
@@ -123,6 +146,7 @@ def test_a_shard_that_changed_since_it_was_listed_is_unavailable(tmp_path: Path)
         ({"mask": pa.binary(), "jpg": pa.large_binary()}, "jpg"),
         ({"mask": HF, "image": HF}, "image"),
         ({"image": HF, "bytes": pa.binary()}, "image"),
+        ({"image": pa.binary(), "audio": HF}, "image"),
         ({"left": pa.binary(), "right": pa.binary()}, r"found left \(binary\), right \(binary\)"),
         ({"left": HF, "right": HF}, r"found left \(struct"),
         ({"image": pa.string()}, r"found image \(string\)"),
@@ -156,14 +180,19 @@ def test_the_column_of_the_images_is_found_by_its_type(tmp_path: Path, columns: 
         (["a.jpg", "x/a.jpg", "c.jpg"], ["#0", "#1", "#2"]),
         (["a.jpg", None, "c.jpg"], ["#0", "#1", "#2"]),
         (["a.jpg", "", "c/"], ["#0", "#1", "#2"]),
+        (["a.jpg", "..", "c.jpg"], ["#0", "#1", "#2"]),
+        (["a.jpg", "b\0.jpg", "c.jpg"], ["#0", "#1", "#2"]),
+        ([b"a.jpg", b"\xff.jpg", b"c.jpg"], ["#0", "#1", "#2"]),
     ],
 )
-@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file", "views"])
 def test_rows_are_called_by_their_paths_where_these_tell_them_apart(
-    tmp_path: Path, paths: list[str | None], names: list[str], kind: str
+    tmp_path: Path, paths: list[str | bytes | None], names: list[str], kind: str
 ) -> None:
-    cells = [{"bytes": str(number).encode(), "path": path} for number, path in enumerate(paths)]
-    table = pa.table({"image": pa.array(cells, HF)})
+    texts = pa.Array.from_buffers(pa.string(), len(paths), pa.array(paths, pa.binary()).buffers())  # unchecked
+    if kind == "views":
+        texts = texts.cast(pa.binary()).cast(pa.binary_view()).view(pa.string_view())
+    table = pa.table({"image": pa.StructArray.from_arrays([pa.array([b"0", b"1", b"2"]), texts], ["bytes", "path"])})
     path = tmp_path / ("t.parquet" if kind == "parquet" else "t.arrow")
     if kind == "parquet":
         write_parquet(path, table)
@@ -274,13 +303,43 @@ def test_where_there_are_image_files_they_count_alone(tmp_path: Path) -> None:
         assert find_collection(str(tmp_path)).names == ("a.jpg",)
 
 
+def test_a_table_without_images_is_left_out_of_a_folder_with_others(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", MEMBERS)
+    write_parquet(tmp_path / "00000.parquet", pa.table({"url": ["u"], "width": [20]}))
+    with pytest.warns(LostregWarning, match="by their endings: 1 .parquet$"):
+        assert len(find_collection(str(tmp_path))) == 4
+    write_parquet(tmp_path / "1.parquet", pa.table({"left": [b"1"], "right": [b"1"]}))
+    with pytest.raises(OptionError, match=r"^1.parquet: expected one column .* found left"):
+        find_collection(str(tmp_path))
+
+
+def test_images_of_several_sources_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("a", "b"):
+        write_tar(tmp_path / folder / "0.tar", {"0.jpg": folder.encode()})
+    (tmp_path / "a" / "notes.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    expected = ["a/0.tar/0.jpg", "b/0.tar/0.jpg"]
+    for arguments in (["a/0.tar", "b/0.tar"], ["a", "b"], ["a/*", "b/*"], ["**"], ["."]):
+        assert [str(source) for source in find_sources(arguments)] == expected
+    assert [str(source) for source in find_sources([(tmp_path / "a").as_uri()])] == [f"{tmp_path}/a/0.tar/0.jpg"]
+    (tmp_path / "a" / "photo.jpg").touch()
+    with pytest.warns(LostregWarning, match="1 .tar, 1 .txt"):
+        assert find_sources(["a/*"]) == [Path("a/photo.jpg")]  # as `find_collection`
+
+
+def test_pictures_of_rows_are_called_by_them() -> None:
+    images = [stored_at("d/t.parquet#17", "/t.parquet#column=c&group=0&row=17"), Path("d/a.jpg")]
+    assert list(unique_names(images)) == ["t.parquet#17", "a"]  # type: ignore[arg-type]
+
+
 def test_a_sample_is_drawn_from_shards_and_commands_on_files_say_that_they_are_none(tmp_path: Path) -> None:
     shard = str(write_tar(tmp_path / "in" / "0.tar", MEMBERS))
-    assert find_sources([shard]) == list(find_collection(shard))
+    whole = f"{tmp_path}/in/0.tar/001.jpg"
+    assert find_sources([shard])[0] == replace(find_collection(shard)[0], name=whole)  # type: ignore[type-var]
     (single,) = find_sources(["s3://bucket/a.jpg?region=x"])  # it need not be there
     assert (str(single), single.file) == ("s3://bucket/a.jpg", "s3://bucket/a.jpg?region=x")  # type: ignore[union-attr]
     assert find_sources(["file:///nowhere/a.jpg"]) == [Path("/nowhere/a.jpg")]
-    assert find_sources([str(tmp_path / "in"), "a.jpg"])[3:] == [find_collection(shard)[3], Path("a.jpg")]
+    assert find_sources([str(tmp_path / "in"), "a.jpg"])[4:] == [Path("a.jpg")]
     with pytest.raises(OptionError, match=r"0.tar/001.jpg is no image file of its own"):
         find_images([shard])
 
@@ -395,7 +454,7 @@ def test_what_a_store_cannot_list_is_refused_in_a_line(server: S3Server, path: s
         ("s3://bucket/photos?secret_key=secret", "credentials in a URI would be written into results"),
         ("abfs://host/photos?sig=secret", "credentials in a URI would be written into results"),
         ("s3://somebody@bucket/photos", "nothing or anonymous@ in front of the bucket"),
-        ("s3://bucket/photos?reigon=x", "expected region, scheme or endpoint_override"),
+        ("s3://bucket/photos?reigon=x", "nothing but endpoint_override, region"),
         ("s3://[bucket/photos", "expected SCHEME://BUCKET/NAME"),
         ("nowhere://bucket/photos", "pyarrow knows no such store, and fsspec says"),
         ("file://elsewhere/photos", "of this machine; it names the machine 'elsewhere'"),
@@ -427,6 +486,12 @@ def test_stores_that_pyarrow_does_not_know_are_read_with_fsspec(
     memory.pipe("/lake/0.tar", write_tar(tmp_path / "0.tar", MEMBERS).read_bytes())
     found = find_collection("memory://lake/photos")
     assert (found.names, bytes_of(found)) == (("a.jpg", "sub/b c.jpg"), [b"1", b"22"])
+    sources = find_sources(["memory://lake/photos", "memory://lake/0.tar"])
+    assert [str(source) for source in sources[1:3]] == [
+        "memory://lake/photos/sub/b c.jpg",
+        "memory://lake/0.tar/001.jpg",
+    ]
+    assert bytes(sources[1].read()) == b"22"  # type: ignore[union-attr]
     assert bytes_of(find_collection("memory://lake/0.tar")) == list(MEMBERS.values())
 
     def reset(*_: object, **__: object) -> None:
@@ -440,9 +505,11 @@ def test_stores_that_pyarrow_does_not_know_are_read_with_fsspec(
 def test_a_list_may_name_images_of_stores(server: S3Server, tmp_path: Path) -> None:
     server.put("listed/a b.jpg", b"1")
     (tmp_path / "local.jpg").write_bytes(b"2")
-    (tmp_path / "list.txt").write_text(f"{server.uri('listed/a%20b.jpg')}\nlocal.jpg\n")
+    (tmp_path / "list.txt").write_text(
+        f"{server.uri('listed/a%20b.jpg')}\nlocal.jpg\n{(tmp_path / 'a b.jpg').as_uri()}\n"
+    )
     found = find_collection(str(tmp_path / "list.txt"))
-    assert found.names == (server.uri("listed/a%20b.jpg"), "local.jpg")
+    assert found.names == (server.uri("listed/a%20b.jpg"), "local.jpg", f"{tmp_path}/a b.jpg")
     assert bytes_of(found) == [b"1"]
     assert found[1] == tmp_path / "local.jpg"
 

@@ -217,8 +217,9 @@ def test_commands_take_sources(
     image = server.uri("pictures/folder/001.png")
     assert main(["predict", sources["tar"], image, *model, "--json", "-", "--plot", str(tmp_path / "plots")]) == 0
     names = [json.loads(line)["image_id"] for line in capsys.readouterr().out.splitlines()]
-    assert names == [*(f"0.tar/{name}" for name in pictures()), "s3://pictures/folder/001.png"]
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 6
+    shard = sources["tar"]
+    assert names == [*(f"{shard}/{name}" for name in pictures()), "s3://pictures/folder/001.png"]
+    assert {path.name for path in (tmp_path / "plots").iterdir()} >= {"000.png.png", "001.png.png", "001.png-2.png"}
     learned = str(tmp_path / "o.safetensors")
     assert main(["learn", sources["s3:// parquet"], *model, "--out", learned]) == 0
     out = str(tmp_path / "found")
