@@ -8,7 +8,6 @@ import shutil
 import subprocess
 from decimal import ROUND_HALF_UP, Decimal
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,12 +28,12 @@ def test_a_score_reads_the_same_wherever_it_is_shown(
     monkeypatch.setattr("lostreg.images.draw.cv2.putText", lambda _, text, *__: words.append(text))
     found.plot()
     draw_objects(disc_picture(), found)
-    report_line(Path("a.jpg"), found, None, argparse.Namespace(masks=None, min_score=0.25))
+    report_line("a.jpg", found, None, argparse.Namespace(masks=None, min_score=0.25))
     assert {"1: 0.32", "2: 0.13", "scores 0.32, 0.13"} <= set(words)
     assert [line.split()[5] for line in capsys.readouterr().out.splitlines()] == ["0.32", "0.13"]
     assert "<td>0.32</td>" in box_table(found)
     assert "<td>0.13</td>" in box_table(found)
-    assert "Score: 0.32" in verdict(found, 2)
+    assert "Score: 0.32" in verdict(found, 2, "parts")
     assert json.loads(box_json("a", found))["scores"] == [0.315, 0.125]
 
 
