@@ -211,11 +211,15 @@ def _refuse_among_packed(out: Path, source: Path) -> None:
     from lostreg.datasets.lake import PACKED
     from lostreg.defaults import MAPS_FILE
     from lostreg.runs.maps import read_maps
+    from lostreg.runs.results import results_of
 
     maps, place = source.with_name(MAPS_FILE), out.resolve()
+    collection = (results_of(source.parent) or {}).get("collection")
+    root = collection.get("root") if isinstance(collection, dict) else None
     files = {one.path.rpartition("#")[0] for one in read_maps(maps)} if maps.is_file() else set()
     packed = [Path(file).resolve() for file in files if file.lower().endswith(tuple(PACKED))]
-    if place in packed or place.parent in {path.parent for path in packed}:
+    folders = {path.parent for path in packed if str(path) != root}  # whose other files are searched, too
+    if place in packed or place.parent in folders:
         raise OptionError(f"--out {out} is among the files that hold the images: give another folder")
 
 

@@ -14,6 +14,7 @@ from small_vit import NAME, save_weights, small
 from lostreg import Discoverer
 from lostreg.cli.main import main
 from lostreg.datasets.folder import find_collection
+from lostreg.datasets.tables import forget_tables
 from lostreg.gallery.build import write_gallery
 from lostreg.images import stores
 from lostreg.images.decode import read_image
@@ -185,11 +186,15 @@ def test_a_run_over_a_source_can_be_looked_at_and_exported_with_its_pictures(
         assert sorted(path.read_bytes() for path in copied) == sorted(pictures().values()), kind
     table = tmp_path / "table.parquet"
     before = table.read_bytes()
-    for place in (table, table.with_name("beside.parquet")):
-        again = ["export", str(tmp_path / "out of/parquet"), "--format", "parquet", "--out", str(place), "--overwrite"]
-        assert main(again) == 2
+    again = ["export", str(tmp_path / "out of/parquet"), "--format", "parquet", "--overwrite", "--out"]
+    assert main([*again, str(table)]) == 2
+    assert main([*again, str(table.with_name("beside.parquet"))]) == 0  # the source is one file
+    discover_collection(find_collection(str(table.parent / "*.parquet")), discoverer, tmp_path / "out of/glob")
+    again[1] = str(tmp_path / "out of/glob")
+    assert main([*again, str(table.with_name("found.parquet"))]) == 2
     assert table.read_bytes() == before
     table.write_bytes(b"no table any more")
+    forget_tables()
     yolo = ["--format", "yolo", "--out", str(tmp_path / "yolo"), "--keep-empty"]
     assert main(["export", str(tmp_path / "out of/parquet"), *yolo]) == 2
     (tmp_path / "shards/0.tar").unlink()
