@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -110,3 +111,12 @@ def name_some(names: list[str], most: int = 5) -> str:
     shown = ", ".join(names[:most])
     rest = len(names) - most
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def cache_folder() -> Path | None:
+    """Where lostreg may keep what it would have to compute or fetch again; None where the user has no home folder."""
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return (configured if configured.is_absolute() else Path.home() / ".cache") / "lostreg"
+    except RuntimeError:
+        return None

@@ -7,14 +7,13 @@ small JSON file in the user's cache folder.
 import contextlib
 import hashlib
 import json
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lostreg.datasets.base import Benchmark, Example, name_some
+from lostreg.datasets.base import Benchmark, Example, cache_folder, name_some
 from lostreg.datasets.coco import Boxes, CocoBoxes, make_coco, read_coco
 from lostreg.errors import DatasetError
 from lostreg.jsonio import write_whole
@@ -120,13 +119,11 @@ def _source(annotations: Path) -> list[str | int]:
 
 def _cache_file(source: list[str | int]) -> Path | None:
     """Where the boxes of this source are cached; None where the user has no home folder."""
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        folder = configured if configured.is_absolute() else Path.home() / ".cache"
-    except RuntimeError:
+    folder = cache_folder()
+    if folder is None:
         return None
     key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:24]
-    return folder / "lostreg" / f"coco20k-{key}.json"
+    return folder / f"coco20k-{key}.json"
 
 
 def _read_cache(cache: Path | None, source: list[str | int], ids: tuple[int, ...]) -> list[CocoBoxes] | None:

@@ -22,6 +22,7 @@ from lostreg.models.backbone import Backbone
 from lostreg.runs.discover import discover_collection
 from lostreg.runs.predictions import read_predictions
 from lostreg.runs.reader import RunFolder
+from lostreg.runs.remote import folder_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -247,6 +248,12 @@ def test_commands_take_sources(
     finally:
         server.forbidden.clear()
     assert "cannot be written to" in capsys.readouterr().err
+    with folder_of(other[-1]) as held:  # a second run takes nothing away
+        assert main(other) == 2
+        assert "is in use: another run is writing there" in capsys.readouterr().err
+        assert (held / "predictions.jsonl").exists()
+        (kept_there,) = (tmp_path / "cache/lostreg/runs").iterdir()
+    assert not kept_there.exists()
     assert main(other) == 0
     assert "5 of these had been done before" in capsys.readouterr().out
     stores.fetch_folder(server.uri("pictures/runs/other"), tmp_path / "other")
