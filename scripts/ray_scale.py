@@ -120,7 +120,7 @@ def peak_of(pid: int, driver: int) -> tuple[str, float] | None:
         return None
     if "VmHWM" not in status:  # it is ending
         return None
-    role = "driver" if pid == driver else "worker" if title.startswith(b"ray::_Worker") else "ray"
+    role = "driver" if pid == driver else "worker" if title.startswith(b"ray::MapWorker") else "ray"
     return role, int(status["VmHWM"].split()[0]) / 1024
 
 

@@ -146,17 +146,15 @@ def asked_session(args: argparse.Namespace) -> "Iterator[RaySession | None]":
         yield session
 
 
-@contextmanager
 def asked_workers(
     args: argparse.Namespace, session: "RaySession | None", discoverer: "Discoverer"
-) -> "Iterator[RayWorkers | None]":
+) -> "RayWorkers | None":
     """Workers that hold a discoverer; None without a session."""
     if session is None:
-        yield None
-        return
-    with session.workers(discoverer, args.workers) as workers:
-        tell(f"workers on {workers.device}")
-        yield workers
+        return None
+    workers = session.workers(discoverer, args.workers)
+    tell(f"workers on {workers.device}")
+    return workers
 
 
 def chosen_backbones(args: argparse.Namespace) -> list[str]:

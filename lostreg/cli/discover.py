@@ -95,7 +95,8 @@ def _run(args: argparse.Namespace) -> "Summary":
     collection = find_collection(args.source, apart=args.out / MASKS_FOLDER)
     with asked_session(args) as session:
         discoverer = _discoverer(args, collection)
-        with asked_workers(args, session, discoverer) as workers, ProgressBar(args.backbone) as bar:
+        workers = asked_workers(args, session, discoverer)
+        with ProgressBar(args.backbone) as bar:
             return discover_collection(
                 collection,
                 discoverer,

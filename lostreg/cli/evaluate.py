@@ -104,7 +104,8 @@ def _evaluate(
     discoverer = with_registers(args, discoverer, paths, kept=out / REGISTERS_FILE)
     discoverer = with_objectness(args, discoverer, paths, kept=out / OBJECTNESS_FILE)
     plots: list[Path] = []
-    with asked_workers(args, session, discoverer) as workers, ProgressBar(backbone) as bar:
+    workers = asked_workers(args, session, discoverer)
+    with ProgressBar(backbone) as bar:
         evaluation = evaluate(
             benchmark,
             discoverer,

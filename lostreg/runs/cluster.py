@@ -1,28 +1,28 @@
-"""Workers that Ray runs, on this machine or on many: each computes chunks of a run's list as one process would.
+"""Workers that Ray Data runs, on this machine or on many: each computes chunks of a run's list as one process would.
 
-The process that has the run's folder (the driver) hands out chunks, a few at a time to a worker, and appends what comes
-back: so much is in memory and no more, however many images there are. A worker feeds its chunks to one stream of
-images, so that the next is being decoded while one is computed. Chunks are whole batches of the list, and nothing of
-one batch shares a pack with another: what is found in an image is what one process finds, to the bit, on the same kind
-of device.
+The process that has the run's folder (the driver) makes a data set of the chunks that the run misses, has a pool of
+actors map it, and appends what comes back. A worker has a few chunks at hand and feeds them to one stream of images, so
+that the next is being decoded while one is computed. Chunks are whole batches of the list, and nothing of one batch
+shares a pack with another: what is found in an image is what one process finds, to the bit, on the same kind of device.
 
-A worker or node that is lost costs the chunks that it had at hand: they are handed out again. A driver that is killed
-takes its workers with it, and goes on by the lines of its folder, as any run.
+What a worker or node had at hand that is lost is left out: the run misses it still, and has it computed in another
+pass. A driver that is killed takes its workers with it, and goes on by the lines of its folder, as any run.
 """
 
 import logging
 import os
+import pickle
 import queue
 import signal
 import socket
 import threading
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -39,14 +39,16 @@ HERE: Final = "auto"  # the address that starts Ray on this machine
 _AT_HAND: Final = 3  # chunks of a worker: one is computed, the next is being decoded, and one is there when that ends
 _BATCHES: Final = {"cuda": 16}  # of a chunk: some seconds of work
 _OTHER_BATCHES: Final = 2
-_MOST_LOSSES: Final = 5  # workers that a chunk may lose, and fewest failed starts in a row that end a run
+_MOST_FRUITLESS: Final = 5  # passes in a row in which all chunks were lost, after which a run ends
 _PATIENCE: Final = 60.0  # seconds without any worker, after which a person is told
+_NOTHING: Final = logging.CRITICAL + 1  # a level of logs
 _CONNECTING: Final = 5.0  # seconds
 _LEAST_ROOM: Final = 2  # workers, on a machine of one core, too
 _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # RFC 9113, 3.4
 _HTTP2_SETTINGS: Final = b"\4"  # the kind of the first frame that comes back
 _ENVIRONMENT: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its core writes errors to the terminal, ordinary ones among them
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what its daemons say of workers that end; read when Ray is imported
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -55,50 +57,47 @@ _ENVIRONMENT: Final = {
 class _Job(NamedTuple):
     """A chunk at a worker."""
 
-    make: Make
     chunk: Sequence[Asked]
     done: "Future[list[Entry]]"
 
 
 class _Worker:
-    """What Ray runs in a process of its own.
+    """What Ray Data runs in a process of its own, in several threads: one a chunk that is at hand.
 
     Args:
         held: the discoverer in Ray's store, alone in a list.
         device: where this one computes.
         threads: of PyTorch on a CPU.
+        elsewhere: where others compute, as `describe_device` says it.
+        make: makes the entry of an image.
     """
 
-    def __init__(self, held: list[Any], device: str, threads: int) -> None:
-        self._failure: Exception | None = None
+    def __init__(self, held: list[Any], device: str, threads: int, elsewhere: str, make: Make) -> None:
+        self._make = make
         self._told: list[str] = []
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         warnings.simplefilter("always", LostregWarning)
         warnings.showwarning = self._hear  # type: ignore[assignment]
-        try:
-            self._discoverer = _discoverer_on(held[0], device, threads)
-        except Exception as error:
-            self._failure = error
+        self._discoverer = _discoverer_on(held[0], device, threads)
+        here = describe_device(self._discoverer.backbone.device, self._discoverer.backbone.dtype)
+        if here != elsewhere:
+            self._told.append(f"workers compute on {elsewhere} and on {here}: products are rounded otherwise there")
         threading.Thread(target=self._work, daemon=True).start()
 
     def _hear(self, message: Warning | str, category: type[Warning], *_: Any) -> None:
         if issubclass(category, LostregWarning):
             self._told.append(str(message))
 
-    def device(self) -> str:
-        """Where this one computes, as `describe_device` says it."""
-        if self._failure is not None:
-            raise self._failure
-        backbone = self._discoverer.backbone
-        return describe_device(backbone.device, backbone.dtype)
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        """The entries of a chunk, with warnings that came up meanwhile, and what was raised: all pickled."""
+        from ray import cloudpickle
 
-    def compute(self, make: Make, chunk: Sequence[Asked]) -> tuple[list[Entry], list[str]]:
-        """The entries of a chunk, and warnings that came up meanwhile. Called while another chunk is computed."""
-        job = _Job(make, chunk, Future())
+        job = _Job(pickle.loads(batch["chunk"][0]), Future())  # noqa: S301 - of our own driver
         self._jobs.put(job)
-        entries = job.done.result()
+        error = job.done.exception()
+        entries = [] if error else job.done.result()
         told, self._told = self._told, []
-        return entries, told
+        return {"answer": [cloudpickle.dumps((entries, told, error))]}  # type: ignore[no-untyped-call]
 
     def _work(self) -> None:
         while True:
@@ -110,8 +109,8 @@ class _Worker:
         entries: list[Entry] = []
         try:
             for outcome in self._discoverer.outcomes(self._sources(job, begun)):
-                make, chunk, done = begun[0]
-                entries.append(make(chunk[len(entries)], outcome))
+                chunk, done = begun[0]
+                entries.append(self._make(chunk[len(entries)], outcome))
                 if len(entries) == len(chunk):
                     begun.popleft()
                     done.set_result(entries)
@@ -133,6 +132,13 @@ class _Worker:
                 return
 
 
+def _where(device: str, dtype: torch.dtype, threads: int) -> str:
+    """Where a worker computes."""
+    if device == "cpu":
+        torch.set_num_threads(threads)
+    return describe_device(torch.device(device), dtype)
+
+
 def _discoverer_on(held: Any, device: str, threads: int) -> Discoverer:
     """The discoverer that a worker holds, with its share of this machine."""
     import ray
@@ -151,14 +157,6 @@ def _discoverer_on(held: Any, device: str, threads: int) -> Discoverer:
     return discoverer
 
 
-@dataclass
-class _Chunk:
-    """Images that are handed out together, and how many workers were lost with them."""
-
-    images: Sequence[Asked]
-    losses: int = 0
-
-
 class RayWorkers:
     """Workers that hold one discoverer: see `RaySession.workers`.
 
@@ -167,147 +165,79 @@ class RayWorkers:
         chunk_images: images that one is given at a time: a multiple of what shares packs.
     """
 
-    def __init__(self, start: Callable[[], Any], count: int, chunk_images: int, logs: str) -> None:
+    def __init__(
+        self, worker: dict[str, Any], resources: dict[str, Any], count: int, chunk_images: int, logs: str
+    ) -> None:
+        self.device: str = worker["elsewhere"]
         self.chunk_images = chunk_images
-        self.device = ""
-        self._start = start
+        self._worker = worker
+        self._resources = resources
+        self._count = count
         self._logs = logs
-        self._starting: dict[Any, Any] = {}  # workers, by what they will answer first
-        self._at_hand: Counter[Any] = Counter()  # chunks of each worker that has answered
-        self._failed = 0  # starts, one after the other
-        self._most_failed = max(count, _MOST_LOSSES)  # a lost node may take all of its own
-        for _ in range(count):
-            self._add()
-        while not self._at_hand:
-            self._welcome(self._next([]))
+        self._fruitless = 0  # passes, one after the other
+        self._rows: Iterator[Any] = iter(())  # of the pass that is under way
 
     def entries(self, make: Make, chunks: Iterable[Sequence[Asked]]) -> Iterator[Sequence[Entry]]:
-        """The entries of each chunk, in whatever order chunks are done.
+        """The entries of chunks, in whatever order they are done; those of a worker or node that is lost are left out.
 
         Raises:
-            ClusterError: if workers are lost again and again.
+            ClusterError: if they are all left out, several times in a row.
         """
-        from ray.exceptions import RayError, RayTaskError
+        import ray.data
+        from ray.exceptions import RayError
+        from ray.util.annotations import RayDeprecationWarning
 
-        fresh, waiting = map(_Chunk, chunks), deque[_Chunk]()
-        running: dict[Any, tuple[Any, _Chunk]] = {}  # by what will be answered
+        items: list[dict[str, Any]] = [
+            {"first": chunk[0].image_id, "last": chunk[-1].image_id, "chunk": pickle.dumps(chunk)} for chunk in chunks
+        ]
+        pool = ray.data.ActorPoolStrategy(
+            size=min(self._count, len(items)),
+            max_tasks_in_flight_per_actor=_AT_HAND,
+            max_concurrent_calls_per_actor=_AT_HAND,
+            enable_true_multi_threading=True,
+        )
+        parts = ray.data.from_items(items, override_num_blocks=len(items))
+        with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):
+            computed = parts.map_batches(
+                _Worker,
+                fn_constructor_kwargs={**self._worker, "make": make},
+                batch_size=1,
+                compute=pool,
+                max_task_retries=0,  # chunks of a lost worker would wait until it is back
+                **self._resources,
+            )
+        self._fruitless += 1
+        told_last = f" (Ray's logs are in {self._logs})"
+        self._rows = iter(computed.iter_rows())
         try:
-            while True:
-                self._hand_out(make, fresh, waiting, running)
-                if not running and not waiting:
-                    return
-                answer = self._next(list(running))
-                if answer in self._starting:
-                    self._welcome(answer)
-                    continue
-                worker, chunk = running.pop(answer)
-                self._at_hand.subtract([worker] if worker in self._at_hand else [])
-                try:
-                    entries, told = _get(answer)
-                except RayTaskError as error:
-                    raise self._explained(error) from error
-                except RayError as error:  # the worker or its node is gone
-                    self._replace(worker)
-                    self._count_loss(chunk, error)
-                    waiting.append(chunk)
-                    continue
+            for row in self._rows:
+                entries, told, error = pickle.loads(row["answer"])  # noqa: S301 - of our own workers
                 for message in told:
                     warnings.warn(message, LostregWarning, stacklevel=2)
+                if error is not None:
+                    raise self._explained(error)
+                self._fruitless = 0
                 yield entries
-        finally:
-            self._at_hand.subtract(worker for worker, _ in running.values() if worker in self._at_hand)
-
-    def _hand_out(
-        self, make: Make, fresh: Iterator[_Chunk], waiting: deque[_Chunk], running: dict[Any, tuple[Any, _Chunk]]
-    ) -> None:
-        """Give chunks to whoever has the fewest; afterwards one is waiting, if there is any."""
-        while True:
-            if not waiting:
-                waiting.extend(islice(fresh, 1))
-            worker = min(self._at_hand, key=self._at_hand.__getitem__, default=None)
-            if not waiting or worker is None or self._at_hand[worker] == _AT_HAND:
-                return
-            chunk = waiting.popleft()
-            running[worker.compute.remote(make, chunk.images)] = worker, chunk
-            self._at_hand[worker] += 1
-
-    def _next(self, running: list[Any]) -> Any:
-        """What is answered next, be it by a worker that starts."""
-        import ray
-
-        while True:
-            done, _ = ray.wait([*running, *self._starting], timeout=_PATIENCE)
-            if done:
-                return done[0]
-            if not self._at_hand:
-                message = f"no worker has started for {_PATIENCE:g} seconds: waiting for Ray to find room for one"
-                warnings.warn(f"{message}; its logs are in {self._logs}", LostregWarning, stacklevel=2)
+        except RayError as error:  # what was computed is gone with its node
+            told_last = f": {_last_words(error, self._logs)}"
+        if self._fruitless == _MOST_FRUITLESS:
+            names = f"any of {items[0]['first']} to {items[-1]['last']}"
+            raise ClusterError(f"{_MOST_FRUITLESS} times workers ended before they had computed {names}{told_last}")
 
     def close(self) -> None:
-        """End the workers, whatever they are at."""
-        import ray
+        """Stop a pass that is under way."""
+        if isinstance(self._rows, Generator):
+            self._rows.close()
 
-        for worker in (*self._at_hand, *self._starting.values()):
-            with suppress(Exception):  # the cluster may be gone
-                ray.kill(worker)
-
-    def _add(self) -> None:
-        worker = self._start()
-        self._starting[worker.device.remote()] = worker
-
-    def _welcome(self, answer: Any) -> None:
-        """Take in a worker that has started, or start another one."""
-        from ray.exceptions import RayError, RayTaskError
-
-        worker = self._starting.pop(answer)
-        try:
-            device = _get(answer)
-        except RayTaskError as error:
-            raise self._explained(error) from error
-        except RayError as error:
-            self._failed += 1
-            if self._failed == self._most_failed:
-                raise ClusterError(f"no worker starts: {self._last_words(error)}") from error
-            self._add()
-            return
-        self._failed = 0
-        self._at_hand[worker] = 0
-        self.device = self.device or device
-        if device != self.device:
-            message = f"workers compute on {self.device} and on {device}: products are rounded otherwise there"
-            warnings.warn(message, LostregWarning, stacklevel=2)
-
-    def _replace(self, worker: Any) -> None:
-        """Start another one in the place of one that is gone, or cannot be reached."""
-        import ray
-
-        if worker in self._at_hand:
-            del self._at_hand[worker]
-            ray.kill(worker)
-            self._add()
-
-    def _count_loss(self, chunk: _Chunk, error: Exception) -> None:
-        chunk.losses += 1
-        if chunk.losses == _MOST_LOSSES:
-            names = f"{chunk.images[0].image_id} to {chunk.images[-1].image_id}"
-            message = f"{_MOST_LOSSES} workers ended while they computed {names}"
-            raise ClusterError(f"{message}: {self._last_words(error)}") from error
-
-    def _last_words(self, error: Exception) -> str:
-        return f"{str(error).strip().splitlines()[-1]} (Ray's logs are in {self._logs})"
-
-    def _explained(self, error: Any) -> Exception:
+    def _explained(self, error: Exception) -> Exception:
         """What a worker has raised."""
-        cause: Exception = error.cause
-        if not isinstance(cause, LostregError):
-            cause.add_note(f"in a worker; Ray's logs are in {self._logs}")
-        return cause
+        if not isinstance(error, LostregError):
+            error.add_note(f"in a worker; Ray's logs are in {self._logs}")
+        return error
 
 
-def _get(answer: Any) -> Any:
-    import ray
-
-    return ray.get(answer)
+def _last_words(error: Exception, logs: str) -> str:
+    return f"{str(error).strip().splitlines()[-1]} (Ray's logs are in {logs})"
 
 
 def _nodes() -> list[dict[str, Any]]:
@@ -324,14 +254,15 @@ class RaySession:
     Attributes:
         logs: where it writes what it would say.
         is_here: whether it is this machine's alone.
+        at_end: what is done before it ends.
     """
 
     logs: str
     is_here: bool
+    at_end: ExitStack
 
-    @contextmanager
-    def workers(self, discoverer: Discoverer, count: int | None = None) -> Iterator[RayWorkers]:
-        """Start workers on the kind of device that a discoverer is on; they end with this.
+    def workers(self, discoverer: Discoverer, count: int | None = None) -> RayWorkers:
+        """Workers on the kind of device that a discoverer is on.
 
         Args:
             discoverer: what each of them holds. On a CPU its results depend on PyTorch's threads: a worker has as many
@@ -344,7 +275,8 @@ class RaySession:
         """
         import ray
 
-        device = discoverer.backbone.device.type
+        backbone = discoverer.backbone
+        device = backbone.device.type
         nodes = [node["Resources"] for node in _nodes() if node["Alive"]]
         gpus = int(sum(node.get("GPU", 0) for node in nodes))
         threads = 1
@@ -365,14 +297,28 @@ class RaySession:
         if room < count:
             message = f"the cluster has room for {room} of {count} workers: the others join when there is more"
             warnings.warn(message, LostregWarning, stacklevel=3)
+        task: Any = ray.remote(_where).options(**resources)
+        where = self._answer(task.remote(device, backbone.dtype, threads))
         held = [ray.put(discoverer.on("cpu"))]
-        actor = ray.remote(_Worker).options(**resources, max_concurrency=_AT_HAND + 1, scheduling_strategy="SPREAD")
+        worker = {"held": held, "device": device, "threads": threads, "elsewhere": where}
         chunk = discoverer.options.batch_size * _BATCHES.get(device, _OTHER_BATCHES)
-        workers = RayWorkers(lambda: actor.remote(held, device, threads), count, chunk, self.logs)
-        try:
-            yield workers
-        finally:
-            workers.close()
+        workers = RayWorkers(worker, resources, count, chunk, self.logs)
+        self.at_end.callback(workers.close)
+        return workers
+
+    def _answer(self, asked: Any) -> Any:
+        """What a task says that needs what a worker needs."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        while True:
+            try:
+                return ray.get(asked, timeout=_PATIENCE)
+            except GetTimeoutError:
+                message = f"no worker has started for {_PATIENCE:g} seconds: waiting for Ray to find room for one"
+                warnings.warn(f"{message}; its logs are in {self.logs}", LostregWarning, stacklevel=4)
+            except RayError as error:
+                raise ClusterError(f"no worker starts: {_last_words(error, self.logs)}") from error
 
 
 def _threads_each(cores: Sequence[int], workers: int, most: int) -> int:
@@ -400,14 +346,16 @@ def ray_session(address: str = HERE, workers: int | None = None) -> Iterator[Ray
     try:
         ray = _import_ray()
         if ray.is_initialized():
-            yield RaySession("its temporary folder", is_here=False)
+            with _data_context(), ExitStack() as at_end:
+                yield RaySession("its temporary folder", is_here=False, at_end=at_end)
             return
         cores = max(available_cores(), _LEAST_ROOM)
         if address == HERE and (workers or 0) > cores:  # Ray would try to start a process for each
             raise OptionError(f"expected at most {cores} workers on this machine of that many cores, not {workers}")
         try:
             logs = _start_ray(address, cores)
-            yield RaySession(logs, is_here=address == HERE)
+            with _data_context(), ExitStack() as at_end:
+                yield RaySession(logs, is_here=address == HERE, at_end=at_end)
         finally:
             ray.shutdown()
     finally:
@@ -416,6 +364,26 @@ def ray_session(address: str = HERE, workers: int | None = None) -> Iterator[Ray
         os.environ.update(environment)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)
+
+
+@contextmanager
+def _data_context() -> Iterator[None]:
+    """Ray Data without bars and lines on the terminal, that goes on without what is lost with a worker."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    context.max_errored_blocks = -1
+    terminals = [one for one in logging.getLogger("ray.data").handlers if isinstance(one, logging.StreamHandler)]
+    levels = [one.level for one in terminals]
+    try:
+        for one in terminals:
+            one.setLevel(_NOTHING)
+        with DataContext.current(context):
+            yield
+    finally:
+        for one, level in zip(terminals, levels, strict=True):
+            one.setLevel(level)
 
 
 def _start_ray(address: str, cores: int) -> str:
@@ -427,11 +395,25 @@ def _start_ray(address: str, cores: int) -> str:
         _check_listening(address)
         place = {"address": address}
     try:
-        started: Any = ray.init(**place, log_to_driver=False, logging_level=logging.CRITICAL)
+        with _terminal_closed():  # its core says how much it is going to say
+            started: Any = ray.init(**place, log_to_driver=False, logging_level=logging.CRITICAL)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         does = "does not start" if address == HERE else f"cannot join the cluster at {address}"
         raise ClusterError(f"Ray {does}: {error}") from error
     return f"{started.address_info['session_dir']}/logs"
+
+
+@contextmanager
+def _terminal_closed() -> Iterator[None]:
+    """Without what is written to standard error, by C++ too."""
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _import_ray() -> Any:

@@ -107,7 +107,7 @@ class Workers(Protocol):
         """How many images go to one of them at a time: a multiple of what shares packs."""
 
     def entries(self, make: Make, chunks: Iterable[Sequence[Asked]]) -> Iterator[Sequence[Entry]]:
-        """The entries of each chunk, in whatever order chunks are done."""
+        """The entries of chunks, in whatever order they are done; of chunks that are lost, none."""
 
 
 def missing_entries(
@@ -133,9 +133,10 @@ def missing_entries(
         for image_id, outcome in run.outcomes(compute, lambda image_id: ask(image_id).source, batch_size):
             yield [make(ask(image_id), outcome)]
     else:
-        chunks = _chunks(run.missing_batches(batch_size), ask, workers.chunk_images // batch_size)
-        for entries in workers.entries(make, chunks):
-            yield [entry for entry in entries if run.is_missing(entry.line.image_id)]
+        while any(True for _ in run.missing_batches(batch_size)):  # what was at hand of a lost worker is missing still
+            chunks = _chunks(run.missing_batches(batch_size), ask, workers.chunk_images // batch_size)
+            for entries in workers.entries(make, chunks):
+                yield [entry for entry in entries if run.is_missing(entry.line.image_id)]
 
 
 def until_error(computed: Iterable[Sequence[Entry]]) -> Iterator[Sequence[Entry]]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,15 @@ def nodes(repository: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def session(nodes: Any) -> RaySession:
-    return RaySession("its logs", is_here=False)
+def session(nodes: Any) -> Iterator[RaySession]:
+    with ray_session() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
-def pair(session: RaySession, discoverer: Discoverer, one_thread: None) -> Iterator[RayWorkers]:
+def pair(session: RaySession, discoverer: Discoverer, one_thread: None) -> RayWorkers:
     """Two workers, one on each node, for those who do not end them."""
-    with session.workers(discoverer, 2) as workers:
-        yield workers
+    return session.workers(discoverer, 2)
 
 
 @pytest.fixture(scope="module")
@@ -145,14 +146,19 @@ def test_a_benchmark_has_the_score_and_lines_of_one_process(
         evaluate(benchmark, discoverer, tmp_path / "out", workers=pair, on_discovery=lambda *_: None)
 
 
-def test_pictures_of_masks_come_back(
-    photos: Collection, discoverer: Discoverer, pair: RayWorkers, tmp_path: Path
+def test_pictures_of_masks_come_back_and_so_does_what_a_worker_tells(
+    photos: Collection, discoverer: Discoverer, pair: RayWorkers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     few = Collection(photos.root, photos.names[:3])
     pictures = []
-    for workers in (None, pair):
+    monkeypatch.setitem(pair._worker, "elsewhere", "an abacus")
+    for workers, told in (
+        (None, nullcontext()),
+        (pair, pytest.warns(LostregWarning, match="on an abacus and on cpu: ")),
+    ):
         out = tmp_path / str(workers is None)
-        discover_collection(few, discoverer, out, mask_pictures=True, workers=workers)
+        with told:
+            discover_collection(few, discoverer, out, mask_pictures=True, workers=workers)
         pictures.append([path.read_bytes() for path in sorted((out / "masks").iterdir())])
     assert pictures[0] == pictures[1]
     assert len(pictures[0]) == 3
@@ -207,8 +213,7 @@ def test_a_worker_that_is_killed_costs_the_chunks_that_it_had(
 ) -> None:
     (tmp_path / "fatal").write_text("09.png")  # the second of the batch that it has computed
     out = tmp_path / "out"
-    with session.workers(discoverer, 2) as workers:
-        discover_collection(photos, discoverer, out, workers=workers)
+    discover_collection(photos, discoverer, out, workers=session.workers(discoverer, 2))
     assert contents(out) == contents(plain)
     assert set(computed()) == set(photos.names)
     again = {name for name, times in computed().items() if times > 1}
@@ -230,10 +235,8 @@ def test_a_node_that_is_lost_costs_the_chunks_that_it_had(
         if progress.done >= CHUNK and lost:
             nodes.remove_node(lost.pop(), allow_graceful=False)
 
-    with session.workers(discoverer, 2) as workers:
-        while len(workers._at_hand) < 2:
-            workers._welcome(workers._next([]))
-        discover_collection(photos, discoverer, tmp_path / "out", workers=workers, on_progress=lose)
+    workers = session.workers(discoverer, 2)
+    discover_collection(photos, discoverer, tmp_path / "out", workers=workers, on_progress=lose)
     nodes.add_node(num_cpus=2)
     nodes.wait_for_nodes()
     assert contents(tmp_path / "out") == contents(plain)
@@ -249,10 +252,12 @@ def test_images_that_end_every_worker_end_the_run(
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(run_of_discover, "make_entry", fatal)
-    monkeypatch.setattr(workers_of_ray, "_MOST_LOSSES", 2)
-    message = r"2 workers ended while they computed 0\d.png to 0\d.png: .*logs are in its logs"
-    with session.workers(discoverer, 1) as workers, pytest.raises(ClusterError, match=message):
-        discover_collection(photos, discoverer, tmp_path / "out", workers=workers)
+    monkeypatch.setattr(workers_of_ray, "_MOST_FRUITLESS", 2)
+    message = (
+        r"2 times workers ended before they had computed any of 00.png to 20.png.*logs are in its temporary folder"
+    )
+    with pytest.raises(ClusterError, match=message):
+        discover_collection(photos, discoverer, tmp_path / "out", workers=session.workers(discoverer, 1))
 
 
 def test_what_a_worker_raises_is_raised(
@@ -264,7 +269,7 @@ def test_what_a_worker_raises_is_raised(
     monkeypatch.setattr(run_of_discover, "make_entry", faulty)
     with pytest.raises(ArithmeticError, match="a fault") as raised:
         discover_collection(photos, discoverer, tmp_path / "out", workers=pair)
-    assert raised.value.__notes__ == ["in a worker; Ray's logs are in its logs"]
+    assert raised.value.__notes__ == ["in a worker; Ray's logs are in its temporary folder"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that PyTorch can use (CUDA)")
@@ -274,9 +279,9 @@ def test_a_worker_on_a_gpu_writes_what_one_process_writes(
 ) -> None:
     discoverer = Discoverer(backbone, device="cuda", precision=precision, batch_size=2, method="parts", max_objects=3)
     discover_collection(photos, discoverer, tmp_path / "alone")
-    with session.workers(discoverer) as workers:
-        assert workers.chunk_images == 32
-        discover_collection(photos, discoverer, tmp_path / "out", workers=workers)
+    workers = session.workers(discoverer)
+    assert workers.chunk_images == 32
+    discover_collection(photos, discoverer, tmp_path / "out", workers=workers)
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
     assert results(tmp_path / "out") == results(tmp_path / "alone")
 
@@ -297,8 +302,8 @@ DRIVER = """
     torch.manual_seed(0)
     backbone = build_backbone(find_spec("dinov2_vits14_reg"), depth=2)
     discoverer = Discoverer(backbone, device="cpu", batch_size=2, max_objects=3, min_score=0.05)
-    with ray_session(address) as session, session.workers(discoverer, 2) as workers:
-        discover_collection(find_collection(photos), discoverer, Path(out), workers=workers)
+    with ray_session(address) as session:
+        discover_collection(find_collection(photos), discoverer, Path(out), workers=session.workers(discoverer, 2))
 """
 
 
@@ -402,13 +407,9 @@ def test_threads_are_those_of_the_driver_as_far_as_there_are_cores(
     assert workers_of_ray._threads_each(cores, workers, most) == threads
 
 
-def test_more_workers_than_there_is_room_for_are_refused_or_told(discoverer: Discoverer, nodes: Any) -> None:
-    here = RaySession("its logs", is_here=True)
-    with pytest.raises(OptionError, match="5 workers on cpu: Ray has room for 4"), here.workers(discoverer, 5):
-        raise AssertionError("there are four cores")
-    cluster = RaySession("its logs", is_here=False)
-    with (
-        pytest.warns(LostregWarning, match="room for 4 of 5 workers: the others join"),
-        cluster.workers(discoverer, 5) as workers,
-    ):
-        assert workers.device.startswith("cpu: ")
+def test_more_workers_than_there_is_room_for_are_refused_or_told(discoverer: Discoverer, session: RaySession) -> None:
+    here = RaySession("its logs", is_here=True, at_end=ExitStack())
+    with pytest.raises(OptionError, match="5 workers on cpu: Ray has room for 4"):
+        here.workers(discoverer, 5)
+    with pytest.warns(LostregWarning, match="room for 4 of 5 workers: the others join"):
+        assert session.workers(discoverer, 5).device.startswith("cpu: ")
