@@ -96,7 +96,7 @@ def _digest(name: str) -> int:
     return zlib.crc32(name.encode("utf-8", "surrogateescape"))
 
 
-def find_collection(source: str, apart: Path | None = None) -> Collection:
+def find_collection(source: str, apart: Path | str | None = None) -> Collection:
     """The images that a folder, a glob, a list, a file with many images or a URI of these stands for.
 
     Args:
@@ -104,14 +104,17 @@ def find_collection(source: str, apart: Path | None = None) -> Collection:
             a Parquet or Arrow file; the URI of one of these; or a text file with a path or an image's URI a line,
             paths relative to its own folder. Lines that are empty or begin with ``#`` are left out, and so is what has
             been listed before. Where a folder or glob has image files, these count, else its files with many images.
-        apart: a folder whose files are left out: what a run writes is none of its photos.
+        apart: a folder, or the URI of one, whose files are left out: what a run writes is none of its photos.
 
     Raises:
         OptionError: if there is no such thing, or no image in it, or it cannot be listed.
     """
     if is_uri(source):
         local = local_path(source)
-        return find_collection(local, apart) if local is not None else Collection(*find_stored(source))
+        if local is not None:
+            return find_collection(local, apart)
+        return Collection(*find_stored(source, apart if isinstance(apart, str) else None))
+    apart = None if isinstance(apart, str) else apart
     path = Path(source)
     if source and path.is_dir():
         kinds = sort_files(os.path.relpath(file, path) for file in _files_below(path))

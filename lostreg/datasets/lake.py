@@ -27,6 +27,7 @@ from lostreg.images.stores import (
     join_uri,
     list_files,
     open_file,
+    plain_uri,
     range_at,
 )
 
@@ -182,8 +183,12 @@ def _listed_files(state: str) -> list[str] | None:
         return None
 
 
-def find_stored(uri: str) -> tuple[str, tuple[str, ...], tuple[Part, ...]]:
+def find_stored(uri: str, apart: str | None = None) -> tuple[str, tuple[str, ...], tuple[Part, ...]]:
     """The images that the URI of a store's folder, glob or file stands for.
+
+    Args:
+        uri: of it.
+        apart: URI of a folder whose files are left out.
 
     Returns:
         The URI of the folder that names are relative to, or of the one file, the names, and where the images are.
@@ -201,6 +206,8 @@ def find_stored(uri: str) -> tuple[str, tuple[str, ...], tuple[Part, ...]]:
         folder, files = head + mark + query, [unquote(last, errors="surrogateescape")]
         if files[0].lower().endswith(SUFFIXES):
             raise OptionError(f"{uri} is one image: expected a folder, a glob, or a file with many images")
+    if apart is not None:
+        files = [name for name in files if not f"{plain_uri(root)}/{name}".startswith(f"{plain_uri(apart)}/")]
     if pattern:
         files = [name for name in files if _matches(name.split("/"), pattern)]
     kinds = sort_files(files)
