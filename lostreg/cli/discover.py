@@ -48,8 +48,9 @@ def add_parser(commands: Subparsers) -> None:
         "source",
         metavar="SOURCE",
         help="a folder with all its subfolders, or a glob in quotes: the image files there or, where there are none, "
-        "the images in .tar, .parquet and .arrow files; one such file; a URI of any of these (s3://BUCKET/DIR, gs://, "
-        "file:// and so on); or a text file with a path or an image's URI a line. docs/sources.md has the rules",
+        "the images in .tar, .parquet and .arrow files; one such file, or several ('{000..099}.tar'); a URI of any of "
+        "these (s3://BUCKET/DIR, gs://, file:// and so on); or a text file with a path or URI a line. docs/sources.md "
+        "has the rules",
     )
     parser.add_argument(
         "--out",
