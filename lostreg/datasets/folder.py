@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -163,7 +164,8 @@ def find_sources(arguments: Iterable[str]) -> list[Path | StoredImage]:
         OptionError: if a folder holds no images, a glob matches none, or a URI cannot be listed.
     """
     sources: list[Path | StoredImage] = []
-    for argument in (one for given in arguments for one in ([given] if Path(given).exists() else expand(given))):
+    expanded = ([one] if Path(one).exists() else expand(one) for one in arguments)  # what is there is meant
+    for argument in chain.from_iterable(expanded):
         if not argument:
             raise OptionError("expected a file, folder or glob, found an empty argument")
         argument = local_path(argument) or argument
@@ -251,12 +253,10 @@ def _of_listed(path: Path, listed: list[str]) -> Collection:
     if other is not None:
         raise OptionError(f"{path} lists {other} beside files that hold many images: expected one kind of these")
     folder = os.path.abspath(path.parent)  # noqa: PTH100 - without following links
-    places = {
-        line.partition("?")[0] if is_uri(line) else Path(line).as_posix(): line
-        if is_uri(line)
-        else os.path.join(folder, line)  # noqa: PTH118
+    places = dict(
+        (line.partition("?")[0], line) if is_uri(line) else (Path(line).as_posix(), os.path.join(folder, line))  # noqa: PTH118
         for line in listed
-    }
+    )
     names, parts = unpack(Kinds([], list(places), [], Counter()), str(path), places.__getitem__)
     if not names:
         raise OptionError(f"no images in the files that {path} lists")
