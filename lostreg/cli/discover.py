@@ -48,8 +48,9 @@ def add_parser(commands: Subparsers) -> None:
         "source",
         metavar="SOURCE",
         help="a folder with all its subfolders, or a glob in quotes: the image files there or, where there are none, "
-        "the images in .tar, .parquet and .arrow files; one such file; a URI of any of these (s3://BUCKET/DIR, gs://, "
-        "file:// and so on); or a text file with a path or an image's URI a line. docs/sources.md has the rules",
+        "the images in .tar, .parquet and .arrow files; one such file, or several ('{000..099}.tar'); a URI of any of "
+        "these (s3://BUCKET/DIR, gs://, file:// and so on); or a text file with a path or URI a line. docs/sources.md "
+        "has the rules",
     )
     parser.add_argument(
         "--out",
@@ -77,22 +78,23 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Discover; for the exit code see `judge_failures`."""
-    from lostreg.runs.remote import folder_of
+    from lostreg.runs.discover import MASKS_FOLDER
+    from lostreg.runs.remote import below, folder_of
 
     if args.mask_png:
         check_mask_pictures("--mask-png", args.max_objects)
     place = args.out
     with folder_of(place) as args.out:
-        summary = _run(args)
+        summary = _run(args, apart=below(place, MASKS_FOLDER))
     print(_words(summary, args.min_score, place), flush=True)
     return judge_failures(summary.unreadable, summary.unavailable, summary.images, retry="--retry-failed")
 
 
-def _run(args: argparse.Namespace) -> "Summary":
+def _run(args: argparse.Namespace, apart: Path | str) -> "Summary":
     from lostreg.datasets.folder import find_collection
-    from lostreg.runs.discover import MASKS_FOLDER, discover_collection
+    from lostreg.runs.discover import discover_collection
 
-    collection = find_collection(args.source, apart=args.out / MASKS_FOLDER)
+    collection = find_collection(args.source, apart=apart)
     with asked_session(args) as session:
         discoverer = _discoverer(args, collection)
         workers = asked_workers(args, session, discoverer)

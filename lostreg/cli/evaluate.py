@@ -25,6 +25,8 @@ from lostreg.cli.options import (
     add_method_options,
     add_object_options,
     add_workers,
+    run_place,
+    tell,
 )
 from lostreg.cli.progress import ProgressBar, describe_misses, judge_failures
 from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
@@ -51,10 +53,11 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("benchmark", help="voc07, voc12, coco20k, sample, voc or coco: see `lostreg datasets`")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=run_place,
         required=True,
         metavar="DIR",
-        help="folder for predictions.jsonl, maps.jsonl and results.json; several backbones get a folder each in it",
+        help="folder for predictions.jsonl, maps.jsonl and results.json; several backbones get a folder each in it; or "
+        "a URI (s3://BUCKET/DIR and so on), to which they are copied in the end",
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
     parser.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
@@ -70,17 +73,27 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every backbone that was asked for; for the exit code see `judge_failures`."""
+    from lostreg.runs.remote import folder_of
+
     backbones = chosen_backbones(args)
     if args.ray is not None and args.plots:
         raise OptionError("--plots are drawn where one process computes: leave out --ray")
     benchmark = open_benchmark(args)
+    with folder_of(args.out) as folder:
+        code = _evaluate_all(args, benchmark, backbones, folder)
+    if isinstance(args.out, str):
+        tell(f"written to {args.out}")
+    return code
+
+
+def _evaluate_all(args: argparse.Namespace, benchmark: "Benchmark", backbones: list[str], folder: Path) -> int:
     with asked_session(args) as session:
         if len(backbones) == 1:
-            return _exit_code(_evaluate(args, benchmark, backbones[0], args.out, session))
+            return _exit_code(_evaluate(args, benchmark, backbones[0], folder, session))
         found: dict[str, Evaluation] = {}
         try:
             for backbone in backbones:
-                out = args.out / backbone.replace(":", "_")
+                out = folder / backbone.replace(":", "_")
                 found[backbone] = _evaluate(args, benchmark, backbone, out, session)
         finally:
             if found:  # where one fails, those before it are not lost
@@ -138,7 +151,8 @@ def _evaluate(
     written = [PREDICTIONS_FILE, MAPS_FILE, RESULTS_FILE] + (
         [f"plots of {evaluation.computed} images"] if args.plots else []
     )
-    print(f"written to {out}: {', '.join(written)}")
+    if isinstance(args.out, Path):  # a store gets them later
+        print(f"written to {out}: {', '.join(written)}")
     print(evaluation.score, flush=True)
     return evaluation
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from lostreg import defaults
 from lostreg.checks import cut
 from lostreg.cli.files import check_writable, refuse_among_images
-from lostreg.cli.options import Subparsers, as_finite, local_place, tell, unit_interval
+from lostreg.cli.options import Subparsers, as_finite, run_place, tell, unit_interval
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.formats import FORMATS, OPTIONS, Format, formats_with
@@ -32,9 +32,17 @@ def add_parser(commands: Subparsers) -> None:
         "parquet has a typed row an image and takes any number of them; labelstudio has its labelling configuration "
         "beside it, as .xml. Runs no model.",
     )
-    parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="predictions file, or folder of a run")
+    parser.add_argument(
+        "predictions", type=run_place, metavar="PREDICTIONS", help="predictions file, or folder of a run, or its URI"
+    )
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--out", required=True, type=local_place, metavar="PATH", help="the file or folder to write")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=run_place,
+        metavar="PATH",
+        help="the file or folder to write, or the URI of a file; for parquet also of a folder, which gets parts",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file, or the folder of an earlier export")
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="where the images lie now (default: where the run found them)"
@@ -74,30 +82,41 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, check, write; the last line says what was exported."""
-    from lostreg.runs.locate import ImageFinder, is_unfinished, predictions_file
+    from lostreg.images.stores import delete_file, parent_uri
+    from lostreg.runs.locate import is_unfinished, predictions_file
+    from lostreg.runs.remote import fetched, stored
 
     kind = FORMATS[args.format]
     _check_options(args, kind)
-    source = predictions_file(args.predictions)
-    _check_out(args, kind, source)
-    if is_unfinished(source):
-        tell(f"{source.parent} holds a run that did not come to its end: these are its images so far")
-    if kind.is_streamed:
-        _refuse_among_packed(args.out, source)
-        _stream(args, kind, source)
-        return 0
-    predictions = _read(source)
-    finder = ImageFinder(source, args.images)
-    if kind.is_folder and args.out.exists():
-        _check_sources(args.out, source, predictions, finder)
-    chosen = _gather(args, kind, predictions, finder)
-    _write(args, kind, chosen, finder)
-    _report(args, kind, chosen)
+    earlier = _check_stored(args, kind) if isinstance(args.out, str) else []
+    with fetched(args.predictions) as place:
+        source = predictions_file(place)
+        if isinstance(args.out, Path):
+            _check_out(args, kind, source)
+        if is_unfinished(source):
+            run_folder = source.parent if isinstance(args.predictions, Path) else args.predictions
+            tell(f"{run_folder} holds a run that did not come to its end: these are its images so far")
+        with stored(args.out) as out:
+            exported = (_stream if kind.is_streamed else _export)(args, kind, source, out)
+            parts = [path.name for path in out.iterdir()] if earlier else []
+    for uri in earlier:
+        if parent_uri(uri)[1] not in parts:
+            delete_file(uri)
+    print(exported)
     return 0
 
 
-def _read(source: Path) -> "list[Prediction]":
-    return list(_predictions_of(source))
+def _export(args: argparse.Namespace, kind: Format, source: Path, out: Path) -> str:
+    """Write a format that takes all predictions at once; what was exported, in words."""
+    from lostreg.runs.locate import ImageFinder
+
+    predictions = list(_predictions_of(source))
+    finder = ImageFinder(source, args.images)
+    if kind.is_folder and out.exists():
+        _check_sources(out, source, predictions, finder)
+    chosen = _gather(args, kind, predictions, finder)
+    _write(args, kind, chosen, finder, out)
+    return _report(args, kind, chosen)
 
 
 def _predictions_of(source: Path) -> "Iterator[Prediction]":
@@ -112,8 +131,9 @@ def _predictions_of(source: Path) -> "Iterator[Prediction]":
         raise PredictionsError(f"{source} holds no predictions: expected one JSON object a line")
 
 
-def _stream(args: argparse.Namespace, kind: Format, source: Path) -> None:
-    """Write a format that takes predictions one by one."""
+def _stream(args: argparse.Namespace, kind: Format, source: Path, out: Path) -> str:
+    """Write a format that takes predictions one by one; what was exported, in words."""
+    _refuse_among_packed(args.out, source)
     images, boxes, unreadable = set[str](), 0, 0
 
     def counted() -> "Iterator[Prediction]":
@@ -127,9 +147,10 @@ def _stream(args: argparse.Namespace, kind: Format, source: Path) -> None:
             unreadable += prediction.error is not None
             yield prediction
 
-    kind.write(args.out, counted(), min_score=args.min_score)
+    in_parts = isinstance(args.out, str) and not out.suffix
+    kind.write(out, counted(), min_score=args.min_score, in_parts=in_parts)
     note = f" ({unreadable} unreadable)" if unreadable else ""
-    print(f"exported {len(images) - unreadable} images, {boxes} boxes to {args.out}{note}")
+    return f"exported {len(images) - unreadable} images, {boxes} boxes to {args.out}{note}"
 
 
 def _gather(
@@ -160,6 +181,17 @@ def _check_options(args: argparse.Namespace, kind: Format) -> None:
             raise OptionError(f"{words}, not for {args.format}")
 
 
+def _check_stored(args: argparse.Namespace, kind: Format) -> list[str]:
+    """Raise `OptionError` unless the place in a store may be written; URIs of an earlier export's parts."""
+    from lostreg.exports.writing import check_stored
+
+    if kind.is_folder:
+        raise OptionError(
+            f"{args.format} is a folder with the images: expected --out on this machine's disks, not {args.out}"
+        )
+    return check_stored(args.out, kind.suffixes, has_parts=kind.is_streamed, overwrite=args.overwrite)
+
+
 def _check_out(args: argparse.Namespace, kind: Format, source: Path) -> None:
     from lostreg.exports.writing import check_file, check_folder
 
@@ -182,7 +214,7 @@ def _check_sources(out: Path, source: Path, predictions: "list[Prediction]", fin
     check_sources(out, [source, *(place for place in places if place is not None)])
 
 
-def _write(args: argparse.Namespace, kind: Format, chosen: "ExportSet", finder: "ImageFinder") -> None:
+def _write(args: argparse.Namespace, kind: Format, chosen: "ExportSet", finder: "ImageFinder", out: Path) -> None:
     from importlib import metadata
 
     from lostreg.exports.writing import MARK, whole_folder
@@ -191,10 +223,10 @@ def _write(args: argparse.Namespace, kind: Format, chosen: "ExportSet", finder: 
     names = [name for name in kind.options if name != "keep_empty" and getattr(args, name) is not None]
     options = {name: getattr(args, name) for name in names}  # the formats know what holds else
     if not kind.is_folder:
-        kind.write(args.out, chosen, **options)
+        kind.write(out, chosen, **options)
         return
-    _refuse_among_images(args.out, chosen, finder)
-    with whole_folder(args.out) as folder, ProgressBar("export") as bar:
+    _refuse_among_images(out, chosen, finder)
+    with whole_folder(out) as folder, ProgressBar("export") as bar:
         encoded = kind.write(folder, chosen, **options, on_progress=bar)
         about = {"kind": args.format, "lostreg": metadata.version("lostreg")}
         about |= {"images": len(chosen.images), "boxes": chosen.boxes, "min_score": args.min_score}
@@ -206,21 +238,28 @@ def _write(args: argparse.Namespace, kind: Format, chosen: "ExportSet", finder: 
         )
 
 
-def _refuse_among_packed(out: Path, source: Path) -> None:
+def _refuse_among_packed(out: Path | str, source: Path) -> None:
     """Raise if a file would replace one that holds the run's images, or be taken for such a one the next time."""
     from lostreg.datasets.lake import PACKED
     from lostreg.defaults import MAPS_FILE
     from lostreg.runs.maps import read_maps
     from lostreg.runs.results import results_of
 
-    maps, place = source.with_name(MAPS_FILE), out.resolve()
+    maps, place = source.with_name(MAPS_FILE), _plain(str(out))
     collection = (results_of(source.parent) or {}).get("collection")
     root = collection.get("root") if isinstance(collection, dict) else None
     files = {one.path.rpartition("#")[0] for one in read_maps(maps)} if maps.is_file() else set()
-    packed = [Path(file).resolve() for file in files if file.lower().endswith(tuple(PACKED))]
-    folders = {path.parent for path in packed if str(path) != root}  # whose other files are searched, too
-    if place in packed or place.parent in folders:
+    packed = {path for path in map(_plain, files) if path.suffix.lower() in PACKED}
+    folders = {path.parent for path in packed if path != _plain(str(root))}  # whose other files are searched, too
+    if place in packed or not folders.isdisjoint((place, place.parent)):
         raise OptionError(f"--out {out} is among the files that hold the images: give another folder")
+
+
+def _plain(place: str) -> Path:
+    """A path or URI in one of the ways to write it, to compare it."""
+    from lostreg.images.stores import is_uri, plain_uri
+
+    return Path(plain_uri(place)) if is_uri(place) else Path(place).resolve()
 
 
 def _refuse_among_images(out: Path, chosen: "ExportSet", finder: "ImageFinder") -> None:
@@ -232,7 +271,8 @@ def _refuse_among_images(out: Path, chosen: "ExportSet", finder: "ImageFinder") 
     refuse_among_images("--out", out, [str(finder.folder)] if finder.folder else [], paths)
 
 
-def _report(args: argparse.Namespace, kind: Format, chosen: "ExportSet") -> None:
+def _report(args: argparse.Namespace, kind: Format, chosen: "ExportSet") -> str:
+    """Tell what a user should know of; what was exported, in words."""
     from lostreg.exports.names import utf8_name
 
     if chosen.clipped:
@@ -255,7 +295,7 @@ def _report(args: argparse.Namespace, kind: Format, chosen: "ExportSet") -> None
     if chosen.empty:
         notes.append(f"{chosen.empty} without a box left out")
     note = f" ({', '.join(notes)})" if notes else ""
-    print(f"exported {len(chosen.images)} images, {chosen.boxes} boxes to {args.out}{note}")
+    return f"exported {len(chosen.images)} images, {chosen.boxes} boxes to {args.out}{note}"
 
 
 def _label(text: str) -> str:

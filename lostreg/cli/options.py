@@ -421,18 +421,14 @@ def tell(message: str) -> None:
     sys.stderr.write(f"lostreg: {one_line(message)}\n")
 
 
-def local_place(text: str) -> Path:
-    """A file or folder to write: no store is written to."""
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"expected a place on this machine's disks, not {text}")
-    return Path(text)
-
-
 def run_place(text: str) -> Path | str:
-    """The folder of a run: on this machine, or the URI of a store's."""
+    """A file or folder of this machine, or the URI of a store's."""
     if not is_uri(text):
         return Path(text)
-    path = local_path(text)
+    try:
+        path = local_path(text)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text if path is None else Path(path)
 
 

@@ -2,11 +2,15 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lostreg.cli.files import check_writable
-from lostreg.cli.options import Subparsers, positive_int, tell
+from lostreg.cli.options import Subparsers, positive_int, run_place, tell
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError
+
+if TYPE_CHECKING:
+    from lostreg.gallery.build import Written
 
 _CHOICES = ("first", "lowest", "highest", "even")
 _LIMIT = 2000
@@ -25,9 +29,14 @@ def add_parser(commands: Subparsers) -> None:
         "unfinished.",
     )
     parser.add_argument(
-        "run_folder", type=Path, metavar="DIR", help="the --out of `lostreg discover` or `lostreg eval`"
+        "run_folder",
+        type=run_place,
+        metavar="DIR",
+        help="the --out of `lostreg discover` or `lostreg eval`, a folder or a URI",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"the page, an .html file (default: DIR/{_PAGE})")
+    parser.add_argument(
+        "--out", type=run_place, metavar="FILE", help=f"the page, an .html file or its URI (default: DIR/{_PAGE})"
+    )
     parser.add_argument(
         "--images",
         type=Path,
@@ -51,29 +60,28 @@ def add_parser(commands: Subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def _check_ours(target: Path) -> None:
+def _check_ours(target: Path | str) -> None:
     """Raise `OptionError` if the page would take the place of something else."""
-    if target.exists() and _MADE_BY not in target.read_bytes()[:4096]:
-        raise OptionError(f"--out {target} is there already, and no page of lostreg report: give another file")
+    from lostreg.images.stores import kind_at, open_file, telling
+
+    if target.exists() if isinstance(target, Path) else kind_at(target):
+        with telling(str(target)), open_file(str(target)) as page:
+            is_ours = _MADE_BY in page.read(4096)
+        if not is_ours:
+            raise OptionError(f"--out {target} is there already, and no page of lostreg report: give another file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the page."""
-    target = args.run_folder / _PAGE if args.out is None else args.out
-    if target.suffix.lower() not in _SUFFIXES:
+    from lostreg.runs.remote import below, fetched, stored
+
+    target = below(args.run_folder, _PAGE) if args.out is None else args.out
+    if not str(target).partition("?")[0].lower().endswith(_SUFFIXES):
         raise OptionError(f"--out {target}: expected a file ending in {' or '.join(_SUFFIXES)}")
     if args.images is not None and not args.images.is_dir():
         raise OptionError(f"--images {args.images}: expected a folder")
-    from lostreg.gallery.build import write_gallery
-    from lostreg.runs.reader import RunFolder
-
-    folder = RunFolder(args.run_folder, needs_maps=args.images is None)
-    check_writable(target, "the page")
-    _check_ours(target)
-    with ProgressBar("report") as bar:
-        written = write_gallery(
-            folder, target, images=args.images, limit=args.limit, choose=args.choose, on_progress=bar
-        )
+    with fetched(args.run_folder) as folder, stored(target) as page:
+        written, size = _write(args, folder, target, page)
     if written.gone:
         tell(f"{written.gone} of {written.shown} image files cannot be read any more: placeholders stand for them")
     if written.changed:
@@ -82,5 +90,18 @@ def run(args: argparse.Namespace) -> int:
         tell(f"{written.bare} of {written.shown} degree maps are left out: they do not fit their image, or a page")
     if written.left_out:
         tell(f"{written.left_out} of {written.shown + written.left_out} images are left out: see --limit and --choose")
-    print(f"written to {target}: {written.shown} images, {target.stat().st_size / 1e6:.1f} MB")
+    print(f"written to {target}: {written.shown} images, {size / 1e6:.1f} MB")
     return 0
+
+
+def _write(args: argparse.Namespace, folder: Path, target: Path | str, page: Path) -> "tuple[Written, int]":
+    """Write the page on this machine; what is on it, and its bytes."""
+    from lostreg.gallery.build import write_gallery
+    from lostreg.runs.reader import RunFolder
+
+    run = RunFolder(folder, needs_maps=args.images is None)
+    check_writable(page, "the page")
+    _check_ours(target)
+    with ProgressBar("report") as bar:
+        written = write_gallery(run, page, images=args.images, limit=args.limit, choose=args.choose, on_progress=bar)
+    return written, page.stat().st_size

@@ -1,10 +1,9 @@
 """``lostreg score``: the corloc of any predictions file; runs no model and needs no images."""
 
 import argparse
-from pathlib import Path
 
 from lostreg.cli.build import open_benchmark
-from lostreg.cli.options import Subparsers, add_benchmark_options, tell
+from lostreg.cli.options import Subparsers, add_benchmark_options, run_place, tell
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -15,7 +14,7 @@ def add_parser(commands: Subparsers) -> None:
         description="Score predictions of any origin: JSON Lines with image_id (file stem for VOC, integer id for "
         "COCO) and boxes in pixels. Runs no model. The last line is like `corloc 61.90 (3102/5011)`.",
     )
-    parser.add_argument("predictions", type=Path, help="JSON Lines file")
+    parser.add_argument("predictions", type=run_place, help="JSON Lines file, or its URI")
     parser.add_argument("benchmark", help="voc07, voc12, coco20k, sample, voc or coco: see `lostreg datasets`")
     add_benchmark_options(parser)
     parser.set_defaults(run=run)
@@ -25,8 +24,10 @@ def run(args: argparse.Namespace) -> int:
     """Score; images without a prediction are misses, and are counted."""
     from lostreg.runs.evaluate import note_other_sizes, score_detections, score_predictions
     from lostreg.runs.predictions import read_predictions
+    from lostreg.runs.remote import fetched
 
-    predictions = read_predictions(args.predictions)
+    with fetched(args.predictions, beside=()) as file:
+        predictions = read_predictions(file)
     benchmark = open_benchmark(args, with_images=False)
     score, missing = score_predictions(predictions, benchmark)
     detection = score_detections(predictions, benchmark)

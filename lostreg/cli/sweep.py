@@ -3,7 +3,6 @@
 import argparse
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg.cli.build import (
@@ -22,6 +21,7 @@ from lostreg.cli.options import (
     add_max_side,
     add_method_choice,
     as_finite,
+    run_place,
 )
 from lostreg.cli.progress import ProgressBar, describe_misses, judge_failures
 from lostreg.models.table import FEATURES
@@ -44,7 +44,11 @@ def add_parser(commands: Subparsers) -> None:
     )
     parser.add_argument("benchmark", help="voc07, voc12, coco20k, sample, voc or coco: see `lostreg datasets`")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for sweep.jsonl, sweep.json and sweep.png"
+        "--out",
+        type=run_place,
+        required=True,
+        metavar="DIR",
+        help="folder for sweep.jsonl, sweep.json and sweep.png, or a URI (s3://BUCKET/DIR and so on)",
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
     parser.add_argument(
@@ -93,6 +97,7 @@ def bias_list(text: str) -> tuple[float, ...]:
 def run(args: argparse.Namespace) -> int:
     """Sweep, and print the table."""
     from lostreg.models.features import resolve_layer
+    from lostreg.runs.remote import folder_of
     from lostreg.runs.sweep import LINES_FILE, RESULTS_FILE, sweep
     from lostreg.runs.sweep_figure import plot_sweep
 
@@ -101,20 +106,21 @@ def run(args: argparse.Namespace) -> int:
     for layer in args.layers:
         resolve_layer(discoverer.backbone, layer)  # before anything is looked for in images
     paths = [example.source for example in benchmark.examples]
-    discoverer = with_registers(args, discoverer, paths, kept=args.out / REGISTERS_FILE)
-    discoverer = with_objectness(args, discoverer, paths, kept=args.out / OBJECTNESS_FILE)
-    with ProgressBar(args.backbone) as bar:
-        rows = sweep(
-            benchmark,
-            discoverer,
-            [(feature, layer) for layer in args.layers for feature in args.features],
-            args.biases,
-            args.out,
-            overwrite=args.overwrite,
-            extra={"limit": args.limit, "no_hard": args.no_hard},
-            on_progress=bar,
-        )
-    plot_sweep(args.out / _PLOT, rows, f"{args.backbone} on {benchmark.title}, {len(benchmark)} images")
+    with folder_of(args.out) as folder:
+        discoverer = with_registers(args, discoverer, paths, kept=folder / REGISTERS_FILE)
+        discoverer = with_objectness(args, discoverer, paths, kept=folder / OBJECTNESS_FILE)
+        with ProgressBar(args.backbone) as bar:
+            rows = sweep(
+                benchmark,
+                discoverer,
+                [(feature, layer) for layer in args.layers for feature in args.features],
+                args.biases,
+                folder,
+                overwrite=args.overwrite,
+                extra={"limit": args.limit, "no_hard": args.no_hard},
+                on_progress=bar,
+            )
+        plot_sweep(folder / _PLOT, rows, f"{args.backbone} on {benchmark.title}, {len(benchmark)} images")
     print(_table(rows, args.method))
     unreadable = rows[0].auto.images - len(rows[0].auto_biases)
     if unreadable:

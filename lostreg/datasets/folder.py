@@ -6,16 +6,29 @@ import os
 import posixpath
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lostreg.datasets.lake import PACKED, Kinds, endings, find_stored, sort_files, tell_others, unpack
+from lostreg.datasets.lake import (
+    PACKED,
+    Kinds,
+    endings,
+    expand,
+    find_stored,
+    is_packed,
+    matching,
+    sort_files,
+    tell_others,
+    unpack,
+)
 from lostreg.datasets.parts import Part
 from lostreg.errors import LostregWarning, OptionError
 from lostreg.images.files import SUFFIXES
@@ -96,22 +109,26 @@ def _digest(name: str) -> int:
     return zlib.crc32(name.encode("utf-8", "surrogateescape"))
 
 
-def find_collection(source: str, apart: Path | None = None) -> Collection:
+def find_collection(source: str, apart: Path | str | None = None) -> Collection:
     """The images that a folder, a glob, a list, a file with many images or a URI of these stands for.
 
     Args:
-        source: a folder, which is searched with all its subfolders; a glob such as ``photos/**/*.jpg``; a tar shard, or
-            a Parquet or Arrow file; the URI of one of these; or a text file with a path or an image's URI a line,
-            paths relative to its own folder. Lines that are empty or begin with ``#`` are left out, and so is what has
-            been listed before. Where a folder or glob has image files, these count, else its files with many images.
-        apart: a folder whose files are left out: what a run writes is none of its photos.
+        source: a folder, which is searched with all its subfolders; a glob such as ``photos/**/*.jpg``, or braces such
+            as ``shard-{000..099}.tar``; a tar shard, or a Parquet or Arrow file; the URI of one of these; or a text
+            file with a path or URI of an image a line, or of a file with many, paths relative to its own folder. Lines
+            that are empty or begin with ``#`` are left out, and so is what has been listed before. Where a folder or
+            glob has image files, these count, else its files with many images.
+        apart: a folder, or the URI of one, whose files are left out: what a run writes is none of its photos.
 
     Raises:
         OptionError: if there is no such thing, or no image in it, or it cannot be listed.
     """
     if is_uri(source):
         local = local_path(source)
-        return find_collection(local, apart) if local is not None else Collection(*find_stored(source))
+        if local is not None:
+            return find_collection(local, apart)
+        return Collection(*find_stored(source, apart if isinstance(apart, str) else None))
+    apart = None if isinstance(apart, str) else apart
     path = Path(source)
     if source and path.is_dir():
         kinds = sort_files(os.path.relpath(file, path) for file in _files_below(path))
@@ -122,11 +139,13 @@ def find_collection(source: str, apart: Path | None = None) -> Collection:
         if path.suffix.lower() in PACKED:
             inside = _of_kinds(path.parent, sort_files([path.name]), path, f"no images in {path}", apart)
             return replace(inside, root=path)
-        return _collect(path.parent, _listed(path), f"{path} lists no images: expected a path a line", apart)
-    if glob.has_magic(source):
+        listed = _listed(path)
+        if any(map(is_packed, listed)):
+            return _of_listed(path, listed)
+        return _collect(path.parent, listed, f"{path} lists no images: expected a path a line", apart)
+    if _is_pattern(source):
         root = _fixed_part(path)
-        matches = (name for name in glob.glob(source, recursive=True) if not Path(name).is_dir())  # noqa: PTH207
-        kinds = sort_files(os.path.relpath(name, root) for name in matches)
+        kinds = sort_files(os.path.relpath(name, root) for name in matching(source, _files_like))
         nothing = f"no image matches '{source}': a [ that is part of a name is written [[]"
         return _of_kinds(root, kinds, source, nothing, apart)
     raise OptionError(f"{source!r}: no such folder or list; expected a folder, a glob or a file with a path a line")
@@ -145,7 +164,8 @@ def find_sources(arguments: Iterable[str]) -> list[Path | StoredImage]:
         OptionError: if a folder holds no images, a glob matches none, or a URI cannot be listed.
     """
     sources: list[Path | StoredImage] = []
-    for argument in arguments:
+    expanded = ([one] if Path(one).exists() else expand(one) for one in arguments)  # what is there is meant
+    for argument in chain.from_iterable(expanded):
         if not argument:
             raise OptionError("expected a file, folder or glob, found an empty argument")
         argument = local_path(argument) or argument
@@ -184,7 +204,7 @@ def _named(collection: Collection) -> Iterator[Path | StoredImage]:
         prefix = "" if folder == Path() else folder.as_posix()
     else:
         prefix = root.partition("?")[0]
-        if prefix.lower().endswith(tuple(PACKED)):
+        if is_packed(prefix):
             prefix = posixpath.dirname(prefix)
     for image in collection:
         if isinstance(image, Path):
@@ -225,6 +245,31 @@ def _collect(root: Path, names: Iterable[str], nothing: str, apart: Path | None)
     if not kept:
         raise OptionError(nothing)
     return Collection(root, kept)
+
+
+def _of_listed(path: Path, listed: list[str]) -> Collection:
+    """The images in the files that a list names."""
+    other = next((line for line in listed if not is_packed(line)), None)
+    if other is not None:
+        raise OptionError(f"{path} lists {other} beside files that hold many images: expected one kind of these")
+    folder = os.path.abspath(path.parent)  # noqa: PTH100 - without following links
+    places = dict(
+        (line.partition("?")[0], line) if is_uri(line) else (Path(line).as_posix(), os.path.join(folder, line))  # noqa: PTH118
+        for line in listed
+    )
+    names, parts = unpack(Kinds([], list(places), [], Counter()), str(path), places.__getitem__)
+    if not names:
+        raise OptionError(f"no images in the files that {path} lists")
+    return Collection(path.parent, names, parts)
+
+
+def _is_pattern(text: str) -> bool:
+    return glob.has_magic(text) or expand(text) != [text]
+
+
+def _files_like(pattern: str) -> Iterator[str]:
+    """The files that match a glob."""
+    return (name for name in glob.glob(pattern, recursive=True) if not Path(name).is_dir())  # noqa: PTH207
 
 
 def _no_images(folder: Path) -> str:
@@ -269,7 +314,7 @@ def _fixed_part(pattern: Path) -> Path:
     """The folder in front of the first wildcard."""
     fixed = Path()
     for part in pattern.parts[:-1]:
-        if glob.has_magic(part):
+        if _is_pattern(part):
             break
         fixed /= part
     return fixed

@@ -3,9 +3,10 @@
 import fnmatch
 import json
 import posixpath
+import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -27,6 +28,7 @@ from lostreg.images.stores import (
     join_uri,
     list_files,
     open_file,
+    plain_uri,
     range_at,
 )
 
@@ -37,6 +39,11 @@ PACKED: Final[dict[str, Callable[[str, str], Listing]]] = {
 }
 """Endings of files that hold many images, and what lists these, by file and name."""
 
+MOST_NAMES: Final = 1_000_000
+"""That a pattern with braces stands for at most."""
+
+_BRACES: Final = re.compile(r"\{(?:(\d{1,9})\.\.(\d{1,9})|([^{}/]*,[^{}/]*))\}")
+_MAGIC: Final = frozenset("*[")  # of the globs of stores, where a ? begins settings
 _STATE: Final = "state.json"  # of a folder that Hugging Face's `datasets` saved: its files, caches not among them
 _STATE_FILES: Final = "_data_files"
 _AT_ONCE: Final = 16  # files of a store that are listed together
@@ -182,8 +189,60 @@ def _listed_files(state: str) -> list[str] | None:
         return None
 
 
-def find_stored(uri: str) -> tuple[str, tuple[str, ...], tuple[Part, ...]]:
+def expand(pattern: str) -> list[str]:
+    """The names that braces stand for, in order: ``{000..099}`` for numbers, as wide as the first, ``{a,b}`` for words.
+
+    Raises:
+        OptionError: if there are more than `MOST_NAMES`, or a range goes down.
+
+    Examples:
+        >>> expand("shard-{08..10}.tar")
+        ['shard-08.tar', 'shard-09.tar', 'shard-10.tar']
+        >>> expand("{train,val}/*.tar")
+        ['train/*.tar', 'val/*.tar']
+    """
+    braces = _BRACES.search(pattern)
+    if braces is None:
+        return [pattern]
+    first, last, words = braces.groups()
+    numbers = range(int(first or 0), int(last or 0) + 1)
+    count, tails = len(numbers) if words is None else words.count(",") + 1, expand(pattern[braces.end() :])
+    if not 1 <= count * len(tails) <= MOST_NAMES:
+        raise OptionError(f"{pattern}: expected {{LOW..HIGH}} or {{A,B}} for at most {MOST_NAMES:,} names")
+    middles = [f"{number:0{len(first)}}" for number in numbers] if words is None else words.split(",")
+    return [f"{pattern[: braces.start()]}{middle}{tail}" for middle in middles for tail in tails]
+
+
+def matching(pattern: str, matches: Callable[[str], Iterable[str]]) -> Iterator[str]:
+    """What a glob stands for, each name once; of braces, each must stand for something.
+
+    Args:
+        pattern: with wildcards or braces.
+        matches: the names that match a pattern without braces.
+
+    Raises:
+        OptionError: if a name is missing.
+    """
+    patterns, told = expand(pattern), set[str]()
+    for one in patterns:
+        names = list(matches(one))
+        if not names and patterns != [pattern]:
+            raise OptionError(f"{one}: no such file, which {pattern} stands for, too")
+        yield from (name for name in names if name not in told)
+        told.update(names)
+
+
+def is_packed(place: str) -> bool:
+    """Whether a path or URI ends like a file that holds many images."""
+    return (place.partition("?")[0] if is_uri(place) else place).lower().endswith(tuple(PACKED))
+
+
+def find_stored(uri: str, apart: str | None = None) -> tuple[str, tuple[str, ...], tuple[Part, ...]]:
     """The images that the URI of a store's folder, glob or file stands for.
+
+    Args:
+        uri: of it.
+        apart: URI of a folder whose files are left out.
 
     Returns:
         The URI of the folder that names are relative to, or of the one file, the names, and where the images are.
@@ -201,8 +260,11 @@ def find_stored(uri: str) -> tuple[str, tuple[str, ...], tuple[Part, ...]]:
         folder, files = head + mark + query, [unquote(last, errors="surrogateescape")]
         if files[0].lower().endswith(SUFFIXES):
             raise OptionError(f"{uri} is one image: expected a folder, a glob, or a file with many images")
+    if apart is not None:
+        files = [name for name in files if not f"{plain_uri(root)}/{name}".startswith(f"{plain_uri(apart)}/")]
     if pattern:
-        files = [name for name in files if _matches(name.split("/"), pattern)]
+        there = dict.fromkeys(files)
+        files = list(matching("/".join(pattern), lambda one: _matching(there, one)))
     kinds = sort_files(files)
     if kinds.images:
         tell_others(kinds.others, uri)
@@ -222,10 +284,17 @@ def _fixed_part(path: str) -> tuple[str, list[str]]:
     """The folder in front of the first wildcard, and the parts of the pattern behind it; none where there is none."""
     scheme, _, rest = path.partition("://")
     parts = rest.split("/")
-    first = next((number for number, part in enumerate(parts) if {"*", "["} & set(part)), None)
+    first = next((number for number, part in enumerate(parts) if _MAGIC & set(part) or _BRACES.search(part)), None)
     if first is None:
         return path, []
     return f"{scheme}://" + "/".join(parts[:first]), [unquote(part) for part in parts[first:]]
+
+
+def _matching(names: Mapping[str, None], pattern: str) -> list[str]:
+    """The names that fit a glob without braces."""
+    if not _MAGIC & set(pattern):
+        return [pattern] if pattern in names else []
+    return [name for name in names if _matches(name.split("/"), pattern.split("/"))]
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ class Format:
     Attributes:
         module: within `lostreg.exports`. Its function ``write`` takes the file or folder to write, an `ExportSet`, and
             as keywords the options of the format but ``keep_empty``; a folder's also ``on_progress``. One that is
-            streamed takes predictions, one by one, in place of the `ExportSet`, and ``min_score``.
+            streamed takes predictions, one by one, in place of the `ExportSet`, ``min_score`` and ``in_parts``.
         suffixes: of the files that are written, that of ``--out`` first; none for a folder with the images.
         options: which of `OPTIONS` it has.
         needs_sizes: whether it needs the sizes of the images; boxes are then cut to these.
@@ -23,7 +23,8 @@ class Format:
         has_scores: whether it has a place for scores.
         has_unreadable: whether it lists images that could not be read.
         is_utf8: whether names that are not UTF-8 are changed.
-        is_streamed: whether it is written as the predictions are read, so that no number of them is too many.
+        is_streamed: whether it is written as the predictions are read, so that no number of them is too many; in a
+            store then also as a folder of parts.
     """
 
     module: str

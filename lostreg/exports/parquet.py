@@ -1,30 +1,33 @@
 """Parquet: one row an image, typed, for data frames and queries; written as it is read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, Final
 
 from lostreg.checks import cut
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.names import escaped
+from lostreg.exports.writing import PART
 from lostreg.images.rle import Rle, rle_area
 from lostreg.images.stores import arrow
 from lostreg.jsonio import whole_file
 from lostreg.runs.predictions import Prediction
 
 ROWS: Final = 10_000  # of a row group, and all that is in memory
+PART_ROWS: Final = 1_000_000  # of a file, where there are several
 FORMAT: Final = "lostreg predictions 1"
 
 
-def write(out: Path, predictions: Iterable[Prediction], *, min_score: float = 0.0) -> int:
+def write(out: Path, predictions: Iterable[Prediction], *, min_score: float = 0.0, in_parts: bool = False) -> int:
     """Write the file, in row groups of `ROWS`, with the columns of `schema`; the same predictions give the same bytes.
 
     Args:
         out: the file, in a folder that is made if need be.
         predictions: one an image, in their order.
         min_score: boxes with a lower score are left out; the image stays.
+        in_parts: whether ``out`` is a folder instead, for files `PART` of `PART_ROWS` images.
 
     Returns:
         0: no image is encoded.
@@ -33,9 +36,22 @@ def write(out: Path, predictions: Iterable[Prediction], *, min_score: float = 0.
         OptionError: if boxes are to be left out by scores that the predictions do not have, or pyarrow is missing.
         PredictionsError: if a mask is none, or the file cannot be written.
     """
+    arrow("parquet", str(out))
+    rows = (_row(prediction, min_score) for prediction in predictions)
+    if not in_parts:
+        _write_file(out, rows)
+        return 0
+    for number in count():
+        first = list(islice(rows, 1))
+        if number and not first:
+            break
+        _write_file(out / PART.format(number), chain(first, islice(rows, PART_ROWS - 1)))
+    return 0
+
+
+def _write_file(out: Path, rows: Iterator[dict[str, Any]]) -> None:
     lib, parquet = arrow("lib", str(out)), arrow("parquet", str(out))
     columns = schema()
-    rows = (_row(prediction, min_score) for prediction in predictions)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(out) as beside, parquet.ParquetWriter(beside, columns, compression="zstd") as writer:
@@ -43,7 +59,6 @@ def write(out: Path, predictions: Iterable[Prediction], *, min_score: float = 0.
                 writer.write_table(lib.Table.from_pylist(batch, schema=columns), row_group_size=ROWS)
     except OSError as error:
         raise PredictionsError(f"cannot write {out}: {error.strerror or error}") from error
-    return 0
 
 
 def schema() -> Any:

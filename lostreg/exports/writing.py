@@ -3,20 +3,30 @@
 import errno
 import json
 import os
+import posixpath
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from lostreg.checks import cut
+from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 from lostreg.errors import OptionError, PredictionsError
+from lostreg.images.stores import check_uri, join_uri, kind_at, list_files, parent_uri
 from lostreg.jsonio import as_line, held, part_of, remove_left, write_whole
 from lostreg.runs.locate import is_file
 
 MARK: Final = "lostreg-export.json"
 """Written into every exported folder: only a folder that has it is ever replaced."""
+
+PART: Final = "part-{:05}.parquet"
+"""What the parts of an export are called, by their number."""
+
+_PART: Final = re.compile(r"part-\d{5,}\.parquet")
+_OF_A_RUN: Final = (PREDICTIONS_FILE, MAPS_FILE, RESULTS_FILE)
 
 # At the top of an export; Ultralytics adds its caches.
 _WRITTEN: Final = (MARK, "images", "labels", "data.yaml", "Annotations", "ImageSets", "JPEGImages")
@@ -29,6 +39,50 @@ def check_file(out: Path, suffix: str, *, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise OptionError(f"--out {out} is there already: give another file, or --overwrite")
     _check_outside(out)
+
+
+def check_stored(out: str, suffixes: Sequence[str], *, has_parts: bool, overwrite: bool) -> list[str]:
+    """Raise `OptionError` unless an export in a store is of the format, and new or to be replaced.
+
+    Args:
+        out: URI of the first file, or of a folder for parts.
+        suffixes: of the files that are written, that of ``out`` first.
+        has_parts: whether the format may be a folder of parts.
+        overwrite: whether an earlier export is replaced.
+
+    Returns:
+        URIs of the parts of an earlier export.
+    """
+    check_uri(out)
+    name = parent_uri(out)[1]
+    path, mark, query = out.partition("?")
+    stem, suffix = posixpath.splitext(path.rstrip("/"))
+    if name in _OF_A_RUN:
+        raise OptionError(f"--out {out} is called like a file of a run: give another one")
+    if has_parts and not suffix:
+        return _earlier_parts(out, overwrite=overwrite)
+    if suffix.lower() != suffixes[0]:
+        folder = " or a folder without an ending" if has_parts else ""
+        raise OptionError(f"--out {out}: expected a file ending in {suffixes[0]}{folder} for this format")
+    for file in (out, *(f"{stem}{other}{mark}{query}" for other in suffixes[1:])):
+        kind = kind_at(file)
+        if kind == "folder":
+            raise OptionError(f"--out {file} is a folder: expected a file for this format")
+        if kind and not overwrite:
+            raise OptionError(f"--out {file} is there already: give another file, or --overwrite")
+    return []
+
+
+def _earlier_parts(out: str, *, overwrite: bool) -> list[str]:
+    names = list_files(out) if kind_at(out) else []
+    if names is None:
+        raise OptionError(f"--out {out} is a file: expected a folder for the parts")
+    foreign = [name for name in names if not _PART.fullmatch(name)]
+    if foreign:
+        raise OptionError(f"--out {out} holds {min(foreign)}, which no export writes: give another folder")
+    if names and not overwrite:
+        raise OptionError(f"--out {out} holds an earlier export: give another folder, or --overwrite")
+    return [join_uri(out, name) for name in names]
 
 
 def check_folder(out: Path, *, overwrite: bool) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, BinaryIO, Final, Literal, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from lostreg.errors import ImageError, ImageUnavailableError, OptionError
@@ -180,10 +180,45 @@ def check_uri(uri: str) -> None:
         raise OptionError(f"{uri}: expected {parts.scheme}://BUCKET/NAME")
 
 
+def plain_uri(uri: str) -> str:
+    """What a URI names, without escapes and settings: to compare it."""
+    return unquote(uri.partition("?")[0], errors="surrogateescape").rstrip("/")
+
+
 def join_uri(folder: str, name: str) -> str:
     """The URI of what lies in a folder, by its name below."""
     path, mark, query = folder.partition("?")
     return f"{path.rstrip('/')}/{quote(name, safe='/', errors='surrogateescape')}{mark}{query}"
+
+
+def parent_uri(uri: str) -> tuple[str, str]:
+    """The URI of the folder that something in a store lies in, and its name there.
+
+    Raises:
+        OptionError: if it is a whole bucket, or hidden, or no file could be called so.
+    """
+    path, mark, query = uri.partition("?")
+    scheme, _, rest = path.partition("://")
+    folder, _, last = rest.rstrip("/").rpartition("/")
+    name = unquote(last, errors="surrogateescape")
+    if not folder or not name or name.startswith(".") or not {"/", "\0"}.isdisjoint(name):
+        raise OptionError(f"{uri}: expected the place of a file or folder in a bucket, {scheme}://BUCKET/NAME")
+    return f"{scheme}://{folder}{mark}{query}", name
+
+
+def kind_at(uri: str) -> Literal["file", "folder"] | None:
+    """What a URI names; None where that is nothing.
+
+    Raises:
+        OptionError: if the store does not say.
+    """
+    fs_module = arrow("fs", uri)
+    with telling(uri):
+        store, path = _opened(uri)
+        kind = store.get_file_info(path).type if path.strip("/") else fs_module.FileType.Directory
+    if kind == fs_module.FileType.NotFound:
+        return None
+    return "file" if kind == fs_module.FileType.File else "folder"
 
 
 def list_files(uri: str) -> list[str] | None:
@@ -192,36 +227,41 @@ def list_files(uri: str) -> list[str] | None:
     Raises:
         OptionError: if there is no such thing, or it cannot be listed.
     """
+    kind = kind_at(uri)
+    if kind is None:
+        raise OptionError(f"{uri}: no such folder or file in that store")
+    if kind == "file":
+        return None
     fs_module = arrow("fs", uri)
     with telling(uri):
         store, path = _opened(uri)
-        if path.strip("/"):
-            kind = store.get_file_info(path).type
-            if kind == fs_module.FileType.File:
-                return None
-            if kind == fs_module.FileType.NotFound:
-                raise OptionError(f"{uri}: no such folder or file in that store")
         infos = store.get_file_info(fs_module.FileSelector(path, recursive=True))
         below = len(path.rstrip("/")) + 1
         return [info.path[below:] for info in infos if info.type == fs_module.FileType.File]
+
+
+def fetch_file(uri: str, path: Path) -> None:
+    """Copy a file of a store to this machine, into a folder that is made if need be.
+
+    Raises:
+        OptionError: if it cannot be read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with telling(uri), open_file(uri) as there, path.open("wb") as here:
+        shutil.copyfileobj(there, here, _COPIED_BYTES)
 
 
 def fetch_folder(uri: str, folder: Path) -> None:
     """Copy a store's folder, with all its subfolders, into one of this machine; nothing where there is none.
 
     Raises:
-        OptionError: if it cannot be read.
+        OptionError: if it is a file, or cannot be read.
     """
-    fs_module = arrow("fs", uri)
-    with telling(uri):
-        store, path = _opened(uri)
-        if store.get_file_info(path).type == fs_module.FileType.NotFound:
-            return
-    for name in list_files(uri) or ():
-        place = folder / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with telling(uri), open_file(join_uri(uri, name)) as there, place.open("wb") as here:
-            shutil.copyfileobj(there, here, _COPIED_BYTES)
+    names = list_files(uri) if kind_at(uri) else []
+    if names is None:
+        raise OptionError(f"{uri} is a file: expected a folder")
+    for name in names:
+        fetch_file(join_uri(uri, name), folder / name)
 
 
 def store_folder(folder: Path, uri: str) -> None:
@@ -236,6 +276,17 @@ def store_folder(folder: Path, uri: str) -> None:
             store, path = _opened(join_uri(uri, name))
             with (folder / name).open("rb") as here, store.open_output_stream(path) as there:
                 shutil.copyfileobj(here, there, _COPIED_BYTES)
+
+
+def delete_file(uri: str) -> None:
+    """Delete a file of a store.
+
+    Raises:
+        OptionError: if it cannot be deleted.
+    """
+    with telling(uri, "deleted"):
+        store, path = _opened(uri)
+        store.delete_file(path)
 
 
 @contextmanager

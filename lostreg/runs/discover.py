@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final
 
 from lostreg.datasets.folder import Collection
@@ -32,8 +32,8 @@ from lostreg.text import spreadsheet_text
 FAILED_FILE: Final = "failed.csv"
 MASKS_FOLDER: Final = "masks"
 _LONGEST_NAME: Final = 240  # bytes, before the suffix
-_ELSEWHERE: Final = {"/": "_root", "//": "_roots", "..": "_up"}  # folders of masks of images that lie elsewhere
-_TAKEN: Final = re.compile(r"^(_+(?:roots?|up))$")
+_ELSEWHERE: Final = {"": "_root", ".": "_here", "..": "_up"}  # folders of masks of images that lie elsewhere
+_TAKEN: Final = re.compile(r"^(_+(?:root|here|up))$")
 _PICTURE: Final = re.compile(r"(\.png_*)$", re.IGNORECASE)
 
 
@@ -231,14 +231,17 @@ def mask_path(out: Path, name: str) -> Path:
 
     Folders of such names get an underscore more, and so do folders that are named like a picture.
     """
-    *folders, last = PurePosixPath(name).parts
+    *folders, last = name.split("/")  # stores tell a//b.jpg and a/b.jpg apart
     folders = [_ELSEWHERE.get(part) or _TAKEN.sub(r"_\1", _PICTURE.sub(r"\1_", part)) for part in folders]
     return out.joinpath(MASKS_FOLDER, *map(_cut, folders), _cut(last) + ".png")
 
 
 def _cut(part: str) -> str:
     """A name that file systems take, which is 255 bytes; cut ones are of just one length, which no other one has."""
-    name = os.fsencode(part)
+    try:
+        name = os.fsencode(part)
+    except UnicodeEncodeError:  # edited by hand: no file has such a name
+        return part
     if len(name) < _LONGEST_NAME:
         return part
     return os.fsdecode(name[: _LONGEST_NAME - 13]) + "-" + hashlib.sha256(name).hexdigest()[:12]

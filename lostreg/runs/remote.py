@@ -1,17 +1,31 @@
-"""A run whose folder is in a store: written on this machine, and copied there when it ends, however it ends."""
+"""Runs and exports whose place is in a store: written and read on this machine, and copied there and from there."""
 
 import hashlib
+import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
 
 from lostreg.datasets.base import cache_folder
-from lostreg.defaults import RESULTS_FILE
-from lostreg.errors import LostregWarning, OptionError, PredictionsError
-from lostreg.images.stores import check_uri, fetch_folder, store_folder
+from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
+from lostreg.errors import LostregError, LostregWarning, OptionError, PredictionsError
+from lostreg.images.stores import (
+    check_uri,
+    fetch_file,
+    fetch_folder,
+    join_uri,
+    kind_at,
+    parent_uri,
+    store_folder,
+)
 from lostreg.runs.folder import locked
+
+_RUN_FILES: Final = (PREDICTIONS_FILE, MAPS_FILE, RESULTS_FILE)  # that reports and exports read
+_PREFIX: Final = "lostreg-"  # of temporary folders
 
 
 @contextmanager
@@ -39,17 +53,22 @@ def folder_of(out: Path | str) -> Iterator[Path]:
     held = caches / "runs" / hashlib.sha256(out.encode(errors="surrogateescape")).hexdigest()[:16]
     with locked(held):  # a second run into the same place must not take the first one's files away
         folder, part = held / "run", held / "part"
-        if (folder / RESULTS_FILE).exists():
+        if folder.is_dir() and any(folder.iterdir()):
             message = f"going on with what a run into {out} has left on this machine, in {folder}"
             warnings.warn(message, LostregWarning, stacklevel=3)
         else:
             for left in (part, folder):  # what was fetched in part would take the place of the whole run
                 shutil.rmtree(left, ignore_errors=True)
             part.mkdir()
-            fetch_folder(out, part)
+            try:
+                fetch_folder(out, part)
+            except BaseException:
+                shutil.rmtree(held, ignore_errors=True)
+                raise
             part.rename(folder)
         try:
-            yield folder
+            with _called({folder: out}):
+                yield folder
         finally:
             try:
                 store_folder(folder, out)
@@ -57,3 +76,82 @@ def folder_of(out: Path | str) -> Iterator[Path]:
                 message = f"{error}; what was computed is in {folder}: the same command goes on"
                 raise PredictionsError(message) from error
             shutil.rmtree(held, ignore_errors=True)
+
+
+@contextmanager
+def fetched(place: Path | str, beside: Iterable[str] = _RUN_FILES) -> Iterator[Path]:
+    """A predictions file, or the folder of a run, on this machine: of a store's a copy that goes in the end.
+
+    Args:
+        place: a file or folder of this machine, or the URI of a store's.
+        beside: names of the files that are fetched of a folder, or with a file, where they are there.
+
+    Raises:
+        OptionError: if the store cannot be read, or there is nothing.
+    """
+    if isinstance(place, Path):
+        yield place
+        return
+    check_uri(place)
+    kind = kind_at(place)
+    if kind is None:
+        raise OptionError(f"{place}: no such file or folder in that store")
+    with TemporaryDirectory(prefix=_PREFIX) as held:
+        here = Path(held)
+        if kind == "file":
+            folder, name = parent_uri(place)
+            copy = here / name
+            fetch_file(place, copy)
+        else:
+            name = Path(os.path.normpath(place.partition("?")[0])).name  # which pages tell
+            folder, copy = place, here / (name or "run")
+            copy.mkdir()
+            here = copy
+        for other in beside:
+            file = join_uri(folder, other)
+            if not (here / other).exists() and kind_at(file) == "file":
+                fetch_file(file, here / other)
+        with _called({copy: place, here: folder}):
+            yield copy
+
+
+@contextmanager
+def stored(out: Path | str) -> Iterator[Path]:
+    """Where a file or folder is written: itself, or for a store a place on this machine, copied there unless it fails.
+
+    What is written beside it, under other names, is copied, too.
+
+    Args:
+        out: a file or folder of this machine, or the URI of a store's.
+
+    Raises:
+        OptionError: if the store cannot be written to.
+    """
+    if isinstance(out, Path):
+        yield out
+        return
+    check_uri(out)
+    uri, name = parent_uri(out)
+    with TemporaryDirectory(prefix=_PREFIX) as held:
+        folder = Path(held)
+        with _called({folder / name: out, folder: uri}):
+            yield folder / name
+        store_folder(folder, uri)
+
+
+def below(place: Path | str, name: str) -> Path | str:
+    """What lies in a folder of this machine or a store, by its name."""
+    return place / name if isinstance(place, Path) else join_uri(place, name)
+
+
+@contextmanager
+def _called(places: dict[Path, str]) -> Iterator[None]:
+    """Errors name the URIs that places on this machine stand for, as these places are gone when they are read."""
+    try:
+        yield
+    except LostregError as error:
+        message = str(error)
+        for path, uri in places.items():
+            message = message.replace(str(path), uri.partition("?")[0])
+        error.args = (message,)
+        raise

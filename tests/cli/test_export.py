@@ -254,7 +254,7 @@ BAD = {
     "an image": ("{}/photos/a.jpg --format csv --out {}/x.csv", r"a\.jpg, line 1: expected an object with image_id"),
     "results": ("{}/run/results.json --format csv --out {}/x.csv", "results.json, line 1: expected an object with"),
     "folder as a file": ("{}/run --format coco --out {}/photos", "expected a file ending in .json"),
-    "a store": ("{}/run --format csv --out s3://bucket/x.csv", "expected a place on this machine's disks, not s3://"),
+    "a store": ("{}/run --format yolo --out s3://bucket/x", "yolo is a folder with the images: expected --out on this"),
     "wrong suffix": ("{}/run --format csv --out {}/x.json", "expected a file ending in .csv"),
     "file as a folder": ("{}/run --format yolo --out {}/run/results.json", "expected a folder for this format"),
     "plain file as a folder": ("{}/run --format voc --out {}/file", "is a file: expected a folder"),

@@ -36,6 +36,64 @@ def bytes_of(collection: Collection) -> list[bytes]:
     return [bytes(image.read()) for image in collection if isinstance(image, StoredImage)]
 
 
+# ----------------------------------------------------------------------------------------- several files
+
+
+@pytest.fixture
+def several(server: S3Server, tmp_path: Path) -> list[tuple[str, str]]:
+    """A folder of this machine and one of a store, each as what stands in front of its names, and behind."""
+    for number in (8, 9, 10, 11):
+        path = write_tar(tmp_path / f"s/train/{number:03}.tar", {f"{number}.jpg": bytes([number])})
+        server.put(f"braces/s/train/{path.name}", path.read_bytes())
+    write_tar(tmp_path / "s/val/000.tar", {"0.jpg": b"0"})
+    server.put("braces/s/val/000.tar", (tmp_path / "s/val/000.tar").read_bytes())
+    path, mark, settings = server.uri("braces").partition("?")
+    return [(f"{tmp_path}/", ""), (f"{path}/", mark + settings)]
+
+
+def test_braces_stand_for_names_that_must_all_be_there(several: list[tuple[str, str]], tmp_path: Path) -> None:
+    for front, behind in several:
+        found = find_collection(f"{front}s/train/{{009..011}}.tar{behind}")
+        assert found.names == ("009.tar/9.jpg", "010.tar/10.jpg", "011.tar/11.jpg")
+        assert bytes_of(found) == [bytes([number]) for number in (9, 10, 11)]
+        both = find_collection(f"{front}s/{{val,train}}/*0.tar{behind}")
+        assert both.names == ("train/010.tar/10.jpg", "val/000.tar/0.jpg")
+        with pytest.raises(OptionError, match=r"012\.tar: no such file, which .*\{010\.\.012\}\.tar stands for, too"):
+            find_collection(f"{front}s/train/{{010..012}}.tar{behind}")
+        images = find_sources([f"{front}s/train/{{008..009}}.tar{behind}"])
+        assert [str(image) for image in images] == [
+            f"{front}s/train/{name}" for name in ("008.tar/8.jpg", "009.tar/9.jpg")
+        ]
+    for pattern in ("{9..1}.tar", "{0..9999999}.tar", "{0..999}{0..999}{0..999}.tar"):
+        with pytest.raises(OptionError, match=r"expected \{LOW\.\.HIGH\} or \{A,B\} for at most 1,000,000 names"):
+            find_collection(str(tmp_path / pattern))
+    write_tar(tmp_path / "{0..9}.tar", {"a.jpg": b"1"})  # what is there is meant
+    assert find_collection(str(tmp_path / "{0..9}.tar")).names == ("{0..9}.tar/a.jpg",)
+
+
+def test_a_list_may_name_shards_and_tables(several: list[tuple[str, str]], tmp_path: Path) -> None:
+    (_, _), (front, behind) = several
+    write_parquet(tmp_path / "t.parquet", struct_table({"a.jpg": b"a", "b.jpg": b"b"}))
+    listed = tmp_path / "s/list.txt"
+    listed.write_text(f"val/000.tar\n{front}s/train/010.tar{behind}\n{tmp_path}/t.parquet\nval/000.tar\n")
+    found = find_collection(str(listed))
+    assert found.names == (
+        "val/000.tar/0.jpg",
+        f"{front}s/train/010.tar/10.jpg",
+        f"{tmp_path}/t.parquet/a.jpg",
+        f"{tmp_path}/t.parquet/b.jpg",
+    )
+    assert bytes_of(found) == [b"0", bytes([10]), b"a", b"b"]
+    assert [found.source(name) for name in found.names] == list(found)
+    for line, message in {
+        "a.jpg": "lists a.jpg beside files that hold many images",
+        "val/1.tar": "no such file",
+    }.items():
+        listed.write_text(f"val/000.tar\n{line}\n")
+        with pytest.raises(OptionError, match=message):
+            find_collection(str(listed))
+
+
 # ------------------------------------------------------------------------------------------------ shards
 
 

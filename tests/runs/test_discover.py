@@ -479,7 +479,8 @@ def test_a_name_too_long_for_a_mask_is_cut_and_stays_its_own(tmp_path: Path) -> 
 
 def test_files_elsewhere_do_not_share_a_mask(tmp_path: Path) -> None:
     names = ["a.jpg", "/a.jpg", "//a.jpg", "../a.jpg", "../../a.jpg", "_/a.jpg", "x/../a.jpg", "x/a.jpg"]
-    names += [f"{'_' * count}{word}/a.jpg" for word in ("up", "root", "roots") for count in range(4)]
+    names += [f"{'_' * count}{word}/a.jpg" for word in ("up", "root", "here") for count in range(4)]
+    names += ["x//a.jpg", "x/./a.jpg", "x///a.jpg", "///a.jpg", "./a.jpg"]  # of a store
     names += ["x/_up/a.jpg", "a.jpg.png/b.jpg", "a.jpg.png_/b.jpg", "a.jpg.PNG/b.jpg"]
     longest = "x" * 250 + ".jpg"
     names += [longest, mask_path(tmp_path, longest).name.removesuffix(".png")]
@@ -489,6 +490,18 @@ def test_files_elsewhere_do_not_share_a_mask(tmp_path: Path) -> None:
         assert path.is_relative_to(tmp_path / "masks")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()  # none is a folder of another
+
+
+def test_a_line_of_a_name_that_no_file_has_is_left_out(
+    photos: Collection, discoverer: Discoverer, tmp_path: Path
+) -> None:
+    discover_collection(photos, discoverer, tmp_path, mask_pictures=True)
+    before = contents(tmp_path)
+    path = tmp_path / "predictions.jsonl"
+    for overwrite in (False, True):
+        path.write_bytes(path.read_bytes() + b'{"image_id": "\\ud800.png", "boxes": []}\n')
+        discover_collection(photos, discoverer, tmp_path, mask_pictures=True, overwrite=overwrite)
+        assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["predictions.jsonl", "maps.jsonl", "masks", "."])
