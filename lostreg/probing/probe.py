@@ -164,7 +164,7 @@ def probe(
         >>> data = lostreg.load_probe_data("pets", "classification")
         >>> found = lostreg.probe(discoverer, data, tokens="cls+mean", seeds=(0, 1))
         >>> found.metric, found.dimensions, found.images, found.chance
-        ('top-1', 768, (6, 2, 2), 50.0)
+        ('top-1', 768, (4, 2, 4), 50.0)
     """
     if tokens not in PROBE_TOKENS:
         raise OptionError(f"tokens must be one of {', '.join(PROBE_TOKENS)}, not {tokens!r}")
