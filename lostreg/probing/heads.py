@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from lostreg.errors import DatasetError, LostregError
+from lostreg.inference.memory import available_bytes
 from lostreg.methods.exact import exact_float32
 
 PENALTIES: Final = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of equally good ones the first is taken
 _CHUNK: Final = 1 << 14  # rows
-_HELD_BYTES: Final = 2 << 30  # rows that take no more stay on the device, standardised
+_HELD_SHARE: Final = 0.25  # of free memory: rows that take no more stay on the device, standardised
 _MAX_ITERATIONS: Final = 300
 _TOLERANCE: Final = 1e-6  # of the mean loss, by which the last step must lower it
 _PATIENCE: Final = 2  # penalties in a row that are no better: weaker ones take longest, and overfit more
@@ -64,7 +65,8 @@ class Rows:
         if not np.isfinite(self.moments).all():
             raise LostregError("expected finite tokens: try --precision fp32")
         self._held: list[tuple[Tensor, Tensor]] | None = None
-        if 4 * len(chosen) * self.dimensions <= _HELD_BYTES:
+        free = available_bytes(device)
+        if free is not None and 4 * len(chosen) * self.dimensions <= _HELD_SHARE * free:
             self._held = list(self._read())
 
     def __len__(self) -> int:

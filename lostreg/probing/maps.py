@@ -84,16 +84,19 @@ def enlarge(outputs: Tensor, frame: Frame, size: tuple[int, int]) -> Iterator[tu
         The rows of pixels, and their outputs of shape (C, rows, width).
     """
     image = outputs.T.reshape(1, -1, *frame.grid)
-    # A pixel's centre from -1, the upper or left edge of the first patch, to 1, the far edge of the last.
+    # A pixel's centre from -1, the upper or left edge of the first patch, to 1, the far edge of the last; beyond the
+    # centres of these patches it is as there.
     y, x = (
-        ((torch.arange(pixels, device=outputs.device) + 0.5) / (cell * patches) * 2 - 1).to(outputs.dtype)
+        ((torch.arange(pixels, device=outputs.device) + 0.5) / (cell * patches) * 2 - 1).clamp(
+            1 / patches - 1, 1 - 1 / patches
+        )
         for pixels, cell, patches in zip(size, frame.cell, frame.grid, strict=True)
     )
     band = max(1, _BAND_VALUES // (outputs.shape[1] * size[1]))
     for top in range(0, size[0], band):
         rows = y[top : top + band]
         points = torch.stack(torch.meshgrid(x, rows, indexing="xy"), dim=2)
-        picture = functional.grid_sample(image, points[None], padding_mode="border", align_corners=False)
+        picture = functional.grid_sample(image, points[None], align_corners=False)
         yield slice(top, top + len(rows)), picture[0]
 
 

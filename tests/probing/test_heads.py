@@ -125,7 +125,7 @@ def test_rows_may_be_read_again_and_again_in_pieces(monkeypatch: pytest.MonkeyPa
     tokens, codes = tokens_of(90), np.arange(90) % 3
     whole = next(fit_softmax(rows_of(tokens, codes, np.arange(0, 90, 2)), 3, [0.1]))
     monkeypatch.setattr(heads, "_CHUNK", 7)
-    monkeypatch.setattr(heads, "_HELD_BYTES", 0)
+    monkeypatch.setattr(heads, "available_bytes", lambda _: 0)
     pieces = next(fit_softmax(rows_of(tokens, codes, np.arange(0, 90, 2)), 3, [0.1]))
     np.testing.assert_allclose(probabilities(pieces, tokens), probabilities(whole, tokens), atol=2e-3)
 
