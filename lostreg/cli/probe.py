@@ -77,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
     """Probe, and print the table; the exit code is 2 if any image could not be read, though the others count."""
     from lostreg.jsonio import write_json
     from lostreg.probing.data import load_probe_data
-    from lostreg.probing.probe import identity, probe
 
     backbones = chosen_backbones(args)
     if args.out:
@@ -87,35 +86,39 @@ def run(args: argparse.Namespace) -> int:
     data = load_probe_data(args.data, args.task, ignore=args.ignore)
     settings = _settings(args, data)
     records = _earlier(args, settings)
-    mine = []
-    for backbone in backbones:
-        discoverer = with_registers_if_any(args, make_discoverer(args, backbone), data.images)
-        who = identity(discoverer.backbone)
-        record = next((one for one in records if who.items() <= one.items()), None)
-        if record is None:
-            with ProgressBar(discoverer.backbone.title, tell_errors=True) as bar:
-                found = probe(
-                    discoverer,
-                    data,
-                    tokens=args.tokens,
-                    seeds=range(args.seeds),
-                    cache=args.cache,
-                    on_progress=bar,
-                )
-            record = {**found.record(), **_facts(discoverer)}
-            records.append(record)
+    mine: list[dict[str, Any]] = []
+    try:
+        for backbone in backbones:
+            discoverer = with_registers_if_any(args, make_discoverer(args, backbone), data.images)
+            mine.append(_record(args, discoverer, data, records))
             if args.out:
                 args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
                 write_json(args.out, {"settings": settings, "backbones": records})
-        else:
-            tell(f"{record['title']} is in {args.out} already")
-        mine.append(record)
-    print("\n".join(_table(records)))
+    finally:  # what comes next may fail
+        if records:
+            print("\n".join(_table(records)))
     if args.out:
         print(f"written to {args.out}")
     scores = ", ".join(f"{one['title']} {one['score']['mean']:.4g}" for one in records)
-    print(f"{mine[0]['metric']}: {scores}", flush=True)
+    print(f"{records[0]['metric']}: {scores}", flush=True)
     return 2 if any(one["errors"] for one in mine) else 0
+
+
+def _record(
+    args: argparse.Namespace, discoverer: "Discoverer", data: "ProbeData", records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The figures of a backbone, which are put behind the others unless they are among them."""
+    from lostreg.probing.probe import identity, probe
+
+    who = identity(discoverer.backbone)
+    known = next((one for one in records if who.items() <= one.items()), None)
+    if known is not None:
+        tell(f"{known['title']} is in {args.out} already")
+        return known
+    with ProgressBar(discoverer.backbone.title, tell_errors=True) as bar:
+        found = probe(discoverer, data, tokens=args.tokens, seeds=range(args.seeds), cache=args.cache, on_progress=bar)
+    records.append({**found.record(), **_facts(discoverer)})
+    return records[-1]
 
 
 def _settings(args: argparse.Namespace, data: "ProbeData") -> dict[str, Any]:

@@ -110,10 +110,12 @@ def test_what_was_computed_is_kept_when_the_next_backbone_fails(
 ) -> None:
     out = tmp_path / "probe.json"
     assert run(pets, NAME, "--out", out) == 0
-    before = out.read_bytes()
+    before, table = out.read_bytes(), capsys.readouterr().out.splitlines()[:2]
     monkeypatch.setattr("lostreg.probing.tokens.whole_image", lambda *_: np.full(64, np.nan, np.float32))
     assert run(pets, NAME, OTHER, "--out", out) == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith("error: expected finite tokens: try --precision fp32")
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].endswith("error: expected finite tokens: try --precision fp32")
+    assert captured.out.splitlines() == table
     assert out.read_bytes() == before
 
 
