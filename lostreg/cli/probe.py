@@ -10,6 +10,7 @@ from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers_
 from lostreg.cli.files import check_writable, make_folder
 from lostreg.cli.options import Subparsers, add_backbone_options, add_max_side, positive_int, tell
 from lostreg.cli.progress import ProgressBar
+from lostreg.errors import PredictionsError
 
 if TYPE_CHECKING:
     from lostreg.inference.discoverer import Discoverer
@@ -145,11 +146,15 @@ def _facts(discoverer: "Discoverer") -> dict[str, Any]:
 
 def _earlier(args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The backbones that are in the file already, from a run with the same settings."""
-    from lostreg.runs.results import check_same_run
+    from lostreg.probing.probe import ProbeResult
+    from lostreg.runs.results import AFRESH, check_same_run
 
     if args.out is None or args.overwrite or not args.out.exists():
         return []
-    records: list[dict[str, Any]] = check_same_run(args.out, {"settings": settings})["backbones"]
+    records: Any = check_same_run(args.out, {"settings": settings}).get("backbones")
+    fields = ProbeResult.__dataclass_fields__.keys()
+    if not isinstance(records, list) or not all(isinstance(one, dict) and fields <= one.keys() for one in records):
+        raise PredictionsError(f"{args.out} is no file of `lostreg probe`; {AFRESH}")
     return records
 
 

@@ -133,6 +133,9 @@ def test_other_settings_are_refused(pets: Path, tmp_path: Path, capsys: pytest.C
     assert run(pets, NAME, "--out", out) == 2
     assert "data was " in capsys.readouterr().err
     assert run(pets, NAME, "--out", out, "--overwrite") == 0
+    out.write_text(json.dumps({**json.loads(out.read_text()), "backbones": [{}]}))
+    assert run(pets, NAME, "--out", out) == 2
+    assert "is no file of `lostreg probe`; use --overwrite or another --out" in capsys.readouterr().err
     out.write_text("[]")
     assert run(pets, NAME, "--out", out) == 2
     assert "no readable probe.json" in capsys.readouterr().err
