@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lostreg.models.backbone import Backbone, load_backbone
     from lostreg.models.features import patch_features
     from lostreg.models.registers import RegisterNeurons
+    from lostreg.probing.data import load_probe_data
+    from lostreg.probing.probe import probe
 
     __version__: str
 
@@ -55,8 +57,10 @@ __all__ = [
     "learn",
     "load_backbone",
     "load_benchmark",
+    "load_probe_data",
     "lost_boxes",
     "patch_features",
+    "probe",
 ]
 
 # Loaded when first asked for: PyTorch takes seconds to import, and `lostreg --help` does not need it.
@@ -80,6 +84,8 @@ _HOMES = {
     "RegisterNeurons": "models.registers",
     "keep_freed_memory": "images.allocator",
     "Options": "inference.options",
+    "load_probe_data": "probing.data",
+    "probe": "probing.probe",
     "Study": "inference.study",
 }
 

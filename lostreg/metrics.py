@@ -1,4 +1,4 @@
-"""Corloc, score AUC, and class-agnostic average precision and recall: pure functions on arrays."""
+"""Corloc, score AUC, class-agnostic average precision and recall, overlaps of masks: pure functions on arrays."""
 
 import contextlib
 import io
@@ -243,3 +243,39 @@ def _entry(image: int, box: NDArray[np.float64]) -> dict[str, Any]:
     x1, y1, x2, y2 = box.tolist()
     sides = [x2 - x1, y2 - y1]
     return {"image_id": image, "category_id": _CATEGORY, "bbox": [x1, y1, *sides], "area": sides[0] * sides[1]}
+
+
+def class_overlaps(
+    predicted: NDArray[np.integer[Any]], truth: NDArray[np.integer[Any]], classes: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of each class, how many pixels have it in both masks, and how many in either: their ratio is its IoU.
+
+    Args:
+        predicted: classes from 0 on, of any shape.
+        truth: the same, -1 where a pixel does not count.
+        classes: how many there are.
+
+    Returns:
+        Intersection and union, shape (classes,) each.
+
+    Example:
+        >>> lostreg.metrics.class_overlaps(np.array([0, 1, 1, 1]), np.array([0, 0, 1, -1]), 2)
+        (array([1, 1]), array([2, 2]))
+    """
+    valid = truth >= 0
+    confusion = np.bincount(truth[valid] * classes + predicted[valid], minlength=classes**2).reshape(classes, classes)
+    both = confusion.diagonal()
+    return both.copy(), confusion.sum(axis=0) + confusion.sum(axis=1) - both
+
+
+def root_mean_square(predicted: NDArray[np.floating[Any]], truth: NDArray[np.floating[Any]]) -> float:
+    """Root of the mean squared error where the truth is a number; NaN where none is.
+
+    Example:
+        >>> lostreg.metrics.root_mean_square(np.array([1.0, 2.0, 3.0]), np.array([1.0, 4.0, np.nan]))
+        1.4142135623730951
+    """
+    valid = ~np.isnan(truth)
+    if not valid.any():
+        return float("nan")
+    return float(np.sqrt(np.mean((predicted[valid].astype(np.float64) - truth[valid]) ** 2)))

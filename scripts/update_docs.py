@@ -15,6 +15,7 @@ from typing import Any
 from lostreg.cli.backbones import HEADINGS, as_row
 from lostreg.cli.main import build_parser
 from lostreg.models.table import BACKBONES
+from lostreg.probing.probe import difference
 
 # Speeds as ratios within a run of scripts/benchmark.py: heading, and which of its ratios or shares.
 SPEEDS = (
@@ -396,6 +397,31 @@ def _markdown(columns: list[list[tuple[str, str]]]) -> str:
     return _table(rows[0], rows[1:])
 
 
+def probe_tables(results: Path) -> str:
+    """What linear probes read off backbones, a table a task, as Markdown."""
+    parts = []
+    for path in sorted(results.glob("probe-coco-sample-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        settings, backbones = found["settings"], found["backbones"]
+        fitted, chosen_on, measured = backbones[0]["images"]
+        parts.append(
+            f"{settings['task'].capitalize()}, {settings['images']} images of the COCO sample in {settings['classes']} "
+            f"classes, longer side {settings['max_side']} pixels, {settings['seeds']} seeds; a head was trained on "
+            f"{fitted} images, its penalty chosen on {chosen_on}, and measured on {measured}; chance "
+            f"{backbones[0]['chance']:.1f}:\n"
+        )
+        rows = []
+        for one in backbones:
+            row = [one["title"], f"{one['score']['mean']:.1f} +- {one['score']['deviation']:.1f}"]
+            row.append("{:.1f} to {:.1f}".format(*one["interval"]))
+            gap = difference(backbones[0], one)
+            row.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*gap) if gap and one is not backbones[0] else "")
+            rows.append(row)
+        metric = f"{backbones[0]['metric']}, spread over seeds"
+        parts.append(_table(("backbone", metric, "95 % interval", "to the first"), rows))
+    return "\n".join(parts)
+
+
 def cli_reference() -> str:
     """Every command with its options, from the parser itself; independent of Python's own help layout."""
     parser = build_parser()
@@ -428,7 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     readme, reference = args.root / "README.md", args.root / "docs" / "cli.md"
     bias, photos = args.root / "docs" / "bias.md", args.root / "docs" / "photos.md"
-    objects = args.root / "docs" / "objects.md"
+    objects, probes = args.root / "docs" / "objects.md", args.root / "docs" / "probes.md"
     figures, results = args.root / "eval" / "README.md", args.root / "eval" / "results"
     wanted = {
         readme: in_markers(
@@ -439,6 +465,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures: in_markers(figures.read_text(encoding="utf-8"), "benchmark", benchmark_details(results)),
         reference: cli_reference(),
         objects: in_markers(objects.read_text(encoding="utf-8"), "objects", objects_tables(results)),
+        probes: in_markers(probes.read_text(encoding="utf-8"), "probes", probe_tables(results)),
         bias: bias.read_text(encoding="utf-8"),
         photos: photos.read_text(encoding="utf-8"),
     }

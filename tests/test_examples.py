@@ -23,7 +23,10 @@ from lostreg.text import Unused, printable, spreadsheet_text
 PUBLIC = [
     *[getattr(lostreg, name) for name in lostreg.__all__ if name not in ("LostregError", "artifacts")],
     *[getattr(artifacts, name) for name in artifacts.__all__],
-    *[getattr(metrics, name) for name in ("corloc", "is_hit", "score_auc", "detection_scores")],
+    *[
+        getattr(metrics, name)
+        for name in ("corloc", "is_hit", "score_auc", "detection_scores", "class_overlaps", "root_mean_square")
+    ],
     checks.whole_number,
     checks.real_number,
     pairwise_iou,
@@ -38,7 +41,7 @@ EXPLAINED = [thing for thing in PUBLIC if callable(thing) and thing.__name__ not
 
 @pytest.fixture
 def _a_place_for_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """A photo ``dog.jpg``, a folder of photos, a VOC folder, and backbones of two random blocks."""
+    """A photo ``dog.jpg``, a folder of photos, one of classes, a VOC folder, and backbones of two random blocks."""
 
     def small(name: str, **_: Any) -> object:
         torch.manual_seed(0)
@@ -50,6 +53,10 @@ def _a_place_for_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reque
     for number, pixels in enumerate(scenes(3)):
         Image.fromarray(pixels).save(f"photos/{number}.png")
     write_voc(Path("VOCdevkit/VOC2007"), 3)
+    for number, pixels in enumerate(scenes(10)):
+        folder = Path("pets", ("cat", "dog")[number % 2])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
     monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", small)
     if "load_backbone" not in request.node.name:
         monkeypatch.setattr(lostreg, "load_backbone", small, raising=False)

@@ -16,6 +16,7 @@ FLOORS = (
     ("gallery",),
     ("exports",),
     ("runs",),
+    ("probing",),
     ("artifacts",),
     ("inference",),
     ("models",),

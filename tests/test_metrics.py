@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 
 from lostreg.errors import OptionError
 from lostreg.images.boxes import pairwise_iou
-from lostreg.metrics import Corloc, Detections, corloc, detection_scores, is_hit, score_auc
+from lostreg.metrics import (
+    Corloc,
+    Detections,
+    class_overlaps,
+    corloc,
+    detection_scores,
+    is_hit,
+    root_mean_square,
+    score_auc,
+)
 
 
 def test_an_overlap_of_exactly_one_half_is_a_hit() -> None:
@@ -160,3 +169,21 @@ def test_recall_equals_that_of_a_plain_greedy_matcher(images) -> None:
     assert scores.ar <= scores.recall50 + 1e-9
     assert scores.ar_first <= scores.ar + 1e-9
     assert scores.ap <= scores.ap50 + 1e-9
+
+
+@given(st.integers(1, 4), st.lists(st.tuples(st.integers(0, 3), st.integers(-1, 3)), max_size=40))
+@settings(deadline=None)
+def test_overlaps_of_classes_are_counted_pixel_by_pixel(classes, pixels) -> None:
+    pixels = [(found % classes, true % classes if true >= 0 else -1) for found, true in pixels]
+    predicted, truth = (
+        (np.array(side, int) for side in zip(*pixels, strict=True)) if pixels else (np.zeros(0, int),) * 2
+    )
+    both, either = class_overlaps(predicted, truth, classes)
+    counted = [(found, true) for found, true in pixels if true >= 0]
+    assert both.tolist() == [sum(found == true == code for found, true in counted) for code in range(classes)]
+    assert either.tolist() == [sum(code in pair for pair in counted) for code in range(classes)]
+
+
+def test_an_error_of_nothing_is_no_number() -> None:
+    assert np.isnan(root_mean_square(np.ones(2), np.full(2, np.nan)))
+    assert root_mean_square(np.array([[3.0, 9.0]]), np.array([[0.0, 5.0]])) == pytest.approx(np.sqrt(12.5))

@@ -19,6 +19,7 @@ from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import LookJob
 from lostreg.models.backbone import Backbone, load_backbone
 from lostreg.models.forward import Forward
+from lostreg.probing.data import read_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -215,6 +216,21 @@ def test_masks_are_judged(script: Callable[[str], ModuleType], coco: list[str], 
         assert found[way]["all"]["iou"]["images"] == 3
         assert 0 < found[way]["all"]["iou"]["mean"] <= 100
     assert found["patches"]["all"]["iou"]["gain"] == 0
+
+
+def test_data_for_probes_is_made(script: Callable[[str], ModuleType], coco: list[str], tmp_path: Path) -> None:
+    content = json.loads((tmp_path / "boxes.json").read_text())
+    content["categories"] = [{"id": 1, "name": "disc", "supercategory": "vehicle"}]
+    del content["annotations"][2]["segmentation"]
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    assert script("probe_data").main([*coco, "--least", "2", "--out", str(tmp_path / "out")]) == 0
+    masks = [read_mask(tmp_path / f"out/segmentation/masks/{number}.png") for number in range(3)]
+    assert [np.unique(mask).tolist() for mask in masks] == [[0, 3], [0, 3], [0, 255]]
+    assert sorted(path.name for path in (tmp_path / "out/classification/vehicle").iterdir()) == [
+        "0.jpg",
+        "1.jpg",
+        "2.jpg",
+    ]
 
 
 def test_boxes_of_bf16_are_compared_with_those_of_fp32(

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lostreg import defaults
-from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers
+from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers_if_any
 from lostreg.cli.files import check_written, make_folder, refuse_among_images, unique_names
-from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, tell
+from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side
 from lostreg.cli.progress import ProgressBar
-from lostreg.errors import ImageError, RegistersError
+from lostreg.errors import ImageError
 from lostreg.progress import Progress
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         list(dict.fromkeys(resolve_layer(discoverer.backbone, layer) for layer in args.layers))
         for discoverer in discoverers
     ]
-    discoverers = [_cured(args, discoverer, paths) for discoverer in discoverers]
+    discoverers = [with_registers_if_any(args, discoverer, paths) for discoverer in discoverers]
     streams = [attention_maps(paths, *each) for each in zip(discoverers, layers, strict=True)]
     written: list[Path] = []
     with ProgressBar("attention", tell_errors=True) as bar:
@@ -76,17 +76,6 @@ def run(args: argparse.Namespace) -> int:
     check_written(written)
     print(f"written to {args.out}: {len(written)} files for {len(paths) - bar.errors} of {len(paths)} images")
     return 2 if bar.errors else 0
-
-
-def _cured(args: argparse.Namespace, discoverer: "Discoverer", paths: list[Path]) -> "Discoverer":
-    """With test-time registers if asked for; among several backbones, one without outliers goes on without."""
-    try:
-        return with_registers(args, discoverer, paths)
-    except RegistersError as error:
-        if len(chosen_backbones(args)) == 1:
-            raise
-        tell(f"no test-time registers for {discoverer.backbone.spec.name}: {error}")
-        return discoverer
 
 
 def _write(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lostreg import defaults
 from lostreg.cli.options import tell
 from lostreg.cli.progress import ProgressBar
-from lostreg.errors import OptionError
+from lostreg.errors import OptionError, RegistersError
 
 if TYPE_CHECKING:
     from lostreg.artifacts.outliers import CutoffRule
@@ -64,6 +64,19 @@ def with_registers(
     if kept:
         found.save(kept)
     return discoverer.with_registers(found)
+
+
+def with_registers_if_any(
+    args: argparse.Namespace, discoverer: "Discoverer", images: "Sequence[ImageSource]"
+) -> "Discoverer":
+    """Like `with_registers`; among several backbones, one without outliers goes on without."""
+    try:
+        return with_registers(args, discoverer, images)
+    except RegistersError as error:
+        if len(chosen_backbones(args)) == 1:
+            raise
+        tell(f"no test-time registers for {discoverer.backbone.spec.name}: {error}")
+        return discoverer
 
 
 def with_objectness(

@@ -19,6 +19,7 @@ from lostreg.cli import (
     export,
     learn,
     predict,
+    probe,
     registers,
     report,
     score,
@@ -42,6 +43,7 @@ _COMMANDS = (
     artifacts,
     attention,
     registers,
+    probe,
     backbones,
     datasets,
 )

@@ -224,7 +224,13 @@ def add_mask_folder(parser: argparse.ArgumentParser) -> None:
 
 
 def add_backbone_options(
-    parser: argparse.ArgumentParser, *, feature: bool, lost: bool = True, registers: bool = False, several: bool = False
+    parser: argparse.ArgumentParser,
+    *,
+    feature: bool,
+    lost: bool = True,
+    registers: bool = False,
+    several: bool = False,
+    named: bool = True,
 ) -> None:
     """The options of the method for commands without ``--bias``.
 
@@ -234,9 +240,13 @@ def add_backbone_options(
         lost: whether LOST runs on it.
         registers: whether test-time registers can be added.
         several: whether the command takes several backbones.
+        named: whether an option names them; else they are the command's arguments.
     """
     group = parser.add_argument_group("method")
-    _add_backbone(group, several=several)
+    if named:
+        _add_backbone(group, several=several)
+    else:
+        _add_weights(group)
     if feature:
         _add_feature(group)
     if lost:
@@ -266,6 +276,10 @@ def _add_backbone(group: Group, *, several: bool = False) -> None:
         group.add_argument("--backbone", nargs="+", action="extend", metavar="NAME", help=help_text)
     else:
         group.add_argument("--backbone", default=defaults.BACKBONE, metavar="NAME", help=help_text)
+    _add_weights(group)
+
+
+def _add_weights(group: Group) -> None:
     group.add_argument(
         "--weights",
         type=Path,

@@ -69,6 +69,7 @@ from lostreg.inference.objectness import Facts, Objectness
 from lostreg.methods.learned import LinearObjectness
 from lostreg.models.checkpoints import load_file_into
 from lostreg.models.registers import RegisterNeurons
+from lostreg.probing.data import read_depth, read_mask
 from lostreg.runs.evaluate import score_detections, score_predictions
 from lostreg.runs.locate import ImageFinder, Source
 from lostreg.runs.maps import read_maps
@@ -192,6 +193,20 @@ def _read_sound(path: Path, rng: Random) -> None:
     assert (small.width, small.height) == (turned.width, turned.height), "another size when scaled down"
     _plan(path, stored, exif=False)
     _plan(path, turned, exif=True)
+
+
+def _depths() -> list[bytes]:
+    depths, plain, packed = np.linspace(0, 9, 660).reshape(22, 30), io.BytesIO(), io.BytesIO()
+    np.save(plain, depths)
+    np.savez_compressed(packed, depth=depths.astype(np.float32))
+    return [plain.getvalue(), packed.getvalue()]
+
+
+def _read_answer(path: Path, rng: Random) -> None:
+    """A mask or a depth map of linear probes."""
+    found = read_mask(path) if path.stem == "mask" else read_depth(path)
+    assert found.ndim == 2
+    assert found.dtype in (np.int64, np.float32)
 
 
 # ------------------------------------------------------------------------------------------ benchmarks
@@ -470,7 +485,11 @@ TARGETS: Final = (
                (ImageError, PredictionsError), share)
         for kind, share in _IMAGE_SHARES.items()
     ),
-    Target("exif", "image.jpg", _sound, with_random_exif, _read_sound, (), 12),
+    Target("exif", "image.jpg", _sound, with_random_exif, _read_sound, (), 9),
+    Target("mask", "mask.png", lambda: [_images()["PNG"][place] for place in (1, 2, 3, 5)], mutate_image, _read_answer,
+           (ImageError, DatasetError), 1),
+    Target("depth-npy", "depth.npy", lambda: _depths()[:1], mutate_bytes, _read_answer, (ImageError, DatasetError), 1),
+    Target("depth-npz", "depth.npz", lambda: _depths()[1:], mutate_bytes, _read_answer, (ImageError, DatasetError), 1),
     Target("voc", "000001.xml", lambda: [_XML], mutate_xml, _read_xml, (DatasetError,), 7),
     Target("coco", "instances.json", lambda: [_COCO], mutate_json, _read_coco, (DatasetError, OptionError), 7),
     Target("tar", "voc.tar", lambda: [_tar()], random_tar, _unpack_tar, (DatasetError,), 2),
