@@ -227,7 +227,7 @@ def _outcome(job: Job, options: argparse.Namespace) -> Outcome:
         if not is_out_of_memory(error):
             raise
         return Outcome(job, None, {}, "not enough memory; what was written so far is kept")
-    return _measured(job, "too many images could not be read: the same command tries them again" if code else "")
+    return _measured(job, "too many images could not be read" if code else "")
 
 
 def _measured(job: Job, fault: str) -> Outcome:

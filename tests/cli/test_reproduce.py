@@ -169,6 +169,13 @@ def test_a_benchmark_that_is_not_there_is_named_with_the_command_that_fetches_it
     assert reproduce("lost-2021", "--only", "voc07", "dino_vits8", "--with", "--root", "else where") == 2
     fetch = "PASCAL VOC 2007 is not there, `lostreg datasets fetch voc07 --root 'else where'` fetches it"
     assert f"- DINO ViT-S/8 on voc07: {fetch}\n" in capsys.readouterr().out
+    assert reproduce("registers-2024", "--dry-run", "--only", "deit3_vitb16-reg4", "voc07", "eval") == 0
+    weights = "out/registers-2024/deit3_vitb16-reg4/registers"
+    assert capsys.readouterr().out.partition("  # ")[2] == (
+        "missing: PASCAL VOC 2007 is not there, `lostreg datasets fetch voc07` fetches it; "
+        f"no weights with registers at {weights}/registers.safetensors, "
+        f"`lostreg registers train IMAGES --backbone deit3_vitb16 --registers 4 --out {weights}` makes them\n"
+    )
 
 
 def test_a_part_of_a_benchmark_is_told_and_not_compared(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
