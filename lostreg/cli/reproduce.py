@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
             if outcomes[-1].fault:
                 tell(f"{job.row.title}, {job.benchmark}: {outcomes[-1].fault}")
     finally:
-        outcomes += [Outcome(job, None, {}, "not reached: the command was stopped") for job in jobs[len(outcomes) :]]
+        outcomes += [Outcome(job, None, {}, "not finished: the command was stopped") for job in jobs[len(outcomes) :]]
         _write(folder, recipe, args.passed, outcomes)
     return 2 if any(outcome.fault for outcome in outcomes) else 0
 
@@ -303,8 +303,9 @@ def _cells(outcome: Outcome) -> tuple[str, ...]:
     published = row.published.get(benchmark)
     what = benchmark
     if outcome.job.command == "sweep":
-        best = "{feature} of layer {layer} at bias {bias:g}".format(**facts) if facts else "not known"
-        what += f", best of the sweep, chosen by labels: {best}"
+        what += ", best of the sweep"
+        if facts:
+            what += ", chosen by labels: {feature} of layer {layer} at bias {bias:g}".format(**facts)
     measured = ("not run", "-", "-")
     if outcome.score is not None:
         low, high = outcome.score.wilson_interval()

@@ -127,7 +127,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_table(
     plain, swept, *others = table()
     assert plain["measured"]["images"] == 5
     assert swept["measured"] is None
-    assert {row["fault"] for row in (swept, *others)} == {"not reached: the command was stopped"}
+    assert {row["fault"] for row in (swept, *others)} == {"not finished: the command was stopped"}
     assert len(Path("out/mine/dinov2_vits14/voc-sweep/sweep.jsonl").read_text().splitlines()) == 3
     capsys.readouterr()
     assert reproduce(recipe) == 2
