@@ -16,6 +16,7 @@ CUDA_BATCH_SIZE: Final = 64
 MAX_SIDE: Final = 1024
 CALIBRATION_IMAGES: Final = 512
 REGISTER_IMAGES: Final = 128
+TRAINED_FILE: Final = "registers.safetensors"  # of the folder of a training
 OBJECTNESS_IMAGES: Final = 512
 LEAST_TEACHERS: Final = 64  # images from which on `discover` learns from them; docs/objects.md
 MOST_TEACHERS: Final = 128  # that a run which learns from its own images looks at first

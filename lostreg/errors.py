@@ -54,6 +54,10 @@ class RegistersError(LostregError):
     """A registers file cannot be written or read, or there is nothing that test-time registers could take up."""
 
 
+class RecipeError(LostregError):
+    """A recipe is unknown, cannot be read, or says what no command takes."""
+
+
 class ClusterError(LostregError):
     """Ray cannot be started or joined, or its workers do not last."""
 

@@ -27,10 +27,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     return built
 
 
-def test_the_wheel_holds_the_package_alone(wheel: Path) -> None:
+def test_the_wheel_holds_the_package_alone(wheel: Path, repository: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"lostreg", f"lostreg-{lostreg.__version__}.dist-info"}
     assert {"lostreg/py.typed", "lostreg/datasets/coco_20k.txt", "lostreg/cli/main.py"} <= set(names)
+    recipes = (repository / "lostreg" / "recipes").iterdir()
+    assert {f"lostreg/recipes/{path.name}" for path in recipes} <= set(names)
     assert {f"lostreg/gallery/{name}" for name in ("page.html", "gallery.css", "gallery.js")} <= set(names)
 
 

@@ -1,19 +1,24 @@
-"""Published figures: the table's rows say what eval/published.toml says, with the same source."""
+"""Figures: published ones of the table stand in a recipe, measured ones are those of the results files."""
 
 import json
-import tomllib
 from pathlib import Path
 
 from lostreg import BACKBONES
+from lostreg.cli.recipes import load_recipe, recipe_names
 
 
-def test_rows_with_published_corloc_agree_with_the_list_of_figures(repository: Path) -> None:
-    entries = tomllib.loads((repository / "eval" / "published.toml").read_text(encoding="utf-8"))["published"]
-    listed = {entry["backbone"]: entry for entry in entries if "backbone" in entry}
-    assert listed.keys() == {name for name, spec in BACKBONES.items() if spec.published}
-    for name, entry in listed.items():
-        assert dict(BACKBONES[name].published) == entry["corloc"]
-        assert entry["source"].startswith(BACKBONES[name].published_source)
+def test_published_corloc_of_the_table_is_run_by_a_recipe_with_the_same_source() -> None:
+    recipes = [load_recipe(name) for name in recipe_names()]
+    sources = {
+        row.backbone: (dict(row.published), recipe.source)
+        for recipe in recipes
+        for row in recipe.rows
+        if not row.checkpoint
+    }
+    assert sources.keys() == {name for name, spec in BACKBONES.items() if spec.published}
+    for name, (figures, source) in sources.items():
+        assert figures == dict(BACKBONES[name].published)
+        assert source.startswith(BACKBONES[name].published_source)
 
 
 def test_measured_figures_are_those_of_the_results_files(repository: Path) -> None:

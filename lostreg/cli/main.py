@@ -22,10 +22,11 @@ from lostreg.cli import (
     probe,
     registers,
     report,
+    reproduce,
     score,
     sweep,
 )
-from lostreg.cli.options import Parser, one_line, tell
+from lostreg.cli.options import Parser, join_bias, one_line, tell
 from lostreg.cli.terminal import standard_streams
 from lostreg.errors import LostregError, LostregWarning, is_out_of_memory
 
@@ -40,6 +41,7 @@ _COMMANDS = (
     calibrate,
     learn,
     sweep,
+    reproduce,
     artifacts,
     attention,
     registers,
@@ -89,7 +91,7 @@ def _main(argv: Sequence[str]) -> int:
     command = ""
     try:
         try:
-            args = build_parser().parse_args(_join_bias(argv))
+            args = build_parser().parse_args(join_bias(argv))
         except SystemExit:
             sys.stdout.flush()  # help, too, can meet a full disk
             raise
@@ -136,14 +138,3 @@ def _tell_warnings() -> None:
 
     warnings.simplefilter("always", LostregWarning)
     warnings.showwarning = showwarning  # type: ignore[assignment]
-
-
-def _join_bias(arguments: Sequence[str]) -> list[str]:
-    """``--bias -1e-3`` as one word: argparse before Python 3.13 takes such a number for an option."""
-    joined: list[str] = []
-    for word in arguments:
-        if joined and joined[-1] in ("--bias", "--biases") and word.startswith("-"):
-            joined[-1] += f"={word}"
-        else:
-            joined.append(word)
-    return joined

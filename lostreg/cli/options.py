@@ -4,6 +4,7 @@ import argparse
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -30,6 +31,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on standard error."""
         self.exit(2, f"{self.prog}: error: {cut(one_line(message), 1000)} (see {self.prog} --help)\n")
+
+
+def join_bias(arguments: Sequence[str]) -> list[str]:
+    """``--bias -1e-3`` as one word: argparse before Python 3.13 takes such a number for an option."""
+    joined: list[str] = []
+    for word in arguments:
+        if joined and joined[-1] in ("--bias", "--biases") and word.startswith("-"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def positive_int(text: str) -> int:

@@ -23,7 +23,7 @@ from lostreg.inference.jobs import FeaturesJob
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.table import BACKBONES
 
-COMMANDS = ("predict", "eval", "score", "calibrate", "sweep", "backbones", "datasets")
+COMMANDS = ("predict", "eval", "score", "calibrate", "sweep", "reproduce", "backbones", "datasets")
 FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]
 _small: dict[str, Backbone] = {}
 

@@ -11,6 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from random import Random
 from typing import Any, Final
@@ -39,6 +40,7 @@ from small_vit import small
 from torch import nn
 
 from lostreg.artifacts.labels import annotated_classes
+from lostreg.cli.recipes import load_recipe, recipe_names
 from lostreg.datasets import coco20k, fetch
 from lostreg.datasets.base import Benchmark, Example
 from lostreg.datasets.coco import load_coco
@@ -54,6 +56,7 @@ from lostreg.errors import (
     ObjectnessError,
     OptionError,
     PredictionsError,
+    RecipeError,
     RegistersError,
     WeightsError,
 )
@@ -248,6 +251,14 @@ def _read_coco(path: Path, rng: Random) -> None:
             annotated_classes([Path("photos/1.jpg"), Path("photos/2.jpg")], path)
         case 2:
             coco20k.coco20k_sizes(path)
+
+
+def _recipes() -> list[bytes]:
+    return [(resources.files("lostreg") / "recipes" / f"{name}.toml").read_bytes() for name in recipe_names()]
+
+
+def _read_recipe(path: Path, rng: Random) -> None:
+    load_recipe(str(path)).jobs(path.parent)
 
 
 def _read_split(path: Path, rng: Random) -> None:
@@ -485,7 +496,7 @@ TARGETS: Final = (
                (ImageError, PredictionsError), share)
         for kind, share in _IMAGE_SHARES.items()
     ),
-    Target("exif", "image.jpg", _sound, with_random_exif, _read_sound, (), 9),
+    Target("exif", "image.jpg", _sound, with_random_exif, _read_sound, (), 8),
     Target("mask", "mask.png", lambda: [_images()["PNG"][place] for place in (1, 2, 3, 5)], mutate_image, _read_answer,
            (ImageError, DatasetError), 1),
     Target("depth-npy", "depth.npy", lambda: _depths()[:1], mutate_bytes, _read_answer, (ImageError, DatasetError), 1),
@@ -494,6 +505,7 @@ TARGETS: Final = (
     Target("coco", "instances.json", lambda: [_COCO], mutate_json, _read_coco, (DatasetError, OptionError), 7),
     Target("tar", "voc.tar", lambda: [_tar()], random_tar, _unpack_tar, (DatasetError,), 2),
     Target("zip", "annotations_trainval2014.zip", _zips, mutate_bytes, _unpack_zip, (DatasetError,), 2),
+    Target("recipe", "recipe.toml", _recipes, mutate_bytes, _read_recipe, (RecipeError,), 1),
     Target("split", "ImageSets/Main/dog_train.txt", lambda: [b"000001 -1\n000002  1\n", b"a\nb\n"], mutate_bytes,
            _read_split, (DatasetError,), 2),
     Target("list", "list.txt", lambda: [b"a.jpg\n# no\n\nsub/b.png\r\n", "\xe4.jpg\n".encode()], mutate_bytes,
