@@ -133,7 +133,7 @@ def test_the_pipeline_of_ray_data_runs(repository: Path) -> None:
     pytest.importorskip("ray", reason="needs Ray: pip install lostreg[ray]")
     _, code = blocks(repository, "python")
     assert len(code.splitlines()) == 6
-    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(repository)}
+    environment = {**os.environ, "RAY_ADDRESS": "local", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(repository)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^\d+ \d+ .*[\d.]+.* None$", done.stdout, re.MULTILINE)) == 2
