@@ -405,14 +405,15 @@ def add_sample(parser: argparse.ArgumentParser, most: int) -> None:
     add_seed(parser)
 
 
-def add_max_side(parser: argparse.ArgumentParser, default: int | None) -> None:
+def add_max_side(parser: argparse.ArgumentParser, default: int | str | None, told: str | None = None) -> None:
     """The option that bounds the size of images, whose default depends on the command."""
+    told = told or str(default or "none")
     parser.add_argument(
         "--max-side",
         type=_max_side,
         default=default,
         metavar="N|none",
-        help=f"scale longer images down to this side; boxes stay in original pixels (default: {default or 'none'})",
+        help=f"scale longer images down to this side; boxes stay in original pixels (default: {told})",
     )
 
 

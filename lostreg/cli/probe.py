@@ -1,4 +1,4 @@
-"""``lostreg probe``: linear heads on frozen tokens, backbones side by side."""
+"""``lostreg probe``: linear heads on frozen tokens, trained or made of texts, backbones side by side."""
 
 import argparse
 from collections.abc import Sequence
@@ -23,10 +23,11 @@ def add_parser(commands: Subparsers) -> None:
     """Add the command to the command line."""
     parser = commands.add_parser(
         "probe",
-        help="linear evaluation of frozen features: classification, segmentation, depth",
+        help="evaluation of frozen features: classification, segmentation, depth, zero-shot",
         description="Train a linear head on the frozen tokens of each backbone, and measure it on images that it has "
         "not seen: top-1 accuracy, mIoU or RMSE, with an interval, the spread over seeds, and the difference to the "
-        "first backbone on the same images. With --out a run that was stopped goes on with the next backbone, and "
+        "first backbone on the same images. Zero-shot trains nothing: the text tower of a CLIP backbone (extra clip) "
+        "makes the head of the classes' names. With --out a run that was stopped goes on with the next backbone, and "
         "others, or the same with other weights or registers, join the table. docs/probes.md has the method.",
     )
     parser.add_argument("backbone", nargs="+", metavar="BACKBONE", help="rows of `lostreg backbones`, or timm:NAME")
@@ -36,8 +37,8 @@ def add_parser(commands: Subparsers) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="classification: a sub-folder a class; segmentation: VOC 2012, or images and masks; depth: images and "
-        "depth; in parts train and val, or one, which each seed splits",
+        help="classification and zero-shot: a sub-folder a class; segmentation: VOC 2012, or images and masks; depth: "
+        "images and depth; in parts train and val, or one, which each seed splits",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="every figure as JSON, written after each backbone")
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of adding to --out")
@@ -69,7 +70,7 @@ def add_parser(commands: Subparsers) -> None:
         metavar="DIR",
         help="where the tokens are kept while the command runs (default: the system's folder for temporary files)",
     )
-    add_max_side(parser, defaults.PROBE_SIDE)
+    add_max_side(parser, argparse.SUPPRESS, f"{defaults.PROBE_SIDE}; with zero-shot {defaults.ZERO_SHOT_SIDE}")
     add_backbone_options(parser, feature=False, lost=False, registers=True, several=True, named=False)
     parser.set_defaults(run=run)
 
@@ -77,9 +78,17 @@ def add_parser(commands: Subparsers) -> None:
 def run(args: argparse.Namespace) -> int:
     """Probe, and print the table; the exit code is 2 if any image could not be read, though the others count."""
     from lostreg.jsonio import write_json
+    from lostreg.models.backbone import find_spec
     from lostreg.probing.data import load_probe_data
+    from lostreg.probing.zero_shot import require_text_tower
 
     backbones = chosen_backbones(args)
+    is_zero_shot = args.task == "zero-shot"
+    if is_zero_shot:
+        for name in backbones:
+            require_text_tower(find_spec(name))
+    if "max_side" not in args:
+        args.max_side = defaults.ZERO_SHOT_SIDE if is_zero_shot else defaults.PROBE_SIDE
     if args.out:
         check_writable(args.out, "figures")
     if args.cache:
@@ -129,9 +138,9 @@ def _settings(args: argparse.Namespace, data: "ProbeData") -> dict[str, Any]:
         "data": data.fingerprint(),
         "images": len(data.images),
         "classes": len(data.classes),
-        "tokens": args.tokens if args.task == "classification" else "patches",
+        "tokens": {"classification": args.tokens, "zero-shot": "cls"}.get(args.task, "patches"),
         "ignore": sorted(args.ignore) if args.task == "segmentation" else None,
-        "seeds": args.seeds,
+        "seeds": None if args.task == "zero-shot" else args.seeds,
         "max_side": args.max_side,
         "precision": args.precision,
     }
@@ -164,7 +173,7 @@ def _table(records: Sequence[dict[str, Any]]) -> list[str]:
     first = records[0]
     metric = first["metric"]
     name = f"{metric} (lower is better)" if metric == _LOWER_IS_BETTER else f"{metric} %"
-    rows = [("backbone", name, "over seeds", "95 % interval", "chance", "to the first (95 %)")]
+    rows: list[tuple[str, ...]] = [("backbone", name, "over seeds", "95 % interval", "chance", "to the first (95 %)")]
     for one in records:
         gap = None if one is first else difference(first, one)
         rows.append(
@@ -177,6 +186,8 @@ def _table(records: Sequence[dict[str, Any]]) -> list[str]:
                 "" if gap is None else f"{gap[0]:+.3g} ({gap[1]:+.3g} to {gap[2]:+.3g})",
             )
         )
+    if not first["penalties"]:  # nothing was trained
+        rows = [(*row[:2], *row[3:]) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for title, *figures in rows:

@@ -44,6 +44,7 @@ _RENAMES: Final = (
 _CLASSIFIER: Final = re.compile(r"^(head\.|head_dist\.|mask_token$|masked_embed$)")  # not worth a word
 _HEAD: Final = re.compile(r"^(\w+_head|decoder\w*|predictor|projector|prototypes)\.|^decoder_pos_embed$")
 _HUB_TIMEOUT_S: Final = 10.0
+_TIMM_FILES: Final = ("model.safetensors", "pytorch_model.bin")
 _NUMPY_SCALAR: Final = np.float64(0).__reduce__()[0]
 _HARMLESS: Final[list[Any]] = [
     # What full DINO checkpoints hold beside tensors: the command line, and learning rates that NumPy computed.
@@ -269,8 +270,9 @@ def hub_weights(timm_name: str) -> Iterator[str]:
     if config is None or not (config.hf_hub_id or config.url):
         raise BackboneError(f"timm names no weights for '{timm_name}': give --weights FILE")
     source = config.hf_hub_id or config.url
-    if config.hf_hub_id and not _is_cached(config.hf_hub_id):
-        _require_hub(timm_name)
+    reason = why_out_of_reach(config.hf_hub_id, _TIMM_FILES) if config.hf_hub_id else None
+    if reason is not None:
+        raise BackboneError(_ways_out(timm_name, reason))
     try:
         yield f"hub {source}"
     except (BackboneError, TypeError, AttributeError, MemoryError):
@@ -282,27 +284,29 @@ def hub_weights(timm_name: str) -> Iterator[str]:
         raise BackboneError(_ways_out(timm_name, _first_line(error))) from error
 
 
-def _is_cached(hub_id: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
+def why_out_of_reach(hub_id: str, files: Iterable[str]) -> str | None:
+    """Why weights can be had neither from the hub's cache nor from the hub; None where they may be.
 
-    files = ("model.safetensors", "pytorch_model.bin")
-    return any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in files)
+    The hub is asked once, since its client would try for most of a minute.
 
+    Args:
+        hub_id: of the hub's repository.
+        files: names that its weights may have, one of which is enough.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
 
-def _require_hub(timm_name: str) -> None:
-    """Ask the hub once before its client does, which would try for most of a minute."""
-    from huggingface_hub import constants
-
+    if any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in files):
+        return None
     if constants.HF_HUB_OFFLINE:
-        raise BackboneError(_ways_out(timm_name, "HF_HUB_OFFLINE is set"))
+        return "HF_HUB_OFFLINE is set"
     try:
         request = urllib.request.Request(constants.ENDPOINT, method="HEAD")  # noqa: S310 - the client's own address
         urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S).close()  # noqa: S310
     except urllib.error.HTTPError:
-        return  # it answered
+        return None  # it answered
     except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = str(getattr(error, "reason", None) or _first_line(error))
-        raise BackboneError(_ways_out(timm_name, reason)) from error
+        return str(getattr(error, "reason", None) or _first_line(error))
+    return None
 
 
 def _ways_out(timm_name: str, reason: str) -> str:

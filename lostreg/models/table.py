@@ -69,6 +69,8 @@ class BackboneSpec:
         published: corloc in percent by benchmark, for exactly these weights; empty where there is none.
         published_source: where those figures come from.
         offline: whether the weights come from the ``offline`` extra instead of the hub.
+        text_tower: open_clip's names of the architecture and the weights whose image tower these weights are; None
+            where they were trained without texts, or where open_clip's text tower needs further packages.
     """
 
     name: str
@@ -86,6 +88,7 @@ class BackboneSpec:
     published: Mapping[str, float] = ReadOnly({})
     published_source: str = ""
     offline: bool = False
+    text_tower: tuple[str, str] | None = None
 
     @property
     def prefix_tokens(self) -> int:
@@ -160,9 +163,18 @@ def _deit3(size: str, timm_size: str) -> BackboneSpec:
     )
 
 
-def _clip(name: str, timm_name: str, patch: int, source: str = "lostreg") -> BackboneSpec:
-    training = "image-text (CLIP, OpenAI)" if source == "lostreg" else "image-text (OpenCLIP, LAION-2B)"
-    return BackboneSpec(name, timm_name, patch, 0, feature="v", licence="MIT", training=training, feature_source=source)
+def _clip(name: str, timm_name: str, patch: int, text_tower: tuple[str, str], source: str = "lostreg") -> BackboneSpec:
+    return BackboneSpec(
+        name,
+        timm_name,
+        patch,
+        registers=0,
+        feature="v",
+        licence="MIT",
+        training="image-text (CLIP, OpenAI)" if source == "lostreg" else "image-text (OpenCLIP, LAION-2B)",
+        feature_source=source,
+        text_tower=text_tower,
+    )
 
 
 _ROWS: Final = (
@@ -185,10 +197,10 @@ _ROWS: Final = (
     _deit3("b", "base"),
     _deit3("l", "large"),
     # OpenAI trained with the quick GELU; timm keeps that under a name of its own, for the same weights.
-    _clip("clip_vitb16", "vit_base_patch16_clip_quickgelu_224.openai", 16),
-    _clip("clip_vitl14", "vit_large_patch14_clip_quickgelu_224.openai", 14),
-    _clip("openclip_vitb16", "vit_base_patch16_clip_224.laion2b", 16, _DARCET),
-    _clip("openclip_vitl14", "vit_large_patch14_clip_224.laion2b", 14, _DARCET),
+    _clip("clip_vitb16", "vit_base_patch16_clip_quickgelu_224.openai", 16, ("ViT-B-16-quickgelu", "openai")),
+    _clip("clip_vitl14", "vit_large_patch14_clip_quickgelu_224.openai", 14, ("ViT-L-14-quickgelu", "openai")),
+    _clip("openclip_vitb16", "vit_base_patch16_clip_224.laion2b", 16, ("ViT-B-16", "laion2b_s34b_b88k"), _DARCET),
+    _clip("openclip_vitl14", "vit_large_patch14_clip_224.laion2b", 14, ("ViT-L-14", "laion2b_s32b_b82k"), _DARCET),
     BackboneSpec(
         "siglip2_vitb16",
         "vit_base_patch16_siglip_224.v2_webli",

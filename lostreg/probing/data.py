@@ -36,12 +36,12 @@ class ProbeData:
     """Images of one task with what is to be read off them.
 
     Attributes:
-        task: ``classification``, ``segmentation`` or ``depth``.
+        task: ``classification``, ``segmentation``, ``depth`` or ``zero-shot``.
         root: the folder.
         images: in a fixed order.
         held_out: which of them the data sets apart to be measured on, (n,), bool; None where it does not.
         classes: their names; those of an index mask are its values. None with depth.
-        labels: of classification: the class of each image, (n,); empty otherwise.
+        labels: of classification and zero-shot: the class of each image, (n,); empty otherwise.
         maps: otherwise: the file of each image's mask or depth map.
     """
 
@@ -74,12 +74,15 @@ class ProbeData:
         """Images to train on, to choose the penalty on, and to measure on, as sorted places in `images`.
 
         Of the training images, 20 % are those to choose on. Where the data holds none out, 30 % of all are measured on.
-        Both shares are drawn class by class where images have classes, at least one of each.
+        Both shares are drawn class by class where images have classes, at least one of each. Zero-shot trains nothing:
+        all are measured on.
 
         Args:
             seed: of the draws.
             usable: places of the images that count, sorted.
         """
+        if self.task == "zero-shot":
+            return usable[:0], usable[:0], usable
         random = np.random.default_rng(seed)
         if self.held_out is None:
             training, measuring = self._draw(usable, HELD_OUT, random)
@@ -98,6 +101,8 @@ class ProbeData:
 
     def check(self, usable: Indices) -> None:
         """Raise `DatasetError` where so few of the images are left that no split leaves some for each of its parts."""
+        if self.task == "zero-shot":
+            return
         training = usable if self.held_out is None else usable[~self.held_out[usable]]
         if self.held_out is not None and len(training) == len(usable):
             raise DatasetError(f"{self.root}: none of the images that are held out can be read")
@@ -128,7 +133,7 @@ def load_probe_data(folder: str | Path, task: str, *, ignore: Sequence[int] = IG
 
     Args:
         folder: laid out as docs/probes.md says.
-        task: ``classification``, ``segmentation`` or ``depth``.
+        task: ``classification``, ``segmentation``, ``depth`` or ``zero-shot``.
         ignore: values of index masks that are no class.
 
     Raises:
@@ -149,6 +154,8 @@ def load_probe_data(folder: str | Path, task: str, *, ignore: Sequence[int] = IG
         raise DatasetError(f"{root}: no such folder")
     if task == "classification":
         return _load_classes(root)
+    if task == "zero-shot":
+        return _load_named(root)
     return _load_maps(root, task, tuple(whole_number(value, "ignore", least=0) for value in ignore))
 
 
@@ -196,6 +203,20 @@ def _load_classes(root: Path) -> ProbeData:
     )
     data.check(np.arange(len(paths)))
     return data
+
+
+def _load_named(root: Path) -> ProbeData:
+    """Of two parts the one that is measured on alone; the other need not be there."""
+    folders = _class_folders(next((root / name for name in _PARTS[1] if (root / name).is_dir()), root))
+    return ProbeData(
+        task="zero-shot",
+        root=root,
+        images=tuple(ImageFile(path, exif=True) for paths in folders.values() for path in paths),
+        held_out=None,
+        classes=tuple(folders),
+        labels=np.repeat(np.arange(len(folders)), [len(paths) for paths in folders.values()]),
+        maps=(),
+    )
 
 
 def _class_folders(folder: Path) -> dict[str, list[Path]]:

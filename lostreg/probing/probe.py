@@ -1,10 +1,11 @@
-"""Linear evaluation of frozen features: what can be read off a backbone's tokens by one linear layer.
+"""Evaluation of frozen features: what can be read off a backbone's tokens by one linear layer.
 
-As in table 2a of "Vision Transformers Need Registers" (Darcet et al., ICLR 2024): classes of images off CLS (or the
-mean of the patches), classes and depths of pixels off the patches. `lostreg.artifacts.probes` asks something else: what
-single tokens, outliers among them, hold.
+As in table 2 of "Vision Transformers Need Registers" (Darcet et al., ICLR 2024): classes of images off CLS (or the mean
+of the patches), classes and depths of pixels off the patches, by layers that are trained; classes of images off CLS by
+their names' texts. `lostreg.artifacts.probes` asks something else: what single tokens, outliers among them, hold.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from lostreg.probing.heads import (
 )
 from lostreg.probing.maps import Frame, predicted_classes, predicted_depths
 from lostreg.probing.tokens import Collected, collect_tokens
+from lostreg.probing.zero_shot import text_head
 from lostreg.progress import OnProgress, telling
 
 RESAMPLES: Final = 1000
@@ -60,9 +62,9 @@ class ProbeResult:
         score: over the seeds.
         interval: of the mean over the seeds, 95 %, from images drawn again and again.
         chance: the same figure of a head that sees no tokens, with the first seed.
-        images: how many were trained, chosen and measured on with the first seed.
+        images: how many were trained, chosen and measured on with the first seed; zero-shot trains and chooses on none.
         classes: of segmentation, each class's IoU in percent, mean over the seeds; None where it is nowhere.
-        penalties: that were chosen, one a seed.
+        penalties: that were chosen, one a seed; none of zero-shot.
         left_out: places of the images that could not be read.
         errors: why.
         resamples: the figure behind the interval for each draw of images; the same draws for every backbone.
@@ -140,7 +142,7 @@ def probe(
     cache: str | Path | None = None,
     on_progress: OnProgress = lambda _: None,
 ) -> ProbeResult:
-    """Train linear heads on a frozen backbone's tokens, and measure them.
+    """Train linear heads on a frozen backbone's tokens, or make one of the names of the classes, and measure them.
 
     Tokens are those of the last layer, after the final norm; images are run once. For each seed the head whose penalty
     is best on a part of the training images is measured: see `ProbeData.split`, and docs/probes.md for the method.
@@ -149,13 +151,14 @@ def probe(
         discoverer: the backbone, and how images are read; options of the search for objects do not matter.
         data: from `lostreg.load_probe_data`.
         tokens: what stands for an image in classification: ``cls``, ``mean`` (of the patches) or ``cls+mean``. Without
-            a CLS token it is ``mean``.
-        seeds: of the splits, one each.
+            a CLS token it is ``mean``. Zero-shot takes CLS.
+        seeds: of the splits, one each; zero-shot has none.
         cache: folder for the file with the tokens; None for the system's folder for temporary files.
-        on_progress: called after each image, each seed's head, and each image that is measured on.
+        on_progress: called after each class's text, each image, each seed's head, and each image that is measured on.
 
     Raises:
-        OptionError: if there are no such tokens, or no seed.
+        OptionError: if there are no such tokens, or no seed, or open_clip is not installed, which zero-shot needs.
+        BackboneError: of zero-shot, if the backbone has no text tower, or it cannot be had.
         DatasetError: if too few images can be read.
         LostregError: if tokens are not finite.
 
@@ -169,7 +172,11 @@ def probe(
     if tokens not in PROBE_TOKENS:
         raise OptionError(f"tokens must be one of {', '.join(PROBE_TOKENS)}, not {tokens!r}")
     seeds = check_seeds(seeds)
-    if data.task != "classification":
+    named: Head | None = None
+    if data.task == "zero-shot":
+        tokens, seeds = "cls", (0,)
+        named = text_head(discoverer.backbone, data.classes, on_progress)
+    elif data.task != "classification":
         tokens = "patches"
     elif not discoverer.backbone.spec.class_token:
         tokens = "mean"
@@ -180,8 +187,12 @@ def probe(
         raise LostregError(f"none of {len(data.images)} images could be read: {kept.errors[0]}")
     data.check(usable)
     splits = [data.split(seed, usable) for seed in seeds]
-    fitted = telling(_heads(kept, splits, task, outputs, discoverer.backbone), len(splits) + 1, on_progress, "heads")
-    heads = list(fitted)
+    if named is None:
+        fitted = _heads(kept, splits, task, outputs, discoverer.backbone)
+        heads = list(telling(fitted, len(splits) + 1, on_progress, "heads"))
+    else:
+        counts = torch.from_numpy(np.bincount(data.labels[usable], minlength=outputs)).to(named.bias)
+        heads = [named, dataclasses.replace(named, weight=torch.zeros_like(named.weight), bias=counts)]
     parts = [measuring for *_, measuring in (*splits, splits[0])]
     *measured, by_chance = _measure(kept, data, task, parts, heads, on_progress)
     every = np.ones(len(by_chance[0]))
@@ -202,7 +213,7 @@ def probe(
         chance=task.scale * float(_figure(by_chance, every)),
         images=(len(splits[0][0]), len(splits[0][1]), len(splits[0][2])),
         classes=_class_scores(data, measured) if data.task == "segmentation" else {},
-        penalties=tuple(head.penalty for head in heads[:-1]),
+        penalties=tuple(head.penalty for head in heads[:-1]) if named is None else (),
         left_out=tuple(missing),
         errors=tuple(kept.errors),
         resamples=tuple(drawn.tolist()),
@@ -302,6 +313,7 @@ def _measure_depth(
 
 _TASKS: Final = {
     "classification": _Task("top-1", 100, fit_softmax, softmax_loss, _measure_class),
+    "zero-shot": _Task("top-1", 100, fit_softmax, softmax_loss, _measure_class),
     "segmentation": _Task("mIoU", 100, fit_softmax, softmax_loss, _measure_mask),
     "depth": _Task("RMSE", 1, fit_ridge, squared_error, _measure_depth),
 }

@@ -128,14 +128,14 @@ def collect_tokens(
     Args:
         discoverer: how images are read, and the backbone.
         data: of the task.
-        kind: which tokens of the whole image stand for it in classification: ``cls``, ``mean`` or ``cls+mean``.
+        kind: which tokens of the whole image stand for it where it has a class: ``cls``, ``mean`` or ``cls+mean``.
         folder: of the files.
         on_progress: called after each image.
     """
     forward = Forward(discoverer.backbone, compiled=discoverer.options.compile)
     outcomes = discoverer.stream_of(TokensJob(forward)).outcomes(data.images)
     training = TokenFile(folder)
-    whole = data.task == "classification"
+    whole = not data.maps
     kept = Collected(training, training if whole else TokenFile(folder))
     trained = len(data.images) if data.held_out is None else int((~data.held_out).sum())
     for number, outcome in enumerate(telling(outcomes, len(data.images), on_progress, "features")):

@@ -28,6 +28,7 @@ _PACKAGES: Final = (
     "opencv-python-headless",
     "pillow",
     "pycocotools",
+    "open_clip_torch",
 )
 
 

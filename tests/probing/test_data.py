@@ -275,8 +275,10 @@ def test_what_is_laid_out_otherwise_is_refused_in_words(
     assert "\n" not in str(caught.value)
 
 
-def test_there_are_three_tasks(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="task must be one of classification, segmentation, depth, not 'detection'"):
+def test_a_task_must_be_one_of_four(tmp_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match="task must be one of classification, segmentation, depth, zero-shot, not 'detection'"
+    ):
         load_probe_data(tmp_path, "detection")
     with pytest.raises(OptionError, match="ignore must be an integer"):
         load_probe_data(write_masks(tmp_path), "segmentation", ignore=[-1])
