@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lostreg.models.backbone import Backbone, load_backbone
     from lostreg.models.features import patch_features
     from lostreg.models.registers import RegisterNeurons
+    from lostreg.training.train import Trained, TrainingOptions, train_registers
 
     __version__: str
 
@@ -47,6 +48,8 @@ __all__ = [
     "Options",
     "RegisterNeurons",
     "Study",
+    "Trained",
+    "TrainingOptions",
     "artifacts",
     "attention_maps",
     "calibrate",
@@ -57,6 +60,7 @@ __all__ = [
     "load_benchmark",
     "lost_boxes",
     "patch_features",
+    "train_registers",
 ]
 
 # Loaded when first asked for: PyTorch takes seconds to import, and `lostreg --help` does not need it.
@@ -81,6 +85,9 @@ _HOMES = {
     "keep_freed_memory": "images.allocator",
     "Options": "inference.options",
     "Study": "inference.study",
+    "Trained": "training.train",
+    "TrainingOptions": "training.train",
+    "train_registers": "training.train",
 }
 
 

@@ -54,6 +54,10 @@ class RegistersError(LostregError):
     """A registers file cannot be written or read, or there is nothing that test-time registers could take up."""
 
 
+class TrainingError(LostregError):
+    """Nothing can be trained on these images, or what a training keeps on a disk is damaged."""
+
+
 class ClusterError(LostregError):
     """Ray cannot be started or joined, or its workers do not last."""
 

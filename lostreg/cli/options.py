@@ -292,6 +292,23 @@ def _add_k_patches(group: Group) -> None:
     )
 
 
+def add_backbone(group: Group) -> None:
+    """The options that name a backbone, and where it runs."""
+    _add_backbone(group)
+    _add_device(group)
+
+
+def add_batch_size(group: Group, default: int) -> None:
+    """How many images of one size run together."""
+    group.add_argument(
+        "--batch-size", type=positive_int, default=default, metavar="N", help=f"images a step (default: {default})"
+    )
+
+
+def _add_device(group: Group) -> None:
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+
+
 def _add_running(group: Group, precision: defaults.Precision = "fp32") -> None:
     """The options that say how the backbone runs."""
     add_device(group, precision)
@@ -331,7 +348,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 def add_device(group: Group, precision: defaults.Precision = "fp32") -> None:
     """Where the backbone runs, and in what precision."""
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    _add_device(group)
     group.add_argument(
         "--precision",
         choices=defaults.PRECISIONS,
