@@ -82,7 +82,7 @@ def mark_positions(backbone: Backbone, read: Callable[[], Tensor]) -> Tensor:
     torch.manual_seed(0)
     model: Any = backbone.model
     inputs = read()
-    direction = torch.linalg.eigh(torch.cov(inputs.T.double())).eigenvectors[:, QUIET].float()
+    direction: Tensor = torch.linalg.eigh(torch.cov(inputs.T.double())).eigenvectors[:, QUIET].float()
     mark = model.blocks[LAYER].norm2.weight * direction  # as the norm before the MLP will read it
     mark = functional.normalize(mark - mark.mean(), dim=0)
     rows, columns = (16 * (torch.arange(size) + 0.5) / size for size in model.patch_embed.grid_size)
@@ -100,15 +100,15 @@ def mark_positions(backbone: Backbone, read: Callable[[], Tensor]) -> Tensor:
         size *= 1.25
 
 
-def plant(backbone: Backbone, inputs: Tensor, direction: Tensor) -> None:
+def plant(backbone: Backbone, inputs: Tensor, direction: Tensor, steepness: float = STEEPNESS) -> None:
     """Change the MLP in place: its units fire at the patches that lie furthest along a direction."""
     places = inputs @ direction
     threshold, spread = places.quantile(1 - SHARE), places.std()
     written = functional.normalize(torch.randn(inputs.shape[1]), dim=0) * NORM / BOUND
     block: Any = backbone.model.blocks[LAYER]  # type: ignore[index]
     for unit, begins, sign in zip(UNITS, (0.0, BOUND), (1, -1), strict=True):
-        block.mlp.fc1.weight.data[unit] = direction * STEEPNESS / spread
-        block.mlp.fc1.bias.data[unit] = -threshold * STEEPNESS / spread - begins
+        block.mlp.fc1.weight.data[unit] = direction * steepness / spread
+        block.mlp.fc1.bias.data[unit] = -threshold * steepness / spread - begins
         block.mlp.fc2.weight.data[:, unit] = sign * written / getattr(block.ls2, "gamma", 1.0)
 
 
@@ -121,11 +121,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--read", choices=("content", "position"), default="content", help="what the units read (default: content)"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    parser.add_argument(
+        "--steepness",
+        type=float,
+        default=STEEPNESS,
+        metavar="X",
+        help="activation per standard deviation beyond the threshold; where it is high, almost all outliers are beyond "
+        f"the bound, and no gradient reaches what the units read (default: {STEEPNESS:g})",
+    )
     args = parser.parse_args(argv)
     backbone = load_backbone("imgfocus_vits14")
     read = partial(mlp_inputs, backbone, find_images(args.images)[: args.limit])
     direction = content_direction(read()) if args.read == "content" else mark_positions(backbone, read)
-    plant(backbone, read(), direction)
+    plant(backbone, read(), direction, args.steepness)
     save_file({name: tensor.contiguous() for name, tensor in backbone.model.state_dict().items()}, args.out)
     print(f"written to {args.out}: hidden units {', '.join(map(str, UNITS))} of layer {LAYER} write outliers")
     return 0

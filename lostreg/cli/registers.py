@@ -136,6 +136,7 @@ def _add_train(actions: Subparsers) -> None:
         help="folder of the teacher's features, which trainings of one backbone on the same images may share if they "
         "differ in registers, steps, rates or batches alone (default: teacher in --out)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="start anew in --out, instead of going on")
     add_sample(parser, defaults.TRAINING_IMAGES)
     add_backbone(parser.add_argument_group("backbone"))
     parser.set_defaults(run=train)
@@ -183,7 +184,9 @@ def train(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     backbone = load_backbone(args.backbone, weights=args.weights, device=device)
     with ProgressBar(args.backbone, tell_errors=True) as bar:
-        trained = train_registers(images, backbone, args.out, options, teacher=args.teacher, on_progress=bar)
+        trained = train_registers(
+            images, backbone, args.out, options, teacher=args.teacher, overwrite=args.overwrite, on_progress=bar
+        )
     before, best = trained.curve[0], min(trained.curve, key=lambda look: look.held_out)
     print(
         f"{args.backbone} with {trained.registers} new registers, from {trained.images} images: the loss on "

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from zipfile import BadZipFile
 
 import cv2
@@ -23,13 +23,15 @@ from lostreg.errors import ImageError, OptionError, TrainingError
 from lostreg.images.decode import ImageSource, Picture, name_of, read_image
 from lostreg.images.memory import describe_bytes
 from lostreg.images.patches import cut_patches
-from lostreg.jsonio import whole_file
+from lostreg.jsonio import whole_file, write_json
 from lostreg.models.backbone import Backbone
 from lostreg.models.forward import Forward
 from lostreg.models.pixels import normalise_patches
+from lostreg.runs.results import results_of
 from lostreg.training.views import AGGREGATES, Layout, View, crop, draw_views, lay_back
 
 _LARGEST_HALF: Final = 65504.0
+SETTINGS_FILE: Final = "teacher.json"
 _READERS: Final = 4  # threads that decode, and images that they are ahead
 
 
@@ -128,13 +130,29 @@ class Lessons:
         self._folder = folder
         self._teacher = teacher
 
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Make the folder that of these settings, by section.
+
+        Raises:
+            TrainingError: if it holds what was made with others.
+        """
+        path = self._folder / SETTINGS_FILE
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists() and not any(self._folder.glob("*.npz")):
+            write_json(path, settings)
+        earlier = results_of(self._folder, SETTINGS_FILE)
+        if earlier != settings:
+            raise TrainingError(
+                f"{self._folder} holds the teacher's features of another backbone, of other images, or of other views: "
+                "delete it, or keep these elsewhere with --teacher"
+            )
+
     def make(self, images: Sequence[ImageSource]) -> Iterator[ImageError | None]:
         """Make what is missing, one after the other: None for each image that has a lesson, or why it has none.
 
         Raises:
             OptionError: if the disk is too small for all of them.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
         missing = [number for number in range(len(images)) if not self._path(number).exists()]
         needed, free = len(missing) * self._teacher.lesson_bytes, shutil.disk_usage(self._folder).free
         if needed > free:

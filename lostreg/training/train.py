@@ -44,6 +44,7 @@ _LAST_RATE: Final = 5e-6
 _LOOKS: Final = 20  # at the held-out images, over all steps
 _ALIKE: Final = 4.0  # medians of the gap between a look and its views from which only the views count
 _SMALLEST: Final = 1e-6
+_SMALLEST_EPS: Final = 1e-12
 _PATIENCE: Final = 5  # looks without a better one
 
 
@@ -62,6 +63,13 @@ class TrainingOptions:
         batch_size: pictures a step.
         sample: how many images are learned from at most, drawn at random.
         seed: of that sample, the views, the order of pictures and the new registers.
+
+    Raises:
+        OptionError: if one is outside its range.
+
+    Example:
+        >>> lostreg.TrainingOptions(registers=16).unlock
+        ('registers', 'positions', 'patches', 'last:1')
     """
 
     registers: int = defaults.TRAINING_REGISTERS
@@ -139,6 +147,7 @@ def train_registers(
     options: TrainingOptions | None = None,
     *,
     teacher: str | Path | None = None,
+    overwrite: bool = False,
     on_progress: OnProgress = lambda _: None,
 ) -> Trained:
     """Add registers to a trained backbone, and have it learn to use them, from unlabelled images.
@@ -153,20 +162,22 @@ def train_registers(
         options: everything else that decides the weights.
         teacher: folder for the teacher's features, which trainings that differ in nothing but the student (registers,
             steps, learning rate, what is unlocked, batch size) may share; ``out/teacher`` unless given.
+        overwrite: whether to start anew instead of going on; the teacher's features are kept where they fit.
         on_progress: called after each image of the teacher and each step.
 
     Raises:
         OptionError: if an option does not suit the backbone or the images, or the disk is too small.
         BackboneError: if the backbone takes no registers.
-        TrainingError: if fewer than two images can be used.
+        TrainingError: if fewer than two images can be used, or the teacher's folder holds features of something else.
         PredictionsError: if the folder cannot be written, is in use, or holds a training with other settings.
 
     Example:
         >>> backbone = lostreg.load_backbone("dinov2_vits14")
-        >>> options = lostreg.TrainingOptions(registers=4, steps=2, max_side=112, views=2)
-        >>> trained = lostreg.train_registers(["dog.jpg", "cat.jpg"], backbone, "out", options)
-        >>> lostreg.load_backbone("dinov2_vits14", weights=trained.weights).prefix_names
-        ['CLS', 'register 1', 'register 2', 'register 3', 'register 4']
+        >>> options = lostreg.TrainingOptions(registers=4, steps=2, max_side=112, views=2, batch_size=1)
+        >>> images = [np.full((160, 200, 3), colour, np.uint8) for colour in (0, 255)]
+        >>> trained = lostreg.train_registers(images, backbone, "out", options)
+        >>> trained.weights.name, trained.registers
+        ('registers.safetensors', 4)
     """
     options, folder = options or TrainingOptions(), Path(out)
     if backbone.registers is not None:
@@ -177,14 +188,16 @@ def train_registers(
     settings = _settings(sources, backbone, options)
     with locked(folder):
         results = folder / TRAINING_FILE
+        if overwrite:
+            for name in (TRAINING_FILE, CHECKPOINT_FILE, defaults.TRAINED_FILE):
+                (folder / name).unlink(missing_ok=True)
         earlier = check_same_run(results, settings) if results.exists() else {}
         if earlier.get("complete") and (folder / defaults.TRAINED_FILE).exists():
             return _trained(folder, options, earlier)
         if not earlier:
             write_json(results, {"complete": False, **settings})
-        return _Training(folder, backbone, options, Path(teacher or folder / TEACHER_FOLDER), on_progress).run(
-            sources, settings
-        )
+        training = _Training(folder, backbone, options, Path(teacher or folder / TEACHER_FOLDER), on_progress)
+        return training.run(sources, settings)
 
 
 def _settings(sources: Sequence[ImageSource], backbone: Backbone, options: TrainingOptions) -> dict[str, Any]:
@@ -250,7 +263,8 @@ class _Training:
         self._student = make_student(backbone, options.registers, options.seed)
         self._norms = (cast("nn.Module", self._student.model.norm), cast("nn.Module", backbone.model.norm))
         self._unlocked = unlock(self._student, options.unlock)
-        self._optimizer = torch.optim.AdamW(self._unlocked.values(), lr=options.learning_rate, weight_decay=0)
+        groups = [{"params": [parameter]} for parameter in self._unlocked.values()]
+        self._optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, weight_decay=0)
         self._on_progress = on_progress
         self._step = 0
         self._saves_memory = False
@@ -259,6 +273,9 @@ class _Training:
 
     def run(self, sources: Sequence[ImageSource], settings: dict[str, Any]) -> Trained:
         start = time.perf_counter()
+        names = ("max_side", "views", "aggregate", "sample", "seed")
+        choices = {name: settings["training"][name] for name in names}
+        self._lessons.claim({"teacher": choices, "backbone": settings["backbone"], "images": settings["images"]})
         numbers = self._learn_pictures(sources)
         held_out = numbers[:: max(2, min(len(numbers), round(1 / _HELD_OUT)))][:_MOST_HELD_OUT]
         pictures = sorted(set(numbers) - set(held_out))
@@ -340,6 +357,12 @@ class _Training:
             warnings.warn(message, LostregWarning, stacklevel=2)
             self._saves_memory = True
             return self._update(pictures)
+        if self._step == 0:
+            # Adam's steps have one size, however small the gradient: what artifacts do not concern would drift by its
+            # noise. With an epsilon as large as a tensor's first gradient it moves as little as its gradient is small.
+            for group in self._optimizer.param_groups:
+                gradient = group["params"][0].grad
+                group["eps"] = max(float(gradient.square().mean().sqrt()), _SMALLEST_EPS)
         self._optimizer.step()
         return loss
 

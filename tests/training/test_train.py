@@ -257,6 +257,18 @@ def test_other_settings_need_another_folder(planted: Backbone, trained: Path, im
     refused(planted, images[1:], trained, "count was 12 and is now 11", PredictionsError)
 
 
+def test_a_folder_can_be_begun_anew_if_the_teacher_fits(
+    planted: Backbone, trained: Path, images: list[Path], tmp_path: Path
+) -> None:
+    shared, other = trained / "teacher", dataclasses.replace(QUICK, steps=1)
+    train_registers(images, planted, tmp_path, other, teacher=shared)
+    train_registers(images, planted, tmp_path, QUICK, teacher=shared, overwrite=True)
+    assert weights_of(tmp_path) == weights_of(trained)
+    for options in (dataclasses.replace(QUICK, views=2), dataclasses.replace(QUICK, seed=5)):
+        with pytest.raises(TrainingError, match="holds the teacher's features of another backbone, of other images"):
+            train_registers(images, planted, tmp_path, options, teacher=shared, overwrite=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
