@@ -98,8 +98,8 @@ def measure(
     for number, path in enumerate(tqdm(paths, unit="img")):
         pixels = square(read_image(path).pixels, layout.pixels, path.name)
         patches = torch.from_numpy(cut_patches(Picture(pixels, layout.pixels, layout.pixels), layout.patch).patches)
-        windows = pixels_of(patches, [layout.middle], layout, planted)
-        looks = {name: teacher.look(windows)[0] for name, teacher in teachers.items()}
+        windows = pixels_of(patches, [layout.middle], layout.shape, planted)
+        looks = {name: teacher.look(windows, layout.shape)[0] for name, teacher in teachers.items()}
         for name, tokens in looks.items():
             shares.setdefault(name, []).append(float((tokens.norm(dim=1) > OUTLIER).float().mean()))
         outlier, reference = looks["planted"].norm(dim=1) > OUTLIER, norm(looks["before"])
@@ -108,7 +108,9 @@ def measure(
             nearness.add(name, tokens, reference, outlier)
         views = draw_views(layout, VIEWS[-1], np.random.default_rng(number))
         seen = {
-            name: lay_back(teachers[name].look(pixels_of(patches, views, layout, planted)), views, layout)
+            name: lay_back(
+                teachers[name].look(pixels_of(patches, views, layout.shape, planted), layout.shape), views, layout
+            )
             for name in ("planted", "before")
         }
         for count in VIEWS:
@@ -128,7 +130,7 @@ def measure(
 
 
 def _middle(tokens: Tensor, layout: Layout) -> Tensor:
-    return crop(tokens.view(layout.picture, layout.picture, -1), layout.middle, layout).flatten(0, 1)
+    return crop(tokens.view(layout.picture, layout.picture, -1), layout.middle, layout.shape).flatten(0, 1)
 
 
 if __name__ == "__main__":

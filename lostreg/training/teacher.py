@@ -25,7 +25,7 @@ from lostreg.images.memory import describe_bytes
 from lostreg.images.patches import cut_patches
 from lostreg.jsonio import whole_file, write_json
 from lostreg.models.backbone import Backbone
-from lostreg.models.forward import Forward
+from lostreg.models.forward import Forward, Grid
 from lostreg.models.pixels import normalise_patches
 from lostreg.runs.results import results_of
 from lostreg.training.views import AGGREGATES, Layout, View, crop, draw_views, lay_back
@@ -64,13 +64,14 @@ def square(pixels: NDArray[np.uint8], side: int, name: str) -> NDArray[np.uint8]
     return np.ascontiguousarray(scaled[top : top + side, left : left + side], dtype=np.uint8)
 
 
-def pixels_of(patches: Tensor, views: Sequence[View], layout: Layout, backbone: Backbone) -> Tensor:
-    """What a model is fed of views of a picture: normalised pixels, (views, window * window, patch * patch * 3)."""
-    windows = [crop(patches, view, layout) for view in views]
+def pixels_of(patches: Tensor, views: Sequence[View], shape: Grid, backbone: Backbone) -> Tensor:
+    """What a model is fed of views of a picture: normalised pixels, (views, rows * columns, patch * patch * 3)."""
+    windows = [crop(patches, view, shape) for view in views]
     straight = torch.stack(
         [window.flip(3) if view.mirrored else window for window, view in zip(windows, views, strict=True)]
     )
-    size = (layout.window * layout.patch,) * 2
+    patch = backbone.spec.patch_size
+    size = (shape[0] * patch, shape[1] * patch)
     return normalise_patches(straight.contiguous(), [size] * len(views), backbone.mean, backbone.std)
 
 
@@ -100,9 +101,9 @@ class Teacher:
         width: int = self._backbone.model.embed_dim  # type: ignore[assignment]
         return self.layout.picture**2 * (3 * self.layout.patch**2 + 2 * width)
 
-    def look(self, pixels: Tensor) -> Tensor:
+    def look(self, pixels: Tensor, shape: Grid) -> Tensor:
         """Patch features before the final norm of windows as `pixels_of` gives them: (windows, N, D), float32."""
-        walk = self._forward.start([pixels], [(self.layout.window,) * 2] * len(pixels))
+        walk = self._forward.start([pixels], [shape] * len(pixels))
         while walk.layer < self._backbone.depth:
             self._forward.advance(walk)
         return walk.patches().view(*pixels.shape[:2], -1)
@@ -112,7 +113,7 @@ class Teacher:
         views = draw_views(self.layout, self._views, np.random.default_rng([self._seed, number]))
         patches = cut_patches(Picture(pixels, *pixels.shape[1::-1]), self.layout.patch).patches
         on_device = torch.from_numpy(patches).to(self._backbone.device)
-        features = self.look(pixels_of(on_device, views, self.layout, self._backbone))
+        features = self.look(pixels_of(on_device, views, self.layout.shape, self._backbone), self.layout.shape)
         agreed = self._aggregate(lay_back(features, views, self.layout)).clamp(-_LARGEST_HALF, _LARGEST_HALF)
         half = agreed.half().view(self.layout.picture, self.layout.picture, -1)
         return Lesson(patches, half.cpu().numpy())

@@ -27,6 +27,7 @@ from lostreg.inference.stream import draw_sample
 from lostreg.jsonio import whole_file, write_json
 from lostreg.models.backbone import Backbone
 from lostreg.models.checkpoints import save_with_registers
+from lostreg.models.forward import Grid
 from lostreg.progress import OnProgress, Progress, telling
 from lostreg.runs.folder import locked
 from lostreg.runs.results import check_same_run, describe_device, run_facts
@@ -45,6 +46,7 @@ _LOOKS: Final = 20  # at the held-out images, over all steps
 _ALIKE: Final = 4.0  # medians of the gap between a look and its views from which only the views count
 _SMALLEST: Final = 1e-6
 _SMALLEST_EPS: Final = 1e-12
+_NARROWEST: Final = 0.6  # shorter side of what the student sees over the longer one
 _PATIENCE: Final = 5  # looks without a better one
 
 
@@ -338,11 +340,12 @@ class _Training:
         generator = np.random.default_rng([self._options.seed, 1, self._step])
         places = range(self._step * size, (self._step + 1) * size)
         chosen = [pictures[self._order(place // count, count)[place % count]] for place in places]
-        views = [self._draw_view(generator) for _ in chosen]
+        shape = self._draw_shape(generator)
+        views = [self._draw_view(shape, generator) for _ in chosen]
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate(self._step)
         try:
-            loss = self._backward(chosen, views)
+            loss = self._backward(chosen, views, shape)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -366,15 +369,21 @@ class _Training:
         self._optimizer.step()
         return loss
 
-    def _backward(self, numbers: Sequence[int], views: Sequence[View]) -> float:
+    def _backward(self, numbers: Sequence[int], views: Sequence[View], shape: Grid) -> float:
         self._optimizer.zero_grad()
-        cosine, square = self._losses(numbers, views)
+        cosine, square = self._losses(numbers, views, shape)
         loss = cosine + square
         torch.autograd.backward(loss)
         return float(loss.detach())
 
-    def _draw_view(self, generator: np.random.Generator) -> View:
-        row, column = generator.integers(2 * self._layout.margin + 1, size=2).tolist()
+    def _draw_shape(self, generator: np.random.Generator) -> Grid:
+        """A grid as photos have them, so that positions are learned on all of them: one side is a window's."""
+        window = self._layout.window
+        other = int(generator.integers(math.ceil(_NARROWEST * window), window, endpoint=True))
+        return (window, other) if generator.integers(2) else (other, window)
+
+    def _draw_view(self, shape: Grid, generator: np.random.Generator) -> View:
+        row, column = (int(generator.integers(self._layout.picture - side, endpoint=True)) for side in shape)
         return View(row, column, bool(generator.integers(2)))
 
     def _order(self, epoch: int, count: int) -> list[int]:
@@ -390,26 +399,26 @@ class _Training:
         lowest = min(_LAST_RATE, highest)
         return lowest + (highest - lowest) * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
 
-    def _losses(self, numbers: Sequence[int], views: Sequence[View]) -> tuple[Tensor, Tensor]:
+    def _losses(self, numbers: Sequence[int], views: Sequence[View], shape: Grid) -> tuple[Tensor, Tensor]:
         device = self._student.device
         pixels, agreed = [], []
         for number, view in zip(numbers, views, strict=True):
             lesson = self._lessons[number]
             patches = torch.from_numpy(lesson.patches).to(device)
-            pixels.append(pixels_of(patches, [view], self._layout, self._backbone))
-            agreed.append(crop(torch.from_numpy(lesson.features), view, self._layout).flatten(0, 1).to(device))
+            pixels.append(pixels_of(patches, [view], shape, self._backbone))
+            agreed.append(crop(torch.from_numpy(lesson.features), view, shape).flatten(0, 1).to(device))
         together = torch.cat(pixels)
-        own = self._teacher.look(together)
-        images = self._as_images(together)
+        own = self._teacher.look(together, shape)
+        images = self._as_images(together, shape)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             tokens = patch_tokens(self._student, images, save_memory=self._saves_memory)
         return losses(tokens, own, torch.stack(agreed), self._norms)
 
-    def _as_images(self, pixels: Tensor) -> Tensor:
-        """(B, window * window, patch * patch * 3) to (B, 3, H, W)."""
-        window, patch = self._layout.window, self._layout.patch
-        cut = pixels.view(len(pixels), window, window, patch, patch, 3)
-        return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(pixels), 3, window * patch, window * patch)
+    def _as_images(self, pixels: Tensor, shape: Grid) -> Tensor:
+        """(B, rows * columns, patch * patch * 3) to (B, 3, H, W)."""
+        (rows, columns), patch = shape, self._layout.patch
+        cut = pixels.view(len(pixels), rows, columns, patch, patch, 3)
+        return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(pixels), 3, rows * patch, columns * patch)
 
     @torch.no_grad()
     def _look(self, held_out: Sequence[int], recent: Sequence[float]) -> None:
@@ -417,7 +426,8 @@ class _Training:
         size, sums = self._options.batch_size, np.zeros(2)
         for start in range(0, len(held_out), size):
             batch = held_out[start : start + size]
-            sums += [len(batch) * float(part) for part in self._losses(batch, [self._layout.middle] * len(batch))]
+            middle = [self._layout.middle] * len(batch)
+            sums += [len(batch) * float(part) for part in self._losses(batch, middle, self._layout.shape)]
         cosine, square = (sums / len(held_out)).tolist()
         if not math.isfinite(cosine + square):
             raise TrainingError("the loss is not finite: the weights are broken, or the learning rate is far too high")

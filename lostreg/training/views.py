@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lostreg.errors import OptionError
+from lostreg.models.forward import Grid
 from lostreg.models.table import ReadOnly
 
 SHIFT: Final = 0.15  # of a window's side, in each direction
@@ -64,6 +65,11 @@ class Layout:
         return self.window + 2 * self.margin
 
     @property
+    def shape(self) -> Grid:
+        """Rows and columns of a window."""
+        return self.window, self.window
+
+    @property
     def pixels(self) -> int:
         """Side of a picture in pixels."""
         return self.picture * self.patch
@@ -96,12 +102,12 @@ def draw_views(layout: Layout, count: int, generator: np.random.Generator) -> li
     return [layout.middle, *(every[place] for place in chosen)]
 
 
-def crop(picture: Tensor, view: View, layout: Layout) -> Tensor:
-    """What a view shows of a picture: (rows, columns, ...) to (window, window, ...), of patches or of their features.
+def crop(picture: Tensor, view: View, shape: Grid) -> Tensor:
+    """What a view shows of a picture: (rows, columns, ...) to (*shape, ...), of patches or of their features.
 
     The numbers of a patch stay as they are: mirroring pixels within patches is up to the caller.
     """
-    window = picture[view.row : view.row + layout.window, view.column : view.column + layout.window]
+    window = picture[view.row : view.row + shape[0], view.column : view.column + shape[1]]
     return window.flip(1) if view.mirrored else window
 
 

@@ -200,7 +200,7 @@ def test_teacher_and_discoverer_see_the_same_tokens() -> None:
     pixels = square(scene(3, 190, 150), layout.pixels, "scene")
     teacher = Teacher(small(), layout, 1, "mean", 0)
     patches = torch.from_numpy(teacher.teach(pixels, 0).patches)
-    seen = teacher.look(pixels_of(patches, [layout.middle], layout, small()))
+    seen = teacher.look(pixels_of(patches, [layout.middle], layout.shape, small()), layout.shape)
     edge = layout.margin * layout.patch
     window = pixels[edge:-edge, edge:-edge]
     mean, std = (np.array(values, np.float32) for values in (small().mean, small().std))

@@ -40,7 +40,7 @@ def test_what_views_agree_on_is_what_they_were_cut_from(name: str, count: int, s
     generator = np.random.default_rng(seed)
     truth = torch.from_numpy(generator.normal(size=(9, 9, 5))).float()
     views = draw_views(LAYOUT, count, generator)
-    laid = lay_back(torch.stack([crop(truth, view, LAYOUT).flatten(0, 1) for view in views]), views, LAYOUT)
+    laid = lay_back(torch.stack([crop(truth, view, LAYOUT.shape).flatten(0, 1) for view in views]), views, LAYOUT)
     agreed = AGGREGATES[name](laid).view(9, 9, 5)
     seen = torch.zeros(9, 9, dtype=torch.bool)
     for view in views:
@@ -53,10 +53,10 @@ def test_what_views_agree_on_is_what_they_were_cut_from(name: str, count: int, s
 def test_what_stays_with_a_position_is_taken_out(name: str, tolerance: float) -> None:
     truth = torch.from_numpy(np.random.default_rng(0).normal(size=(9, 9, 5))).float()
     views = draw_views(LAYOUT, 9, np.random.default_rng(1))
-    windows = torch.stack([crop(truth, view, LAYOUT).flatten(0, 1).clone() for view in views])
+    windows = torch.stack([crop(truth, view, LAYOUT.shape).flatten(0, 1).clone() for view in views])
     windows[:, 24] += 4  # the patch in the middle of every window
     agreed = AGGREGATES[name](lay_back(windows, views, LAYOUT)).view(9, 9, 5)
-    error = (crop(agreed, LAYOUT.middle, LAYOUT) - crop(truth, LAYOUT.middle, LAYOUT)).abs()
+    error = (crop(agreed, LAYOUT.middle, LAYOUT.shape) - crop(truth, LAYOUT.middle, LAYOUT.shape)).abs()
     assert error[3, 3].max() <= tolerance + 1e-5  # seen nine times, at the artifact's place once or, mirrored, twice
 
 
