@@ -106,14 +106,15 @@ def measure(
         for name in ("planted", *trained):
             tokens = (planted if name == "planted" else trained[name]).model.norm(looks[name])  # type: ignore[operator]
             nearness.add(name, tokens, reference, outlier)
-        views = draw_views(layout, VIEWS[-1], np.random.default_rng(number))
+        counts = [count for count in VIEWS if count <= layout.shifts]
+        views = draw_views(layout, counts[-1], np.random.default_rng(number))
         seen = {
             name: lay_back(
                 teachers[name].look(pixels_of(patches, views, layout.shape, planted), layout.shape), views, layout
             )
             for name in ("planted", "before")
         }
-        for count in VIEWS:
+        for count in counts:
             for name, aggregate in AGGREGATES.items():
                 nearness.add(
                     f"{count} views, {name}",

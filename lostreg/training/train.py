@@ -71,7 +71,7 @@ class TrainingOptions:
 
     Example:
         >>> lostreg.TrainingOptions(registers=16).unlock
-        ('registers', 'positions', 'patches', 'last:1')
+        ('registers', 'positions')
     """
 
     registers: int = defaults.TRAINING_REGISTERS
