@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lostreg.models.registers import RegisterNeurons
     from lostreg.probing.data import load_probe_data
     from lostreg.probing.probe import probe
+    from lostreg.training.train import Trained, TrainingOptions, train_registers
 
     __version__: str
 
@@ -49,6 +50,8 @@ __all__ = [
     "Options",
     "RegisterNeurons",
     "Study",
+    "Trained",
+    "TrainingOptions",
     "artifacts",
     "attention_maps",
     "calibrate",
@@ -61,6 +64,7 @@ __all__ = [
     "lost_boxes",
     "patch_features",
     "probe",
+    "train_registers",
 ]
 
 # Loaded when first asked for: PyTorch takes seconds to import, and `lostreg --help` does not need it.
@@ -87,6 +91,9 @@ _HOMES = {
     "load_probe_data": "probing.data",
     "probe": "probing.probe",
     "Study": "inference.study",
+    "Trained": "training.train",
+    "TrainingOptions": "training.train",
+    "train_registers": "training.train",
 }
 
 

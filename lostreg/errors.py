@@ -58,6 +58,10 @@ class RecipeError(LostregError):
     """A recipe is unknown, cannot be read, or says what no command takes."""
 
 
+class TrainingError(LostregError):
+    """Nothing can be trained on these images, or what a training keeps on a disk is damaged."""
+
+
 class ClusterError(LostregError):
     """Ray cannot be started or joined, or its workers do not last."""
 

@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -424,16 +424,22 @@ def probe_tables(results: Path) -> str:
 
 def cli_reference() -> str:
     """Every command with its options, from the parser itself; independent of Python's own help layout."""
-    parser = build_parser()
-    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     parts = ["# Command line\n\nGenerated from the program by `make docs`; `lostreg COMMAND --help` says the same.\n"]
-    for name, command in commands.choices.items():
+    for name, command in _commands(build_parser()):
         parts.append(f"\n## `lostreg {name}`\n\n{command.description}\n")
         for group in command._action_groups:
             lines = [_describe(action) for action in group._group_actions if action.dest != "help"]
             if lines:
                 parts.append(f"\n{(group.title or '').capitalize()}:\n\n" + "".join(lines))
     return "".join(parts)
+
+
+def _commands(parser: argparse.ArgumentParser, before: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Every command that takes arguments of its own, by its whole name: of one that has actions, each of these."""
+    for choices in (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)):
+        for name, command in choices.items():
+            actions = list(_commands(command, f"{before}{name} "))
+            yield from actions or [(f"{before}{name}", command)]
 
 
 def _describe(action: argparse.Action) -> str:

@@ -35,7 +35,7 @@ PUBLIC = [
     spreadsheet_text,
     Unused,
 ]
-MADE_BY_OTHERS = {"AttentionMaps", "Backbone", "BackboneSpec", "LostResult", "Measurement"}
+MADE_BY_OTHERS = {"AttentionMaps", "Backbone", "BackboneSpec", "LostResult", "Measurement", "Trained"}
 EXPLAINED = [thing for thing in PUBLIC if callable(thing) and thing.__name__ not in MADE_BY_OTHERS]
 
 

@@ -15,6 +15,7 @@ FLOORS = (
     ("demo",),
     ("gallery",),
     ("exports",),
+    ("training",),
     ("runs",),
     ("probing",),
     ("artifacts",),
@@ -107,7 +108,9 @@ def test_methods_and_metrics_know_nothing_of_files(sources: dict[str, str]) -> N
             assert named.isdisjoint({"pathlib", "os", "json"}), name
 
 
-@pytest.mark.parametrize("name", ["lostreg.models", "lostreg.images", "lostreg.runs", "lostreg.methods"])
+@pytest.mark.parametrize(
+    "name", ["lostreg.models", "lostreg.images", "lostreg.runs", "lostreg.methods", "lostreg.training"]
+)
 def test_a_package_that_is_a_folder_alone_runs_nothing(sources: dict[str, str], name: str) -> None:
     assert sources[name] == ""
 

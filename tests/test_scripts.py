@@ -289,6 +289,20 @@ def test_outliers_are_planted_where_they_are_found(
         assert set((after[name] != before[name]).nonzero()[:, axis].tolist()) == set(module.UNITS)
 
 
+def test_what_views_and_training_come_to_is_measured(script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    photo, planted, out = tmp_path / "photo.png", tmp_path / "planted.safetensors", tmp_path / "near.json"
+    Image.fromarray(disc_picture(140, 130)).save(photo)
+    assert script("plant_outliers").main(["--images", str(photo), "--read", "position", "--out", str(planted)]) == 0
+    options = ["--images", str(photo), "--max-side", "98", "--planted", str(planted), "--trained", str(planted)]
+    assert script("trained_registers").main([*options, "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert (found["images"], found["side"]) == (1, 98)
+    assert found["outliers"]["before"] == 0 < found["outliers"]["planted"]
+    near = found["cosine"]
+    assert near[f"{tmp_path.name}/planted.safetensors"] == near["planted"]
+    assert near["10 views, median"]["planted"] > near["planted"]["planted"]
+
+
 def token_norms_of(photos: list[Path], discoverer: Discoverer) -> np.ndarray:
     def look(forward: Forward, pixels: list[torch.Tensor], grids: Sequence[tuple[int, int]]) -> list[np.ndarray]:
         return [found.output for found in token_norms(forward, pixels, grids)]

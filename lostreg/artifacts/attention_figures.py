@@ -56,6 +56,23 @@ def plot_attention(pixels: NDArray[np.uint8], rows: Sequence[AttentionRow]) -> F
     return figure
 
 
+def compare_attention(pictures: Sequence[NDArray[np.uint8]], columns: Sequence[Sequence[AttentionRow]]) -> Figure:
+    """What the first prefix token, CLS where there is one, attends to: a row an image, a column a backbone.
+
+    Args:
+        pictures: the images as the backbones saw them, RGB (h, w, 3), uint8.
+        columns: of each backbone its maps of each image; at least one.
+    """
+    figure, axes = _grid(len(pictures), 1 + len(columns), pictures[0])
+    for line, pixels, rows in zip(axes, pictures, zip(*columns, strict=True), strict=True):
+        line[0].imshow(pixels)
+        for panel, row in zip(line[1:], rows, strict=True):
+            _draw(panel, row.maps.mean[0], row.patch_size, pixels)
+    for panel, title in zip(axes[0], ["image", *(rows[0].title for rows in columns)], strict=True):
+        panel.set_title(title, fontsize=7)
+    return figure
+
+
 def plot_heads(pixels: NDArray[np.uint8], row: AttentionRow) -> Figure:
     """The same for each head: a row a token, a column a head."""
     heads = row.maps.heads

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lostreg.artifacts import figures
+from lostreg.artifacts.ablation import Variant, registers_figure
 from lostreg.artifacts.measurement import CELLS, Measurement
 from lostreg.artifacts.outliers import NormTally
 from lostreg.artifacts.probes import ClassProbe, PixelProbe, PositionProbe, Skipped, Spread
@@ -21,6 +22,7 @@ from lostreg.templates import TEMPLATES
 FORMAT: Final = "lostreg artifacts 1"
 PAGE: Final = "artifacts.html"
 NUMBERS: Final = "artifacts.json"
+FIGURE: Final = "registers.pdf"  # of an ablation
 _QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 _DPI: Final = 130
 
@@ -35,13 +37,22 @@ _FIGURES: Final[dict[str, Callable[[Sequence[Measurement]], Figure]]] = {
 }
 
 
-def write_report(out: Path, found: Sequence[Measurement], settings: dict[str, Any]) -> list[Path]:
+def write_report(
+    out: Path,
+    found: Sequence[Measurement],
+    settings: dict[str, Any],
+    *,
+    variants: Sequence[Variant] = (),
+    attention: Sequence[Figure] = (),
+) -> list[Path]:
     """Write the report on one or several backbones.
 
     Args:
         out: the folder; made if need be. Files of an earlier report in it are replaced.
         found: what was measured, at least one.
         settings: how: recorded, and shown at the end of the page.
+        variants: of an ablation of registers, whose figure comes first, as PDF, too.
+        attention: pictures of attention maps, which come after it.
 
     Returns:
         The files: page, numbers, pictures.
@@ -56,9 +67,16 @@ def write_report(out: Path, found: Sequence[Measurement], settings: dict[str, An
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / NUMBERS, {"format": FORMAT, **settings, "backbones": [as_numbers(one) for one in found]})
+        ablation = {"registers": [one.numbers() for one in variants]} if variants else {}
+        numbers = {"format": FORMAT, **settings, **ablation, "backbones": [as_numbers(one) for one in found]}
+        write_json(out / NUMBERS, numbers)
         pictures = {name: _png(figure) for name, figure in _pictures(found)}
-        for stale in out.glob("examples-*.png"):
+        pictures |= {f"attention-{number}": _png(figure) for number, figure in enumerate(attention, start=1)}
+        if variants:
+            figure = registers_figure(variants)
+            pictures["registers"] = _png(figure)
+            figure.savefig(out / FIGURE, format="pdf")
+        for stale in (*out.glob("examples-*.png"), *out.glob("attention-*.png")):
             stale.unlink()
         for name, data in pictures.items():
             (out / f"{name}.png").write_bytes(data)
@@ -69,11 +87,13 @@ def write_report(out: Path, found: Sequence[Measurement], settings: dict[str, An
             pictures=pictures,
             cells=CELLS,
             settings=settings,
+            shown_attention=len(attention),
         )
         write_whole(out / PAGE, page, errors="backslashreplace")
     except OSError as error:
         raise LostregError(f"cannot write the report to {out}: {error.strerror}") from error
-    return [out / PAGE, out / NUMBERS, *(out / f"{name}.png" for name in pictures)]
+    drawn = [out / FIGURE] if variants else []
+    return [out / PAGE, out / NUMBERS, *drawn, *(out / f"{name}.png" for name in pictures)]
 
 
 def as_numbers(measured: Measurement) -> dict[str, Any]:

@@ -79,15 +79,15 @@ def run(args: argparse.Namespace) -> int:
         discoverer = make_discoverer(args, backbone)
         for measured in _measure(args, discoverer, paths, labels):
             found.append(measured)
-            write_report(args.out, found, _settings(args, discoverer, len(paths)))  # what comes next may fail
+            write_report(args.out, found, settings_of(args, discoverer, len(paths)))  # what comes next may fail
     for one in found:
-        print(_line(one))
+        print(outliers_line(one))
     print(f"written to {args.out}: {PAGE}, {NUMBERS} and pictures")
     return 2 if any(one.seen.errors for one in found) else 0
 
 
-def _settings(args: argparse.Namespace, discoverer: "Discoverer", images: int) -> dict[str, object]:
-    """How it was measured, for the record."""
+def settings_of(args: argparse.Namespace, discoverer: "Discoverer", images: int) -> dict[str, object]:
+    """How it was measured, for the record and for the end of the page."""
     from lostreg.runs.results import describe_device, package_versions
 
     return {
@@ -131,7 +131,8 @@ def _measure(
             yield measure(paths, cured, rule=rule, like=plain, **options)
 
 
-def _line(one: "Measurement") -> str:
+def outliers_line(one: "Measurement") -> str:
+    """What was found, for the person at the terminal."""
     if one.cutoff.value is None:
         return f"{one.title}: no outliers found among {one.patches:,} patches ({one.cutoff.reason})"
     share = 100 * one.outliers / one.patches

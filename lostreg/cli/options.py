@@ -318,6 +318,75 @@ def _add_k_patches(group: Group) -> None:
     )
 
 
+def add_backbone(group: Group) -> None:
+    """The options that name a backbone, and where it runs."""
+    _add_backbone(group)
+    _add_device(group)
+
+
+def add_training_options(group: Group) -> None:
+    """What decides the weights of a training, beside the number of registers."""
+    group.add_argument(
+        "--steps",
+        type=positive_int,
+        default=defaults.TRAINING_STEPS,
+        metavar="N",
+        help="updates at most; it ends early where the loss on the images that are held out falls no more (default: "
+        f"{defaults.TRAINING_STEPS})",
+    )
+    group.add_argument(
+        "--max-side",
+        type=positive_int,
+        default=defaults.TRAINING_SIDE,
+        metavar="N",
+        help=f"side of the square windows that are looked at, in pixels (default: {defaults.TRAINING_SIDE})",
+    )
+    group.add_argument(
+        "--views",
+        type=positive_int,
+        default=defaults.TRAINING_VIEWS,
+        metavar="N",
+        help=f"of each image that the teacher looks at (default: {defaults.TRAINING_VIEWS})",
+    )
+    group.add_argument(
+        "--aggregate",
+        choices=defaults.AGGREGATES,
+        default=defaults.AGGREGATES[0],
+        help=f"how the teacher brings views together (default: {defaults.AGGREGATES[0]})",
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=float,
+        default=defaults.LEARNING_RATE,
+        metavar="RATE",
+        help=f"of AdamW at its highest (default: {defaults.LEARNING_RATE:g})",
+    )
+    group.add_argument(
+        "--unlock",
+        nargs="+",
+        default=list(defaults.UNLOCKED),
+        metavar="PART",
+        help="what learns: registers, positions, patches (their embedding), norm (the final one), last:N (blocks), all "
+        f"(default: {' '.join(defaults.UNLOCKED)})",
+    )
+
+
+def count(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    return 0 if text == "0" else positive_int(text)
+
+
+def add_batch_size(group: Group, default: int) -> None:
+    """How many images of one size run together."""
+    group.add_argument(
+        "--batch-size", type=positive_int, default=default, metavar="N", help=f"images a step (default: {default})"
+    )
+
+
+def _add_device(group: Group) -> None:
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+
+
 def _add_running(group: Group, precision: defaults.Precision = "fp32") -> None:
     """The options that say how the backbone runs."""
     add_device(group, precision)
@@ -357,7 +426,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 def add_device(group: Group, precision: defaults.Precision = "fp32") -> None:
     """Where the backbone runs, and in what precision."""
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    _add_device(group)
     group.add_argument(
         "--precision",
         choices=defaults.PRECISIONS,

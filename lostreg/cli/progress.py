@@ -10,7 +10,7 @@ from lostreg.progress import Progress
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-_UNITS = {"probes": "probe", "heads": "head"}  # of steps that go through something else than images
+_UNITS = {"probes": "probe", "heads": "head", "training": "step"}  # of steps that go through something else than images
 _MANY = 0.1  # of all images: a run that fails on more is not one with a few broken photos
 
 

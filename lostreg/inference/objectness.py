@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from lostreg.checks import whole_number, whole_seed
 from lostreg.errors import ObjectnessError, OptionError
@@ -92,7 +92,7 @@ class Objectness:
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with whole_file(Path(path)) as part:
-                save_file(tensors, part, {"format": FORMAT, "facts": json.dumps(vars(self.facts))})
+                part.write_bytes(save(tensors, {"format": FORMAT, "facts": json.dumps(vars(self.facts))}))
         except (OSError, SafetensorError) as reason:
             raise ObjectnessError(f"cannot write {path}: {getattr(reason, 'strerror', None) or reason}") from reason
 

@@ -251,6 +251,9 @@ def load_backbone(
     spec = find_spec(name)
     if weights is not None:
         backbone = build_backbone(spec)
+        added = checkpoints.added_registers(Path(weights))
+        if added:
+            backbone = with_new_registers(backbone, added)
         source = checkpoints.load_file_into(backbone.model, Path(weights))
     elif spec.offline:
         backbone = build_backbone(spec)
@@ -260,6 +263,46 @@ def load_backbone(
             backbone = build_backbone(spec, pretrained=True)
     backbone.model.to(dtype).to(device)  # a device never holds what is only to be rounded
     return replace(backbone, weights=source)
+
+
+def with_new_registers(backbone: Backbone, count: int) -> Backbone:
+    """A copy of a backbone with more register tokens, all zeros, behind those that it has.
+
+    They have no position of their own, as in the DINOv2 releases with registers: what the position embedding had for
+    CLS and earlier registers is added to these tokens, which changes nothing that the model computes of them.
+
+    Args:
+        backbone: whose weights are copied.
+        count: of new registers, at least 1.
+
+    Raises:
+        BackboneError: if the model has a distillation token: timm has no such model with registers.
+    """
+    model: Any = copy.deepcopy(backbone.model)
+    if getattr(model, "dist_token", None) is not None:
+        raise BackboneError(
+            f"{backbone.spec.name} has a distillation token beside CLS: registers cannot be added to it"
+        )
+    own = backbone.own_prefix_tokens
+    if model.pos_embed is not None and not model.no_embed_class and own:
+        position = model.pos_embed.data
+        ends = [int(model.cls_token is not None), own]
+        for token, part in zip(
+            (model.cls_token, model.reg_token), position[:, :own].tensor_split(ends[:1], 1), strict=True
+        ):
+            if token is not None:
+                token.data += part
+        model.pos_embed = nn.Parameter(position[:, own:].clone(), requires_grad=False)
+    model.no_embed_class = True
+    blank = torch.zeros(1, count, model.embed_dim, device=backbone.device, dtype=backbone.dtype)
+    trained = [] if model.reg_token is None else [model.reg_token.data]
+    model.reg_token = nn.Parameter(torch.cat([*trained, blank], dim=1), requires_grad=False)
+    for module in model.modules():  # rotary attention counts them too
+        if hasattr(module, "num_prefix_tokens"):
+            module.num_prefix_tokens += count
+    if hasattr(model, "num_reg_tokens"):
+        model.num_reg_tokens += count
+    return replace(backbone, spec=replace(backbone.spec, registers=backbone.spec.registers + count), model=model)
 
 
 def place_model(model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> None:

@@ -20,7 +20,8 @@ from typing import Any, Final
 import numpy as np
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lostreg.errors import BackboneError, LostregWarning, WeightsError
@@ -44,6 +45,8 @@ _RENAMES: Final = (
 _CLASSIFIER: Final = re.compile(r"^(head\.|head_dist\.|mask_token$|masked_embed$)")  # not worth a word
 _HEAD: Final = re.compile(r"^(\w+_head|decoder\w*|predictor|projector|prototypes)\.|^decoder_pos_embed$")
 _HUB_TIMEOUT_S: Final = 10.0
+_MOST_ADDED: Final = 4096
+_ADDED: Final = "lostreg added registers"  # in the metadata of a safetensors file: how many the row has not
 _TIMM_FILES: Final = ("model.safetensors", "pytorch_model.bin")
 _NUMPY_SCALAR: Final = np.float64(0).__reduce__()[0]
 _HARMLESS: Final[list[Any]] = [
@@ -73,6 +76,38 @@ def load_file_into(model: nn.Module, path: Path) -> str:
     _load_strictly(model, to_timm_names(read_state_dict(path), model, path.name), path.name)
     with path.open("rb") as file:
         return f"file {path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def save_with_registers(model: nn.Module, added: int, path: Path) -> None:
+    """Write a model as a ``.safetensors`` file that `load_file_into` takes, and that says how many registers are new.
+
+    Args:
+        model: timm model without a classification head.
+        added: registers that the row of the backbone table does not have, see `with_new_registers`.
+        path: where to write.
+    """
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    path.write_bytes(save(state, {_ADDED: str(added)} if added else None))  # save_file hides files from other users
+
+
+def added_registers(path: Path) -> int:
+    """How many registers a weights file has beyond its row's: 0 unless `save_with_registers` says another number.
+
+    Raises:
+        WeightsError: if what the file says is no number.
+    """
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return 0
+    try:
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get(_ADDED, "0")
+    except (SafetensorError, OSError):
+        return 0  # whoever reads its tensors says why
+    if not said.isdecimal() or not int(said) <= _MOST_ADDED:
+        raise WeightsError(
+            f"{path.name} says that it has {said[:20]} new registers: expected a number up to {_MOST_ADDED}"
+        )
+    return int(said)
 
 
 def load_offline_into(model: nn.Module) -> str:

@@ -77,7 +77,7 @@ class Forward:
     def __init__(self, backbone: Backbone, *, compiled: bool = False) -> None:
         self.backbone = backbone
         self._run_block = BlockRunner(backbone.dtype, compiled=compiled)
-        self._frames: OrderedDict[Grid, _Frame] = OrderedDict()
+        self._frames: OrderedDict[Grid, Frame] = OrderedDict()
 
     @torch.no_grad()
     def start(self, pixels: Iterable[Tensor], grids: Sequence[Grid]) -> Walk:
@@ -168,7 +168,7 @@ class Forward:
         weight: Tensor = self.backbone.model.patch_embed.proj.weight  # type: ignore[union-attr, assignment]
         return weight.permute(0, 2, 3, 1).flatten(1)
 
-    def _ropes(self, frames: Sequence["_Frame"]) -> list[Tensor | None]:
+    def _ropes(self, frames: Sequence["Frame"]) -> list[Tensor | None]:
         depth, prefix = self.backbone.depth, self.backbone.prefix_tokens
         if frames[0].ropes[0] is None:
             return [None] * depth
@@ -178,12 +178,12 @@ class Forward:
         by_layer = zip(*(cast("list[Tensor]", frame.ropes) for frame in frames), strict=True)
         return [pack_ropes(ropes, prefix) for ropes in by_layer]
 
-    def _frame(self, grid: Grid) -> "_Frame":
+    def _frame(self, grid: Grid) -> "Frame":
         """What an image of this grid starts from, kept for the next one of the same grid."""
         if grid in self._frames:
             self._frames.move_to_end(grid)
             return self._frames[grid]
-        frame = _make_frame(self.backbone, grid)
+        frame = make_frame(self.backbone, grid)
         self._frames[grid] = frame
         while sum(len(kept.tokens) for kept in self._frames.values()) > _CACHED_TOKENS:
             self._frames.popitem(last=False)
@@ -191,7 +191,7 @@ class Forward:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """What is the same for all images of one grid.
 
     Attributes:
@@ -204,23 +204,25 @@ class _Frame:
     ropes: list[Tensor | None]
 
 
-def _make_frame(backbone: Backbone, grid: Grid) -> _Frame:
+def make_frame(backbone: Backbone, grid: Grid) -> Frame:
+    """The frame of a grid; gradients reach what it is made of, where they are asked for."""
     model: Any = backbone.model
     ropes: list[Tensor | None] = [None] * backbone.depth
     if backbone.spec.interpolation != "antialias":
         position = stretch_position_embedding(
             model.pos_embed, model.patch_embed.grid_size, grid, backbone.spec.interpolation
         )
-        tokens = position.clone()
-        tokens[:, :1] += model.cls_token
-        return _Frame(tokens[0].float(), ropes)
+        prefix = torch.cat([token for token in (model.cls_token, model.reg_token) if token is not None], dim=1)
+        if not model.no_embed_class:  # the first rows are the prefix's own
+            prefix, position = prefix + position[:, : prefix.shape[1]], position[:, prefix.shape[1] :]
+        return Frame(torch.cat([prefix, position], dim=1)[0].float(), ropes)
     # The model's own way with an image whose patches are embedded as zeros.
     tokens = model._pos_embed(torch.zeros(1, *grid, model.embed_dim, device=backbone.device, dtype=backbone.dtype))
     if isinstance(model, Eva):
         tokens, rope = tokens
         if rope is not None:
             ropes = list(rope) if model.rope_mixed else [rope] * backbone.depth
-    return _Frame(tokens[0].float(), ropes)
+    return Frame(tokens[0].float(), ropes)
 
 
 def stretch_position_embedding(position: Tensor, source: Grid, target: Grid, interpolation: Interpolation) -> Tensor:
