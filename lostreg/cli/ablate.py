@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         write_report(args.out, found, ablation.settings, variants=done, attention=list(ablation.attention()))
     for one in done:
         corloc = f"; {one.score}" if one.score else ""
-        print(f"{one.title}: {outliers_line(one.measured)}{corloc}")
+        print(f"{outliers_line(one.measured)}{corloc}")
     print(f"written to {args.out}: {PAGE}, {FIGURE}, {NUMBERS}, pictures, and weights in a folder each")
     return 2 if any(one.measured.seen.errors for one in done) else 0
 
@@ -195,7 +195,8 @@ class _Ablation:
                 score = evaluate(self._benchmark, make(exif=False), out, on_progress=bar).score
         registers = backbone.spec.registers + (backbone.registers.count if backbone.registers else 0)
         self.settings |= settings_of(args, discoverer, len(self._paths))
-        self._done.append(Variant(origin, registers, measured, score))
+        one = Variant(origin, registers, measured, score)
+        self._done.append(replace(one, measured=replace(measured, title=one.title)))
         self._look(discoverer)
         return self._done
 
