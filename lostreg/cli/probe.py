@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lostreg import defaults
 from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers_if_any
 from lostreg.cli.files import check_writable, make_folder
-from lostreg.cli.options import Subparsers, add_backbone_options, add_max_side, positive_int, tell
+from lostreg.cli.options import Subparsers, add_backbone_options, add_max_side, local_place, positive_int, tell
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import PredictionsError
 
@@ -39,7 +39,9 @@ def add_parser(commands: Subparsers) -> None:
         help="classification: a sub-folder a class; segmentation: VOC 2012, or images and masks; depth: images and "
         "depth; in parts train and val, or one, which each seed splits",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="every figure as JSON, written after each backbone")
+    parser.add_argument(
+        "--out", type=local_place, metavar="FILE", help="every figure as JSON, written after each backbone"
+    )
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of adding to --out")
     parser.add_argument(
         "--tokens",
@@ -65,7 +67,7 @@ def add_parser(commands: Subparsers) -> None:
     )
     parser.add_argument(
         "--cache",
-        type=Path,
+        type=local_place,
         metavar="DIR",
         help="where the tokens are kept while the command runs (default: the system's folder for temporary files)",
     )

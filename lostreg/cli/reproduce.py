@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from lostreg.cli import evaluate, sweep
 from lostreg.cli.files import make_folder
-from lostreg.cli.options import Parser, Subparsers, join_bias, one_line, tell
+from lostreg.cli.options import Parser, Subparsers, join_bias, local_place, one_line, tell
 from lostreg.cli.recipes import DECIDED, Job, Recipe, decided, load_recipe, recipe_names
 from lostreg.errors import LostregError, OptionError, is_out_of_memory
 
@@ -51,7 +51,7 @@ def add_parser(commands: Subparsers) -> None:
         help="a part: titles, backbones or folders of rows, benchmarks, eval or sweep; of several kinds what all name",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("out"), metavar="DIR", help="folder for all recipes (default: out)"
+        "--out", type=local_place, default=Path("out"), metavar="DIR", help="folder for all recipes (default: out)"
     )
     parser.add_argument(
         "--weights",
