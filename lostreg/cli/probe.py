@@ -149,14 +149,15 @@ def _facts(discoverer: "Discoverer") -> dict[str, Any]:
 def _earlier(args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The backbones that are in the file already, from a run with the same settings."""
     from lostreg.probing.probe import ProbeResult
-    from lostreg.runs.results import AFRESH, check_same_run
+    from lostreg.runs.results import AFRESH, check_same_run, results_of
 
     if args.out is None or args.overwrite or not args.out.exists():
         return []
-    records: Any = check_same_run(args.out, {"settings": settings}).get("backbones")
+    records: Any = (results_of(args.out.parent, args.out.name) or {}).get("backbones")
     fields = ProbeResult.__dataclass_fields__.keys()
     if not isinstance(records, list) or not all(isinstance(one, dict) and fields <= one.keys() for one in records):
         raise PredictionsError(f"{args.out} is no file of `lostreg probe`; {AFRESH}")
+    check_same_run(args.out, {"settings": settings}, place=args.out)
     return records
 
 

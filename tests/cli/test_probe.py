@@ -128,17 +128,15 @@ def test_other_settings_are_refused(pets: Path, tmp_path: Path, capsys: pytest.C
         (["--max-side", "16"], "max_side was 448 and is now 16"),
     ):
         assert run(pets, NAME, "--out", out, *option) == 2
-        assert told in capsys.readouterr().err
+        assert f"error: {out} holds a run with other settings: {told}" in capsys.readouterr().err
     (pets / "cat/0.png").rename(pets / "cat/x.png")
     assert run(pets, NAME, "--out", out) == 2
     assert "data was " in capsys.readouterr().err
     assert run(pets, NAME, "--out", out, "--overwrite") == 0
-    out.write_text(json.dumps({**json.loads(out.read_text()), "backbones": [{}]}))
-    assert run(pets, NAME, "--out", out) == 2
-    assert "is no file of `lostreg probe`; use --overwrite or another --out" in capsys.readouterr().err
-    out.write_text("[]")
-    assert run(pets, NAME, "--out", out) == 2
-    assert "no readable probe.json" in capsys.readouterr().err
+    for other in (json.dumps({**json.loads(out.read_text()), "backbones": [{}]}), '{"complete": true}', "[]", "{"):
+        out.write_text(other)
+        assert run(pets, NAME, "--out", out) == 2
+        assert f"{out} is no file of `lostreg probe`; use --overwrite or another --out" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_random_models")
