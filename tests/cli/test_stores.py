@@ -179,6 +179,10 @@ def test_masks_that_go_among_the_photos_are_no_photos(server: S3Server, bucket: 
         assert main(["discover", server.uri(f"{bucket}/photos"), "--out", out, "--mask-png", *FAST]) == 0
     assert len(contents(out)["predictions.jsonl"].splitlines()) == 2
     assert {"masks/im00.jpg.png", "masks/im01.jpg.png"} <= set(contents(out))
+    server.put(f"{bucket}/photos/found/masks/mine.txt", b"not of the run")
+    stores.delete_file(server.uri(f"{bucket}/photos/im01.jpg"))  # and its picture goes with it
+    assert main(["discover", server.uri(f"{bucket}/photos"), "--out", out, "--mask-png", *FAST]) == 0
+    assert {name for name in contents(out) if name.startswith("masks")} == {"masks/im00.jpg.png", "masks/mine.txt"}
 
 
 REFUSED = {
