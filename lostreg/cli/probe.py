@@ -90,9 +90,12 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args, data)
     records = _earlier(args, settings)
     mine: list[dict[str, Any]] = []
+    apart = [False] * len(data.images) if data.held_out is None else data.held_out.tolist()
+    # Register neurons are looked for in images that are not set apart to be measured on.
+    images = [image for image, is_apart in zip(data.images, apart, strict=True) if not is_apart]
     try:
         for backbone in backbones:
-            discoverer = with_registers_if_any(args, make_discoverer(args, backbone), data.images)
+            discoverer = with_registers_if_any(args, make_discoverer(args, backbone), images)
             mine.append(_record(args, discoverer, data, records))
             if args.out:
                 args.out.absolute().parent.mkdir(parents=True, exist_ok=True)

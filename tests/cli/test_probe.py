@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 from small_vit import LAYER, NAME, UNITS, save_weights, small, strict_json
 
+from lostreg.cli import probe
 from lostreg.cli.main import main
+from lostreg.images.files import ImageFile
 from lostreg.models.backbone import build_backbone, find_spec
 from lostreg.models.registers import RegisterNeurons
 
@@ -184,3 +187,22 @@ def test_bad_input_is_one_line(
     assert code == 2
     assert message in captured.err.splitlines()[-1]
     assert "Traceback" not in captured.err
+
+
+def test_register_neurons_are_not_looked_for_in_images_that_are_measured_on(
+    weights: Path, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+
+    def search(args: object, discoverer: object, images: list[ImageFile]) -> object:
+        searched.extend(image.path.relative_to(tmp_path).parts[0] for image in images)
+        return discoverer
+
+    monkeypatch.setattr(probe, "with_registers_if_any", search)
+    assert run(pets, NAME, "--weights", weights) == 0
+    assert searched == ["pets"] * 12
+    searched.clear()
+    for part in ("train", "val"):
+        shutil.copytree(pets, tmp_path / "parts" / part)
+    assert run(tmp_path / "parts", NAME, "--weights", weights) == 0
+    assert len(searched) == 12
