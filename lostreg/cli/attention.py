@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lostreg import defaults
 from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers_if_any
 from lostreg.cli.files import check_written, make_folder, refuse_among_images, unique_names
-from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side
+from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, local_place
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import ImageError
 from lostreg.progress import Progress
@@ -31,7 +31,7 @@ def add_parser(commands: Subparsers) -> None:
     )
     add_images(parser)
     parser.add_argument(
-        "--out", type=Path, default=_OUT, metavar="DIR", help=f"folder for the pictures (default: {_OUT})"
+        "--out", type=local_place, default=_OUT, metavar="DIR", help=f"folder for the pictures (default: {_OUT})"
     )
     parser.add_argument(
         "--layers",

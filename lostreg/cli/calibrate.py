@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 from lostreg import defaults
 from lostreg.cli.build import make_discoverer
 from lostreg.cli.files import check_writable
-from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, add_sample, tell
+from lostreg.cli.options import (
+    Subparsers,
+    add_backbone_options,
+    add_images,
+    add_max_side,
+    add_sample,
+    local_place,
+    tell,
+)
 from lostreg.cli.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -26,7 +34,9 @@ def add_parser(commands: Subparsers) -> None:
         "`--bias FILE` to predict and eval.",
     )
     add_images(parser)
-    parser.add_argument("--out", type=Path, default=_FILE, metavar="FILE", help=f"where to write (default: {_FILE})")
+    parser.add_argument(
+        "--out", type=local_place, default=_FILE, metavar="FILE", help=f"where to write (default: {_FILE})"
+    )
     add_sample(parser, defaults.CALIBRATION_IMAGES)
     add_max_side(parser, defaults.MAX_SIDE)
     add_backbone_options(parser, feature=True)

@@ -6,7 +6,15 @@ from pathlib import Path
 from lostreg import defaults
 from lostreg.cli.build import OBJECTNESS_FILE, make_discoverer
 from lostreg.cli.files import check_writable
-from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, add_sample, tell
+from lostreg.cli.options import (
+    Subparsers,
+    add_backbone_options,
+    add_images,
+    add_max_side,
+    add_sample,
+    local_place,
+    tell,
+)
 from lostreg.cli.progress import ProgressBar
 
 
@@ -23,7 +31,7 @@ def add_parser(commands: Subparsers) -> None:
     add_images(parser)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_place,
         default=Path(OBJECTNESS_FILE),
         metavar="FILE",
         help=f"where to write (default: {OBJECTNESS_FILE})",

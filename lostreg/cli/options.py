@@ -229,7 +229,7 @@ def add_mask_folder(parser: argparse.ArgumentParser) -> None:
     """The option that writes masks as pictures."""
     parser.add_argument(
         "--mask-dir",
-        type=Path,
+        type=local_place,
         metavar="DIR",
         help="a PNG of each image's masks: 0 where there is no object, 1 on the first one, 2 on the second",
     )
@@ -526,6 +526,14 @@ def run_place(text: str) -> Path | str:
     except OptionError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text if path is None else Path(path)
+
+
+def local_place(text: str) -> Path:
+    """A file or folder to write on this machine's disks, for argparse: of the URI of a store's no local one is made."""
+    place = run_place(text)
+    if isinstance(place, str):
+        raise argparse.ArgumentTypeError(f"expected a place on this machine's disks, not {text}")
+    return place
 
 
 def one_line(message: str) -> str:

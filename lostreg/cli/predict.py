@@ -25,6 +25,7 @@ from lostreg.cli.options import (
     add_max_side,
     add_method_options,
     add_object_options,
+    local_place,
     tell,
 )
 from lostreg.errors import ImageError, LostregError, OptionError
@@ -50,7 +51,7 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("--json", metavar="FILE|-", help="write predictions as JSON Lines; - is standard output")
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=local_place,
         metavar="FILE|DIR",
         help="picture with box, seed and degree map: a file for one image, else a folder",
     )

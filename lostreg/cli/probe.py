@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lostreg import defaults
 from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers_if_any
 from lostreg.cli.files import check_writable, make_folder
-from lostreg.cli.options import Subparsers, add_backbone_options, add_max_side, positive_int, tell
+from lostreg.cli.options import Subparsers, add_backbone_options, add_max_side, local_place, positive_int, tell
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import PredictionsError
 
@@ -40,7 +40,9 @@ def add_parser(commands: Subparsers) -> None:
         help="classification and zero-shot: a sub-folder a class; segmentation: VOC 2012, or images and masks; depth: "
         "images and depth; in parts train and val, or one, which each seed splits",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="every figure as JSON, written after each backbone")
+    parser.add_argument(
+        "--out", type=local_place, metavar="FILE", help="every figure as JSON, written after each backbone"
+    )
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of adding to --out")
     parser.add_argument(
         "--tokens",
@@ -66,7 +68,7 @@ def add_parser(commands: Subparsers) -> None:
     )
     parser.add_argument(
         "--cache",
-        type=Path,
+        type=local_place,
         metavar="DIR",
         help="where the tokens are kept while the command runs (default: the system's folder for temporary files)",
     )
@@ -97,9 +99,12 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args, data)
     records = _earlier(args, settings)
     mine: list[dict[str, Any]] = []
+    apart = [False] * len(data.images) if data.held_out is None else data.held_out.tolist()
+    # Register neurons are looked for in images that are not set apart to be measured on.
+    images = [image for image, is_apart in zip(data.images, apart, strict=True) if not is_apart]
     try:
         for backbone in backbones:
-            discoverer = with_registers_if_any(args, make_discoverer(args, backbone), data.images)
+            discoverer = with_registers_if_any(args, make_discoverer(args, backbone), images)
             mine.append(_record(args, discoverer, data, records))
             if args.out:
                 args.out.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -156,14 +161,15 @@ def _facts(discoverer: "Discoverer") -> dict[str, Any]:
 def _earlier(args: argparse.Namespace, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The backbones that are in the file already, from a run with the same settings."""
     from lostreg.probing.probe import ProbeResult
-    from lostreg.runs.results import AFRESH, check_same_run
+    from lostreg.runs.results import AFRESH, check_same_run, results_of
 
     if args.out is None or args.overwrite or not args.out.exists():
         return []
-    records: Any = check_same_run(args.out, {"settings": settings}).get("backbones")
+    records: Any = (results_of(args.out.parent, args.out.name) or {}).get("backbones")
     fields = ProbeResult.__dataclass_fields__.keys()
     if not isinstance(records, list) or not all(isinstance(one, dict) and fields <= one.keys() for one in records):
         raise PredictionsError(f"{args.out} is no file of `lostreg probe`; {AFRESH}")
+    check_same_run(args.out, {"settings": settings}, place=args.out)
     return records
 
 

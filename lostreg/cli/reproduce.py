@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from lostreg.cli import evaluate, sweep
 from lostreg.cli.files import make_folder
-from lostreg.cli.options import Parser, Subparsers, join_bias, one_line, tell
+from lostreg.cli.options import Parser, Subparsers, join_bias, local_place, one_line, tell
 from lostreg.cli.recipes import DECIDED, Job, Recipe, decided, load_recipe, recipe_names
 from lostreg.errors import LostregError, OptionError, is_out_of_memory
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lostreg.metrics import Corloc
 
 TABLE: Final = "table"  # of OUT/RECIPE, as .json and .md
+_OTHER_TRUTH: Final = ("--split", "--no-hard")  # options that change what published figures are of
 _HEADINGS: Final = (
     "row",
     "benchmark",
@@ -50,7 +51,7 @@ def add_parser(commands: Subparsers) -> None:
         help="a part: titles, backbones or folders of rows, benchmarks, eval or sweep; of several kinds what all name",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("out"), metavar="DIR", help="folder for all recipes (default: out)"
+        "--out", type=local_place, default=Path("out"), metavar="DIR", help="folder for all recipes (default: out)"
     )
     parser.add_argument(
         "--weights",
@@ -101,9 +102,11 @@ class Outcome:
 
     @property
     def difference(self) -> float | None:
-        """Measured minus published corloc, in points; None without one of them, or on a part of the benchmark."""
+        """Measured minus published corloc, in points; None without one of them, or on other images or boxes."""
         published = self.job.row.published.get(self.job.benchmark)
-        if self.score is None or published is None or self.facts["limit"] is not None:
+        if self.score is None or published is None:
+            return None
+        if self.facts["limit"] is not None or decided(self.job.passed, _OTHER_TRUTH):
             return None
         return self.score.percent - published
 

@@ -264,14 +264,18 @@ def fetch_folder(uri: str, folder: Path) -> None:
         fetch_file(join_uri(uri, name), folder / name)
 
 
+def files_below(folder: Path) -> list[str]:
+    """The files of a folder of this machine and its subfolders but hidden ones, as they are called below it."""
+    return [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("[!.]*")) if path.is_file()]
+
+
 def store_folder(folder: Path, uri: str) -> None:
     """Copy a folder of this machine, with all its subfolders but no hidden files, into one of a store.
 
     Raises:
         OptionError: if it cannot be written to.
     """
-    files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("[!.]*")) if path.is_file()]
-    for name in files:
+    for name in files_below(folder):
         with telling(uri, "written to"):
             store, path = _opened(join_uri(uri, name))
             with (folder / name).open("rb") as here, store.open_output_stream(path) as there:

@@ -16,7 +16,7 @@ from scipy import linalg, optimize
 from torch import Tensor
 from torch.nn import functional
 
-from lostreg.errors import DatasetError, LostregError
+from lostreg.errors import DatasetError
 from lostreg.inference.memory import available_bytes
 from lostreg.methods.exact import exact_float32
 
@@ -36,7 +36,7 @@ class Rows:
     """Some rows of tokens with their targets, standardised, in chunks.
 
     Args:
-        tokens: (n, D), float32, in memory or mapped from a file.
+        tokens: (n, D), float32 and finite, in memory or mapped from a file.
         targets: of all of them.
         chosen: places of the rows that count.
         device: where products are taken.
@@ -44,7 +44,6 @@ class Rows:
 
     Raises:
         DatasetError: if there are none.
-        LostregError: if their tokens are not finite.
     """
 
     def __init__(
@@ -62,8 +61,6 @@ class Rows:
         self.dimensions = tokens.shape[1]
         self.moments: tuple[NDArray[np.float64], NDArray[np.float64]]  # mean and scale, (D,) each
         self.moments = _moments(tokens, chosen) if like is None else like.moments
-        if not np.isfinite(self.moments).all():
-            raise LostregError("expected finite tokens: try --precision fp32")
         self._held: list[tuple[Tensor, Tensor]] | None = None
         free = available_bytes(device)
         if free is not None and 4 * len(chosen) * self.dimensions <= _HELD_SHARE * free:

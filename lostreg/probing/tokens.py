@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lostreg.errors import ImageError
+from lostreg.errors import ImageError, LostregError
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import LookJob
@@ -83,7 +83,13 @@ class TokenFile:
         self.count = 0
 
     def append(self, tokens: NDArray[np.float32]) -> slice:
-        """Write rows (m, D) behind the others; where they are."""
+        """Write rows (m, D) behind the others; where they are.
+
+        Raises:
+            LostregError: if they are not finite: no head is trained on such, nor measured.
+        """
+        if not np.isfinite(tokens).all():
+            raise LostregError("expected finite tokens: try --precision fp32")
         self._file.write(np.ascontiguousarray(tokens, np.float32).data)
         self._dimensions = tokens.shape[1]
         self.count += len(tokens)
@@ -131,6 +137,9 @@ def collect_tokens(
         kind: which tokens of the whole image stand for it where it has a class: ``cls``, ``mean`` or ``cls+mean``.
         folder: of the files.
         on_progress: called after each image.
+
+    Raises:
+        LostregError: if tokens are not finite.
     """
     forward = Forward(discoverer.backbone, compiled=discoverer.options.compile)
     outcomes = discoverer.stream_of(TokensJob(forward)).outcomes(data.images)

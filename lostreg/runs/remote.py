@@ -15,8 +15,10 @@ from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 from lostreg.errors import LostregError, LostregWarning, OptionError, PredictionsError
 from lostreg.images.stores import (
     check_uri,
+    delete_file,
     fetch_file,
     fetch_folder,
+    files_below,
     join_uri,
     kind_at,
     parent_uri,
@@ -33,7 +35,8 @@ def folder_of(out: Path | str) -> Iterator[Path]:
     """The folder on this machine in which a run is written.
 
     What a store has of the run is fetched first, so that it goes on from any machine; the store cannot keep two of them
-    from going on at once. A run that was killed is left on this machine, and goes on from there.
+    from going on at once. What a run has deleted when it ends well is deleted there, too. A run that was killed is left
+    on this machine, and goes on from there.
 
     Args:
         out: a folder of this machine, or the URI of a store's.
@@ -66,9 +69,11 @@ def folder_of(out: Path | str) -> Iterator[Path]:
                 shutil.rmtree(held, ignore_errors=True)
                 raise
             part.rename(folder)
+        before = files_below(folder)
         try:
             with _called({folder: out}):
                 yield folder
+            gone = [join_uri(out, name) for name in before if not (folder / name).exists()]
         finally:
             try:
                 store_folder(folder, out)
@@ -76,6 +81,9 @@ def folder_of(out: Path | str) -> Iterator[Path]:
                 message = f"{error}; what was computed is in {folder}: the same command goes on"
                 raise PredictionsError(message) from error
             shutil.rmtree(held, ignore_errors=True)
+        for uri in gone:
+            if kind_at(uri) == "file":  # a store need not have what a run that was killed has left
+                delete_file(uri)
 
 
 @contextmanager

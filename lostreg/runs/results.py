@@ -82,13 +82,16 @@ def results_of(folder: Path, name: str = RESULTS_FILE) -> dict[str, Any] | None:
     return results if isinstance(results, dict) else None
 
 
-def check_same_run(results: Path, settings: dict[str, Any], apart: Sequence[str] = ()) -> dict[str, Any]:
+def check_same_run(
+    results: Path, settings: dict[str, Any], apart: Sequence[str] = (), *, place: Path | None = None
+) -> dict[str, Any]:
     """The results of an earlier run with the same settings.
 
     Args:
         results: what the earlier run wrote.
         settings: by section.
         apart: settings that may differ.
+        place: what the run is called; None for the folder of the results.
 
     Raises:
         PredictionsError: if it had other settings, which it names, or its results cannot be read.
@@ -105,7 +108,8 @@ def check_same_run(results: Path, settings: dict[str, Any], apart: Sequence[str]
         if key not in apart
     ]
     if changes:
-        raise PredictionsError(f"{results.parent} holds a run with other settings: {'; '.join(changes)}; {AFRESH}")
+        named = place or results.parent
+        raise PredictionsError(f"{named} holds a run with other settings: {'; '.join(changes)}; {AFRESH}")
     return earlier
 
 

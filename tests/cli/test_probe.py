@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 from PIL import Image
 from small_vit import LAYER, NAME, UNITS, save_weights, small, strict_json
 
+from lostreg.cli import probe
 from lostreg.cli.main import main
+from lostreg.images.files import ImageFile
 from lostreg.models.backbone import build_backbone, find_spec
 from lostreg.models.registers import RegisterNeurons
 
@@ -128,17 +131,15 @@ def test_other_settings_are_refused(pets: Path, tmp_path: Path, capsys: pytest.C
         (["--max-side", "16"], "max_side was 448 and is now 16"),
     ):
         assert run(pets, NAME, "--out", out, *option) == 2
-        assert told in capsys.readouterr().err
+        assert f"error: {out} holds a run with other settings: {told}" in capsys.readouterr().err
     (pets / "cat/0.png").rename(pets / "cat/x.png")
     assert run(pets, NAME, "--out", out) == 2
     assert "data was " in capsys.readouterr().err
     assert run(pets, NAME, "--out", out, "--overwrite") == 0
-    out.write_text(json.dumps({**json.loads(out.read_text()), "backbones": [{}]}))
-    assert run(pets, NAME, "--out", out) == 2
-    assert "is no file of `lostreg probe`; use --overwrite or another --out" in capsys.readouterr().err
-    out.write_text("[]")
-    assert run(pets, NAME, "--out", out) == 2
-    assert "no readable probe.json" in capsys.readouterr().err
+    for other in (json.dumps({**json.loads(out.read_text()), "backbones": [{}]}), '{"complete": true}', "[]", "{"):
+        out.write_text(other)
+        assert run(pets, NAME, "--out", out) == 2
+        assert f"{out} is no file of `lostreg probe`; use --overwrite or another --out" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_random_models")
@@ -186,3 +187,22 @@ def test_bad_input_is_one_line(
     assert code == 2
     assert message in captured.err.splitlines()[-1]
     assert "Traceback" not in captured.err
+
+
+def test_register_neurons_are_not_looked_for_in_images_that_are_measured_on(
+    weights: Path, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+
+    def search(args: object, discoverer: object, images: list[ImageFile]) -> object:
+        searched.extend(image.path.relative_to(tmp_path).parts[0] for image in images)
+        return discoverer
+
+    monkeypatch.setattr(probe, "with_registers_if_any", search)
+    assert run(pets, NAME, "--weights", weights) == 0
+    assert searched == ["pets"] * 12
+    searched.clear()
+    for part in ("train", "val"):
+        shutil.copytree(pets, tmp_path / "parts" / part)
+    assert run(tmp_path / "parts", NAME, "--weights", weights) == 0
+    assert len(searched) == 12

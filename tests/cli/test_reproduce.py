@@ -185,6 +185,9 @@ def test_a_part_of_a_benchmark_is_told_and_not_compared(recipe: Path, capsys: py
     text = capsys.readouterr().out
     assert "Run with `--limit 2`" in text
     assert "/2 (the first 2 images alone) | 0.5 | - | weights of theirs |" in text
+    assert reproduce(recipe, "--only", "voc", "eval", "Plain | ViT", "--with", "--no-hard") == 0
+    (row,) = table()
+    assert (row["measured"]["limit"], row["published"], row["difference"]) == (None, 40, None)
     assert reproduce(recipe, "--only", "coco") == 2  # other settings: the folder is the earlier run's
     (row,) = table()
     assert row["measured"] is None

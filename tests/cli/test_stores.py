@@ -179,6 +179,10 @@ def test_masks_that_go_among_the_photos_are_no_photos(server: S3Server, bucket: 
         assert main(["discover", server.uri(f"{bucket}/photos"), "--out", out, "--mask-png", *FAST]) == 0
     assert len(contents(out)["predictions.jsonl"].splitlines()) == 2
     assert {"masks/im00.jpg.png", "masks/im01.jpg.png"} <= set(contents(out))
+    server.put(f"{bucket}/photos/found/masks/mine.txt", b"not of the run")
+    stores.delete_file(server.uri(f"{bucket}/photos/im01.jpg"))  # and its picture goes with it
+    assert main(["discover", server.uri(f"{bucket}/photos"), "--out", out, "--mask-png", *FAST]) == 0
+    assert {name for name in contents(out) if name.startswith("masks")} == {"masks/im00.jpg.png", "masks/mine.txt"}
 
 
 REFUSED = {
@@ -256,3 +260,31 @@ def test_an_export_replaces_no_table_of_images(
         assert export(str(tmp_path / "run"), "parquet", out, "--overwrite") == 2
         assert "is among the files that hold the images" in capsys.readouterr().err
     assert contents(server.uri(f"{bucket}/photos")) == {"part-00000.parquet": photos}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "reproduce lost-2021 --out",
+        "probe dino_vits16 --task depth --data . --out",
+        "probe dino_vits16 --task depth --data . --cache",
+        "calibrate a.png --out",
+        "learn a.png --out",
+        "attention a.png --out",
+        "predict a.png --plot",
+        "predict a.png --mask-dir",
+    ],
+)
+def test_what_no_store_gets_makes_no_folder_of_its_name_here(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, told in (
+        ("s3://bucket/it", "expected a place on this machine's disks, not s3://bucket/it"),
+        ("file://there/it", "it names the machine 'there'"),
+    ):
+        with pytest.raises(SystemExit) as exit_code:
+            main([*words.split(), place])
+        assert exit_code.value.code == 2
+        assert told in capsys.readouterr().err
+    assert not list(tmp_path.glob("s3*"))

@@ -221,6 +221,27 @@ def test_what_is_left_must_be_enough(tmp_path: Path) -> None:
         probe(discoverer(small()), data, seeds=(0,))
 
 
+@pytest.mark.parametrize(("task", "kind"), [("classification", "mean"), ("segmentation", "cls")])
+def test_one_token_that_is_not_finite_is_told_though_no_head_is_trained_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, kind: str
+) -> None:
+    data = write_task(tmp_path, task, 12)
+    apart = dataclasses.replace(data, held_out=np.arange(12) == 11)
+    finish = tokens.TokensJob.finish
+    images: list[tokens.ImageTokens] = []
+
+    def overflowing(*arguments: Any) -> list[tokens.ImageTokens]:
+        seen = finish(*arguments)
+        images.extend(seen)
+        if len(images) == 12:
+            images[-1].patches[0, 0] = np.inf
+        return seen
+
+    monkeypatch.setattr(tokens.TokensJob, "finish", overflowing)
+    with pytest.raises(LostregError, match="expected finite tokens: try --precision fp32"):
+        probe(discoverer(small()), apart, tokens=kind, seeds=(0,))
+
+
 def test_options_are_checked(tmp_path: Path) -> None:
     data = write_task(tmp_path, "classification", 12)
     with pytest.raises(OptionError, match="tokens must be one of cls, cls\\+mean, mean, not 'all'"):
