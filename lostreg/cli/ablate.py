@@ -21,6 +21,7 @@ from lostreg.cli.options import (
     add_threshold,
     add_training_options,
     count,
+    local_place,
 )
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import ImageError, OptionError, RegistersError
@@ -54,7 +55,7 @@ def add_parser(actions: Subparsers) -> None:
         "photos", nargs="+", metavar="IMAGE", help="files, folders (with all their subfolders) or globs"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the report and of the weights"
+        "--out", type=local_place, required=True, metavar="DIR", help="folder of the report and of the weights"
     )
     parser.add_argument(
         "--registers",

@@ -15,6 +15,7 @@ from lostreg.cli.options import (
     add_method_options,
     add_seed,
     add_threshold,
+    local_place,
     positive_int,
 )
 from lostreg.cli.progress import ProgressBar
@@ -39,7 +40,7 @@ def add_parser(commands: Subparsers) -> None:
     )
     add_images(parser)
     parser.add_argument(
-        "--out", type=Path, default=_OUT, metavar="DIR", help=f"folder for the report (default: {_OUT})"
+        "--out", type=local_place, default=_OUT, metavar="DIR", help=f"folder for the report (default: {_OUT})"
     )
     add_threshold(parser)
     parser.add_argument(

@@ -18,6 +18,7 @@ from lostreg.cli.options import (
     add_threshold,
     add_training_options,
     count,
+    local_place,
     positive_int,
 )
 from lostreg.cli.progress import ProgressBar
@@ -47,7 +48,7 @@ def _add_find(actions: Subparsers) -> None:
     add_images(parser)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=local_place,
         default=Path(REGISTERS_FILE),
         metavar="FILE",
         help=f"where to write (default: {REGISTERS_FILE})",
@@ -79,7 +80,11 @@ def _add_train(actions: Subparsers) -> None:
     )
     add_images(parser)
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of the weights, a checkpoint and training.json"
+        "--out",
+        type=local_place,
+        required=True,
+        metavar="DIR",
+        help="folder of the weights and of training.json",
     )
     group = parser.add_argument_group("training")
     group.add_argument(
@@ -93,7 +98,7 @@ def _add_train(actions: Subparsers) -> None:
     add_batch_size(group, defaults.BATCH_SIZE)
     group.add_argument(
         "--teacher",
-        type=Path,
+        type=local_place,
         metavar="DIR",
         help="folder of the teacher's features, which trainings of one backbone on the same images may share if they "
         "differ in registers, steps, rates or batches alone (default: teacher in --out)",

@@ -96,6 +96,11 @@ class _Worker:
         self._jobs.put(job)
         error = job.done.exception()
         entries = [] if error else job.done.result()
+        if error is not None:
+            try:
+                pickle.loads(cloudpickle.dumps(error))  # type: ignore[no-untyped-call]  # noqa: S301
+            except Exception:  # some kinds cannot be made again
+                error = RuntimeError(f"{type(error).__name__}: {error}")
         told, self._told = self._told, []
         return {"answer": [cloudpickle.dumps((entries, told, error))]}  # type: ignore[no-untyped-call]
 
@@ -435,7 +440,7 @@ def _check_listening(address: str) -> None:
     if not (host and colon and port.isdecimal() and "/" not in host):
         raise OptionError(f"expected auto or the HOST:PORT of a cluster's head, such as 10.0.0.1:6379, not '{address}'")
     try:
-        with socket.create_connection((host, int(port)), timeout=_CONNECTING) as connection:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECTING) as connection:
             connection.sendall(_HTTP2_PREFACE)
             answer = connection.recv(9)
     except (OSError, OverflowError) as error:

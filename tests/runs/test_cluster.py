@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,14 +261,32 @@ def test_images_that_end_every_worker_end_the_run(
         discover_collection(photos, discoverer, tmp_path / "out", workers=session.workers(discoverer, 1))
 
 
+def odd_error() -> Callable[[str], Exception]:
+    """Makes an error that takes more to be made than it keeps, so that its pickle is of no use."""
+
+    class OddError(Exception):
+        def __init__(self, text: str, *, more: int) -> None:
+            super().__init__(text)
+            self.more = more
+
+    return partial(OddError, more=1)
+
+
+@pytest.mark.parametrize(("make", "kind"), [(ArithmeticError, ArithmeticError), (odd_error(), RuntimeError)])
 def test_what_a_worker_raises_is_raised(
-    photos: Collection, discoverer: Discoverer, pair: RayWorkers, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    photos: Collection,
+    discoverer: Discoverer,
+    pair: RayWorkers,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make: Callable[[str], Exception],
+    kind: type[Exception],
 ) -> None:
     def faulty(*_: Any, **__: Any) -> None:
-        raise ArithmeticError("a fault")
+        raise make("a fault")
 
     monkeypatch.setattr(run_of_discover, "make_entry", faulty)
-    with pytest.raises(ArithmeticError, match="a fault") as raised:
+    with pytest.raises(kind, match="a fault") as raised:
         discover_collection(photos, discoverer, tmp_path / "out", workers=pair)
     assert raised.value.__notes__ == ["in a worker; Ray's logs are in its temporary folder"]
 
@@ -371,7 +390,7 @@ def test_an_address_where_nobody_listens_is_told_at_once() -> None:
         with pytest.raises(ClusterError, match=f"no cluster at {host}:{port}: something else listens there"):
             workers_of_ray._check_listening(f"{host}:{port}")
         answering.join()
-    for wrong in ("here", "ray://127.0.0.1:10001", "127.0.0.1:", ":6379", ""):
+    for wrong in ("[::1]", "here", "ray://127.0.0.1:10001", "127.0.0.1:", ":6379", ""):
         with pytest.raises(OptionError, match="expected auto or the HOST:PORT of a cluster's head"):
             workers_of_ray._check_listening(wrong)
 
