@@ -114,7 +114,8 @@ class Outcome:
     def published_for(self) -> str | None:
         """Whose figure the published one is; None where there is none."""
         row = self.job.row
-        return (row.checkpoint or "these weights") if self.job.benchmark in row.published else None
+        weights = row.checkpoint or ("the hub's weights" if self.job.weights else "these weights")
+        return weights if self.job.benchmark in row.published else None
 
 
 def run(args: argparse.Namespace) -> int:
