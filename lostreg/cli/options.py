@@ -44,14 +44,14 @@ def join_bias(arguments: Sequence[str]) -> list[str]:
     return joined
 
 
-def positive_int(text: str) -> int:
-    """An integer of at least 1, for argparse."""
+def positive_int(text: str, least: int = 1) -> int:
+    """An integer of at least 1, or another least one, for argparse."""
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not '{text}'")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, not '{text}'")
     return value
 
 
@@ -372,8 +372,8 @@ def add_training_options(group: Group) -> None:
 
 
 def count(text: str) -> int:
-    """A whole number from 0 on, for argparse."""
-    return 0 if text == "0" else positive_int(text)
+    """An integer of at least 0, for argparse."""
+    return positive_int(text, 0)
 
 
 def add_batch_size(group: Group, default: int) -> None:

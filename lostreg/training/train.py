@@ -196,9 +196,9 @@ def train_registers(
         earlier = check_same_run(results, settings) if results.exists() else {}
         if earlier.get("complete") and (folder / defaults.TRAINED_FILE).exists():
             return _trained(folder, options, earlier)
-        if not earlier:
-            write_json(results, {"complete": False, **settings})
         training = _Training(folder, backbone, options, Path(teacher or folder / TEACHER_FOLDER), on_progress)
+        if not earlier:  # what does not fit the backbone has been told, and ties the folder to nothing
+            write_json(results, {"complete": False, **settings})
         return training.run(sources, settings)
 
 

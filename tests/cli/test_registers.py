@@ -78,7 +78,7 @@ def test_an_image_that_cannot_be_used_is_told_and_the_others_count(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--registers", "-1"), "expected an integer of at least 1, not '-1'"),
+        (("--registers", "-1"), "expected an integer of at least 0, not '-1'"),
         (("--unlock", "head"), "cannot unlock 'head'"),
         (("--learning-rate", "nan"), "learning_rate must be a number above 0"),
         (("--max-side", "64"), "max_side 64 is too small"),
@@ -106,3 +106,4 @@ def test_a_mistake_is_one_line(
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+    assert not Path("new/training.json").exists()  # the folder is tied to nothing
