@@ -192,6 +192,7 @@ class RayWorkers:
         from ray.exceptions import RayError
         from ray.util.annotations import RayDeprecationWarning
 
+        self.close()  # a pass that was interrupted would go on beside this one
         items: list[dict[str, Any]] = [
             {"first": chunk[0].image_id, "last": chunk[-1].image_id, "chunk": pickle.dumps(chunk)} for chunk in chunks
         ]
@@ -233,6 +234,7 @@ class RayWorkers:
         """Stop a pass that is under way."""
         if isinstance(self._rows, Generator):
             self._rows.close()
+        self._rows = iter(())
 
     def _explained(self, error: Exception) -> Exception:
         """What a worker has raised."""
