@@ -214,10 +214,11 @@ class RayWorkers:
             )
         self._fruitless += 1
         told_last = f" (Ray's logs are in {self._logs})"
-        self._rows = iter(computed.iter_rows())
+        # Threads that fetch ahead would stay behind an interrupted pass, and end the process once Ray is gone.
+        self._rows = iter(computed.iter_batches(batch_size=None, prefetch_batches=0))
         try:
             for row in self._rows:
-                entries, told, error = pickle.loads(row["answer"])  # noqa: S301 - of our own workers
+                entries, told, error = pickle.loads(row["answer"].item())  # noqa: S301 - of our own workers
                 for message in told:
                     warnings.warn(message, LostregWarning, stacklevel=2)
                 if error is not None:
