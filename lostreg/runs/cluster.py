@@ -18,12 +18,13 @@ import socket
 import threading
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from weakref import WeakSet
 
 import torch
 
@@ -41,6 +42,7 @@ _BATCHES: Final = {"cuda": 16}  # of a chunk: some seconds of work
 _OTHER_BATCHES: Final = 2
 _MOST_FRUITLESS: Final = 5  # passes in a row in which all chunks were lost, after which a run ends
 _PATIENCE: Final = 60.0  # seconds without any worker, after which a person is told
+_EXECUTOR: Final = "StreamingExecutor"  # how the names of Ray Data's threads begin
 _NOTHING: Final = logging.CRITICAL + 1  # a level of logs
 _CONNECTING: Final = 5.0  # seconds
 _LEAST_ROOM: Final = 2  # workers, on a machine of one core, too
@@ -180,7 +182,8 @@ class RayWorkers:
         self._count = count
         self._logs = logs
         self._fruitless = 0  # passes, one after the other
-        self._rows: Iterator[Any] = iter(())  # of the pass that is under way
+        self._last_words = f"Ray's logs are in {logs}"  # of workers that are lost
+        self._computed: Iterator[Any] = iter(())  # of the pass that is under way
 
     def entries(self, make: Make, chunks: Iterable[Sequence[Asked]]) -> Iterator[Sequence[Entry]]:
         """The entries of chunks, in whatever order they are done; those of a worker or node that is lost are left out.
@@ -189,7 +192,6 @@ class RayWorkers:
             ClusterError: if they are all left out, several times in a row.
         """
         import ray.data
-        from ray.exceptions import RayError
         from ray.util.annotations import RayDeprecationWarning
 
         self.close()  # a pass that was interrupted would go on beside this one
@@ -212,30 +214,46 @@ class RayWorkers:
                 max_task_retries=0,  # chunks of a lost worker would wait until it is back
                 **self._resources,
             )
+        # Ray Data's other iterators have threads of their own, which end the process once Ray is gone.
+        self._computed = computed.iter_internal_ref_bundles()
         self._fruitless += 1
-        told_last = f" (Ray's logs are in {self._logs})"
-        # Threads that fetch ahead would stay behind an interrupted pass, and end the process once Ray is gone.
-        self._rows = iter(computed.iter_batches(batch_size=None, prefetch_batches=0))
-        try:
-            for row in self._rows:
-                entries, told, error = pickle.loads(row["answer"].item())  # noqa: S301 - of our own workers
-                for message in told:
-                    warnings.warn(message, LostregWarning, stacklevel=2)
-                if error is not None:
-                    raise self._explained(error)
-                self._fruitless = 0
-                yield entries
-        except RayError as error:  # what was computed is gone with its node
-            told_last = f": {_last_words(error, self._logs)}"
+        for answer in self._answers():
+            entries, told, error = pickle.loads(answer)  # noqa: S301 - of our own workers
+            for message in told:
+                warnings.warn(message, LostregWarning, stacklevel=2)
+            if error is not None:
+                raise self._explained(error)
+            self._fruitless = 0
+            yield entries
         if self._fruitless == _MOST_FRUITLESS:
             names = f"any of {items[0]['first']} to {items[-1]['last']}"
-            raise ClusterError(f"{_MOST_FRUITLESS} times workers ended before they had computed {names}{told_last}")
+            message = f"{_MOST_FRUITLESS} times workers ended before they had computed {names}"
+            raise ClusterError(f"{message}: {self._last_words}")
+
+    def _answers(self) -> Iterator[bytes]:
+        """What workers answer to chunks; what is lost with a node is left out."""
+        import ray
+        from ray.exceptions import RayError
+
+        while True:
+            try:
+                bundle = next(self._computed, None)  # held by nobody else, see `close`
+            except RayError as error:  # no worker starts
+                self._last_words = _last_words(error, self._logs)
+                return
+            if bundle is None:
+                return
+            for block in bundle.block_refs:
+                try:
+                    table: Any = ray.get(block)
+                except RayError as error:
+                    self._last_words = _last_words(error, self._logs)
+                    continue
+                yield from table.column("answer").to_pylist()
 
     def close(self) -> None:
-        """Stop a pass that is under way."""
-        if isinstance(self._rows, Generator):
-            self._rows.close()
-        self._rows = iter(())
+        """Stop a pass that is under way: Ray Data does so once nobody takes its results."""
+        self._computed = iter(())
 
     def _explained(self, error: Exception) -> Exception:
         """What a worker has raised."""
@@ -262,12 +280,12 @@ class RaySession:
     Attributes:
         logs: where it writes what it would say.
         is_here: whether it is this machine's alone.
-        at_end: what is done before it ends.
+        open: workers whose passes are stopped before it ends.
     """
 
     logs: str
     is_here: bool
-    at_end: ExitStack
+    open: "WeakSet[RayWorkers]" = field(default_factory=WeakSet)
 
     def workers(self, discoverer: Discoverer, count: int | None = None) -> RayWorkers:
         """Workers on the kind of device that a discoverer is on.
@@ -311,7 +329,7 @@ class RaySession:
         worker = {"held": held, "device": device, "threads": threads, "elsewhere": where}
         chunk = discoverer.options.batch_size * _BATCHES.get(device, _OTHER_BATCHES)
         workers = RayWorkers(worker, resources, count, chunk, self.logs)
-        self.at_end.callback(workers.close)
+        self.open.add(workers)
         return workers
 
     def _answer(self, asked: Any) -> Any:
@@ -354,16 +372,16 @@ def ray_session(address: str = HERE, workers: int | None = None) -> Iterator[Ray
     try:
         ray = _import_ray()
         if ray.is_initialized():
-            with _data_context(), ExitStack() as at_end:
-                yield RaySession("its temporary folder", is_here=False, at_end=at_end)
+            with _data_context(RaySession("its temporary folder", is_here=False)) as session:
+                yield session
             return
         cores = max(available_cores(), _LEAST_ROOM)
         if address == HERE and (workers or 0) > cores:  # Ray would try to start a process for each
             raise OptionError(f"expected at most {cores} workers on this machine of that many cores, not {workers}")
         try:
             logs = _start_ray(address, cores)
-            with _data_context(), ExitStack() as at_end:
-                yield RaySession(logs, is_here=address == HERE, at_end=at_end)
+            with _data_context(RaySession(logs, is_here=address == HERE)) as session:
+                yield session
         finally:
             ray.shutdown()
     finally:
@@ -375,7 +393,7 @@ def ray_session(address: str = HERE, workers: int | None = None) -> Iterator[Ray
 
 
 @contextmanager
-def _data_context() -> Iterator[None]:
+def _data_context(session: RaySession) -> Iterator[RaySession]:
     """Ray Data without bars and lines on the terminal, that goes on without what is lost with a worker."""
     from ray.data import DataContext
 
@@ -388,8 +406,13 @@ def _data_context() -> Iterator[None]:
         for one in terminals:
             one.setLevel(_NOTHING)
         with DataContext.current(context):
-            yield
+            yield session
     finally:
+        for workers in list(session.open):
+            workers.close()
+        for thread in threading.enumerate():
+            if thread.name.startswith(_EXECUTOR):  # it asks Ray, and would end the process once that is gone
+                thread.join(_PATIENCE)
         for one, level in zip(terminals, levels, strict=True):
             one.setLevel(level)
 

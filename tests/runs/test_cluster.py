@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -427,7 +427,7 @@ def test_threads_are_those_of_the_driver_as_far_as_there_are_cores(
 
 
 def test_more_workers_than_there_is_room_for_are_refused_or_told(discoverer: Discoverer, session: RaySession) -> None:
-    here = RaySession("its logs", is_here=True, at_end=ExitStack())
+    here = RaySession("its logs", is_here=True)
     with pytest.raises(OptionError, match="5 workers on cpu: Ray has room for 4"):
         here.workers(discoverer, 5)
     with pytest.warns(LostregWarning, match="room for 4 of 5 workers: the others join"):
