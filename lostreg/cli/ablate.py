@@ -133,8 +133,9 @@ class _Ablation:
         cutoff = self._done[0].measured.cutoff.value
         rule = args.threshold if cutoff is None else CutoffRule("number", cutoff)
         for number in dict.fromkeys(args.counts):
-            with_weights = argparse.Namespace(**{**vars(args), "weights": self._train(plain().backbone, number)})
-            yield self._add(TRAINED, partial(make_discoverer, with_weights, args.backbone), f"{number}", rule)
+            exact = make_discoverer(_changed(args, precision="fp32"), args.backbone)
+            trained = _changed(args, weights=self._train(exact.backbone, number))
+            yield self._add(TRAINED, partial(make_discoverer, trained, args.backbone), f"{number}", rule)
         for number in sorted(set(args.counts) - {0}) if args.test_time else ():
             with ProgressBar(f"test-time registers, {number}") as bar:
                 try:
@@ -147,8 +148,8 @@ class _Ablation:
             moved = partial(_with_neurons, plain, neurons)
             yield self._add(TEST_TIME, moved, f"test-time-{number}", rule)
         for name in args.beside:
-            without = argparse.Namespace(**{**vars(args), "weights": None})
-            yield self._add(AS_GIVEN, partial(make_discoverer, without, name), name.replace(":", "_"))
+            beside = partial(make_discoverer, _changed(args, weights=None), name)
+            yield self._add(AS_GIVEN, beside, name.replace(":", "_"))
 
     def _train(self, backbone: "Backbone", count: int) -> Path:
         from lostreg.training.train import TEACHER_FOLDER, TrainingOptions, train_registers
@@ -222,6 +223,11 @@ class _Ablation:
                 pictures.append(read_image(path, max_side=self._args.max_side).pixels)
         if pictures and self._columns:
             yield compare_attention(pictures, self._columns)
+
+
+def _changed(args: argparse.Namespace, **changes: object) -> argparse.Namespace:
+    """The same options but for some."""
+    return argparse.Namespace(**{**vars(args), **changes})
 
 
 def _with_neurons(make: "Callable[..., Discoverer]", neurons: "RegisterNeurons", **given: bool) -> "Discoverer":

@@ -1,5 +1,6 @@
 """`registers ablate`: registers of all three origins in one report, and a second call that trains nothing."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def command(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     def load_or_make(name: str, **options: Any) -> Any:
         if name != GIVEN:
             return load(name, **options)
-        return dataclasses.replace(small(), spec=dataclasses.replace(small().spec, name=GIVEN))
+        spec = dataclasses.replace(small().spec, name=GIVEN)
+        return dataclasses.replace(small(), spec=spec, model=copy.deepcopy(small().model))
 
     monkeypatch.setattr(discoverers, "load_backbone", load_or_make)
     monkeypatch.setattr(report, "_DPI", 15)
@@ -49,7 +51,8 @@ def command(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     monkeypatch.setattr(figures, "example_maps", lambda _: Figure((1, 1)))
     weights = save_weights(small(), tmp_path / "small.safetensors")
     photos = str(root / "JPEGImages")
-    options = ["--backbone", NAME, "--weights", str(weights), "--device", "cpu", "--out", str(tmp_path / "out")]
+    options = ["--backbone", NAME, "--weights", str(weights), "--device", "cpu", "--precision", "bf16"]
+    options += ["--out", str(tmp_path / "out")]
     quick = ["--registers", "0", "2", "--steps", "2", "--views", "3", "--max-side", "112", "--threshold", "90%"]
     scored = ["--benchmark", "voc", "--root", str(root), "--split", SPLIT]
     return ["registers", "ablate", photos, *options, *quick, *scored, "--test-time", "--beside", GIVEN]
