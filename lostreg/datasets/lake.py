@@ -5,10 +5,12 @@ import json
 import posixpath
 import re
 import warnings
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final
 from urllib.parse import unquote
 
@@ -263,7 +265,7 @@ def find_stored(uri: str, apart: str | None = None) -> tuple[str, tuple[str, ...
     if apart is not None:
         files = [name for name in files if not f"{plain_uri(root)}/{name}".startswith(f"{plain_uri(apart)}/")]
     if pattern:
-        there = dict.fromkeys(files)
+        there = sorted(files)
         files = list(matching("/".join(pattern), lambda one: _matching(there, one)))
     kinds = sort_files(files)
     if kinds.images:
@@ -290,11 +292,15 @@ def _fixed_part(path: str) -> tuple[str, list[str]]:
     return f"{scheme}://" + "/".join(parts[:first]), [unquote(part) for part in parts[first:]]
 
 
-def _matching(names: Mapping[str, None], pattern: str) -> list[str]:
-    """The names that fit a glob without braces."""
-    if not _MAGIC & set(pattern):
-        return [pattern] if pattern in names else []
-    return [name for name in names if _matches(name.split("/"), pattern.split("/"))]
+def _matching(names: Sequence[str], pattern: str) -> Iterator[str]:
+    """The names, which are sorted, that fit a glob without braces: only those that begin as it does are looked at."""
+    fixed = pattern[: next((place for place, letter in enumerate(pattern) if letter in _MAGIC), len(pattern))]
+    parts = pattern.split("/")
+    for name in islice(names, bisect_left(names, fixed), None):
+        if not name.startswith(fixed):
+            return
+        if _matches(name.split("/"), parts):
+            yield name
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
