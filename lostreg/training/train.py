@@ -271,6 +271,7 @@ class _Training:
         self._step = 0
         self._saves_memory = False
         self._curve: list[Look] = []
+        self._held_out_looks: dict[int, Tensor] = {}  # the teacher's own, of each batch by its start
         self._best: dict[str, Tensor] = {}
 
     def run(self, sources: Sequence[ImageSource], settings: dict[str, Any]) -> Trained:
@@ -339,7 +340,8 @@ class _Training:
         size, count = self._options.batch_size, len(pictures)
         generator = np.random.default_rng([self._options.seed, 1, self._step])
         places = range(self._step * size, (self._step + 1) * size)
-        chosen = [pictures[self._order(place // count, count)[place % count]] for place in places]
+        orders = {epoch: self._order(epoch, count) for epoch in {place // count for place in places}}
+        chosen = [pictures[orders[place // count][place % count]] for place in places]
         shape = self._draw_shape(generator)
         views = [self._draw_view(shape, generator) for _ in chosen]
         for group in self._optimizer.param_groups:
@@ -371,7 +373,7 @@ class _Training:
 
     def _backward(self, numbers: Sequence[int], views: Sequence[View], shape: Grid) -> float:
         self._optimizer.zero_grad()
-        cosine, square = self._losses(numbers, views, shape)
+        cosine, square, _ = self._losses(numbers, views, shape)
         loss = cosine + square
         torch.autograd.backward(loss)
         return float(loss.detach())
@@ -399,7 +401,10 @@ class _Training:
         lowest = min(_LAST_RATE, highest)
         return lowest + (highest - lowest) * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
 
-    def _losses(self, numbers: Sequence[int], views: Sequence[View], shape: Grid) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, numbers: Sequence[int], views: Sequence[View], shape: Grid, own: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Both losses, and the teacher's own look, which is taken unless it is given."""
         device = self._student.device
         pixels, agreed = [], []
         for number, view in zip(numbers, views, strict=True):
@@ -408,11 +413,11 @@ class _Training:
             pixels.append(pixels_of(patches, [view], shape, self._backbone))
             agreed.append(crop(torch.from_numpy(lesson.features), view, shape).flatten(0, 1).to(device))
         together = torch.cat(pixels)
-        own = self._teacher.look(together, shape)
+        own = self._teacher.look(together, shape) if own is None else own
         images = self._as_images(together, shape)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             tokens = patch_tokens(self._student, images, save_memory=self._saves_memory)
-        return losses(tokens, own, torch.stack(agreed), self._norms)
+        return *losses(tokens, own, torch.stack(agreed), self._norms), own
 
     def _as_images(self, pixels: Tensor, shape: Grid) -> Tensor:
         """(B, rows * columns, patch * patch * 3) to (B, 3, H, W)."""
@@ -427,7 +432,10 @@ class _Training:
         for start in range(0, len(held_out), size):
             batch = held_out[start : start + size]
             middle = [self._layout.middle] * len(batch)
-            sums += [len(batch) * float(part) for part in self._losses(batch, middle, self._layout.shape)]
+            own = self._held_out_looks.get(start)  # the same each time
+            *parts, own = self._losses(batch, middle, self._layout.shape, own)
+            self._held_out_looks[start] = own
+            sums += [len(batch) * float(part) for part in parts]
         cosine, square = (sums / len(held_out)).tolist()
         if not math.isfinite(cosine + square):
             raise TrainingError("the loss is not finite: the weights are broken, or the learning rate is far too high")
