@@ -376,13 +376,6 @@ def count(text: str) -> int:
     return positive_int(text, 0)
 
 
-def add_batch_size(group: Group, default: int) -> None:
-    """How many images of one size run together."""
-    group.add_argument(
-        "--batch-size", type=positive_int, default=default, metavar="N", help=f"images a step (default: {default})"
-    )
-
-
 def _add_device(group: Group) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
 

@@ -11,7 +11,6 @@ from lostreg.cli.options import (
     Subparsers,
     add_backbone,
     add_backbone_options,
-    add_batch_size,
     add_images,
     add_max_side,
     add_sample,
@@ -42,8 +41,9 @@ def _add_find(actions: Subparsers) -> None:
         "find",
         help="find the neurons that write a backbone's outliers",
         description="Find the hidden units that write a backbone's high-norm tokens, from unlabelled images. The file "
-        "that is written can be given as `--test-time-registers FILE` to predict, eval, sweep, artifacts and "
-        "attention, which then move what these units write to blank tokens that are added to each image.",
+        "that is written can be given as `--test-time-registers FILE` to predict, discover, eval, sweep, "
+        "artifacts, attention and probe, which then move what these units write to blank tokens that are added to each "
+        "image.",
     )
     add_images(parser)
     parser.add_argument(
@@ -95,7 +95,13 @@ def _add_train(actions: Subparsers) -> None:
         help=f"tokens to add; 0 trains a control (default: {defaults.TRAINING_REGISTERS})",
     )
     add_training_options(group)
-    add_batch_size(group, defaults.BATCH_SIZE)
+    group.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=defaults.BATCH_SIZE,
+        metavar="N",
+        help=f"images a step (default: {defaults.BATCH_SIZE})",
+    )
     group.add_argument(
         "--teacher",
         type=local_place,
