@@ -132,7 +132,7 @@ class _Ablation:
         yield self._add(AS_GIVEN, plain, "given")
         cutoff = self._done[0].measured.cutoff.value
         rule = args.threshold if cutoff is None else CutoffRule("number", cutoff)
-        for number in dict.fromkeys(args.counts):
+        for number in sorted(set(args.counts)):
             exact = make_discoverer(_changed(args, precision="fp32"), args.backbone)
             trained = _changed(args, weights=self._train(exact.backbone, number))
             yield self._add(TRAINED, partial(make_discoverer, trained, args.backbone), f"{number}", rule)

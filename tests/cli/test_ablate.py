@@ -53,7 +53,7 @@ def command(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     photos = str(root / "JPEGImages")
     options = ["--backbone", NAME, "--weights", str(weights), "--device", "cpu", "--precision", "bf16"]
     options += ["--out", str(tmp_path / "out")]
-    quick = ["--registers", "0", "2", "--steps", "2", "--views", "3", "--max-side", "112", "--threshold", "90%"]
+    quick = ["--registers", "2", "0", "--steps", "2", "--views", "3", "--max-side", "112", "--threshold", "90%"]
     scored = ["--benchmark", "voc", "--root", str(root), "--split", SPLIT]
     return ["registers", "ablate", photos, *options, *quick, *scored, "--test-time", "--beside", GIVEN]
 
