@@ -192,7 +192,7 @@ def _table(records: Sequence[dict[str, Any]]) -> list[str]:
                 "" if gap is None else f"{gap[0]:+.3g} ({gap[1]:+.3g} to {gap[2]:+.3g})",
             )
         )
-    if not first["penalties"]:  # nothing was trained
+    if len(first["penalties"]) < 2:  # nothing was trained, or with one seed, which has no spread
         rows = [(*row[:2], *row[3:]) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

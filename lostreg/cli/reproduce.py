@@ -3,18 +3,15 @@
 import argparse
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from lostreg.cli import evaluate, sweep
 from lostreg.cli.files import make_folder
 from lostreg.cli.options import Parser, Subparsers, join_bias, local_place, one_line, tell
 from lostreg.cli.recipes import DECIDED, Job, Recipe, decided, load_recipe, recipe_names
-from lostreg.errors import LostregError, OptionError, is_out_of_memory
-
-if TYPE_CHECKING:
-    from lostreg.metrics import Corloc
+from lostreg.errors import BackboneError, LostregError, OptionError, is_out_of_memory
+from lostreg.models.table import BACKBONES
 
 TABLE: Final = "table"  # of OUT/RECIPE, as .json and .md
 _OTHER_TRUTH: Final = ("--split", "--no-hard")  # options that change what published figures are of
@@ -84,40 +81,6 @@ def _row_weights(text: str) -> tuple[str, Path]:
     return row, Path(file)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a command.
-
-    Attributes:
-        job: the command.
-        score: of the run or, of a sweep, of its best feature and fixed bias; None where it could not be run.
-        facts: of the run: ``limit`` and ``unreadable``, of a sweep ``feature``, ``layer`` and ``bias``, too.
-        fault: why it could not be run, or what was wrong with it; empty where nothing was.
-    """
-
-    job: Job
-    score: "Corloc | None"
-    facts: dict[str, Any]
-    fault: str
-
-    @property
-    def difference(self) -> float | None:
-        """Measured minus published corloc, in points; None without one of them, or on other images or boxes."""
-        published = self.job.row.published.get(self.job.benchmark)
-        if self.score is None or published is None:
-            return None
-        if self.facts["limit"] is not None or decided(self.job.passed, _OTHER_TRUTH):
-            return None
-        return self.score.percent - published
-
-    @property
-    def published_for(self) -> str | None:
-        """Whose figure the published one is; None where there is none."""
-        row = self.job.row
-        weights = row.checkpoint or ("the hub's weights" if self.job.weights else "these weights")
-        return weights if self.job.benchmark in row.published else None
-
-
 def run(args: argparse.Namespace) -> int:
     """Run what was asked for; 2 where something of it could not be."""
     recipe = load_recipe(args.recipe)
@@ -126,23 +89,24 @@ def run(args: argparse.Namespace) -> int:
     jobs = _chosen(recipe.jobs(args.out, args.passed, dict(args.weights)), args.only)
     parser = _command_parser()
     asked = [(job, _parsed(parser, job)) for job in jobs]  # all of them before the first is run
-    if args.dry_run:
-        for job, options in asked:
-            print(f"{job.line}  # {_state(job, options)}")
-        return 0
     folder = args.out / recipe.name
+    if args.dry_run:
+        told = _told(folder)
+        for job, options in asked:
+            print(f"{job.line}  # {_state(job, options, told.get(_folder(job)))}")
+        return 0
     make_folder(folder)
-    outcomes: list[Outcome] = []
+    rows: list[dict[str, Any]] = []
     try:
         for number, (job, options) in enumerate(asked, start=1):
             tell(f"{number} of {len(jobs)}: {job.line}")
-            outcomes.append(_outcome(job, options))
-            if outcomes[-1].fault:
-                tell(f"{job.row.title}, {job.benchmark}: {outcomes[-1].fault}")
+            rows.append(_outcome(job, options))
+            if rows[-1]["fault"]:
+                tell(f"{job.row.title}, {job.benchmark}: {rows[-1]['fault']}")
     finally:
-        outcomes += [Outcome(job, None, {}, "not finished: the command was stopped") for job in jobs[len(outcomes) :]]
-        _write(folder, recipe, args.passed, outcomes)
-    return 2 if any(outcome.fault for outcome in outcomes) else 0
+        rows += [_row(job, fault="not finished: the command was stopped") for job in jobs[len(rows) :]]
+        _write(folder, recipe, args.passed, rows)
+    return 2 if any(row["fault"] for row in rows) else 0
 
 
 def _chosen(jobs: list[Job], words: Sequence[str]) -> list[Job]:
@@ -183,8 +147,12 @@ def _command_parser() -> Parser:
 
 def _parsed(parser: Parser, job: Job) -> argparse.Namespace:
     try:
+        if job.row.backbone not in BACKBONES:
+            from lostreg.models.backbone import find_spec
+
+            find_spec(job.row.backbone)
         return parser.parse_args(join_bias(job.words))
-    except OptionError as error:
+    except (BackboneError, OptionError) as error:
         raise OptionError(f"row {job.row.title!r}, {error}") from error
 
 
@@ -203,10 +171,11 @@ def _lacks(job: Job, options: argparse.Namespace) -> str:
     return "; ".join(lacks)
 
 
-def _state(job: Job, options: argparse.Namespace) -> str:
+def _state(job: Job, options: argparse.Namespace, told: dict[str, Any] | None) -> str:
     results = _results(job)
     if results:
-        return "done" if results.get("complete") else "begun"
+        other = f" as `{told['command']}`" if told and told["command"] != job.line else ""
+        return ("done" if results.get("complete") else "begun") + other
     return f"missing: {lack}" if (lack := _lacks(job, options)) else "to do"
 
 
@@ -217,117 +186,141 @@ def _results(job: Job) -> dict[str, Any] | None:
     return results_of(job.out) if job.command == "eval" else results_of(job.out, RESULTS_FILE)
 
 
-def _outcome(job: Job, options: argparse.Namespace) -> Outcome:
-    """Run a command; what a user can mend is its fault."""
+def _outcome(job: Job, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of the table of a command, which is run; what a user can mend is its fault."""
     if lack := _lacks(job, options):
-        return Outcome(job, None, {}, lack)
+        return _row(job, fault=lack)
     try:
         code = options.run(options)
     except BrokenPipeError:
         raise
     except (LostregError, OSError) as error:
-        return Outcome(job, None, {}, one_line(str(error)))
+        return _row(job, fault=one_line(str(error)))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return Outcome(job, None, {}, "not enough memory; what was written so far is kept")
-    return _measured(job, "too many images could not be read" if code else "")
-
-
-def _measured(job: Job, fault: str) -> Outcome:
-    """What a run that has come to its end has written."""
-    from lostreg.metrics import Corloc
-
+        return _row(job, fault="not enough memory; what was written so far is kept")
     results = _results(job)
     if results is None:
-        return Outcome(job, None, {}, f"{job.out} was deleted or changed while the run went on")
+        return _row(job, fault=f"{job.out} was deleted or changed while the run went on")
+    return _row(job, _measured(job, results), "too many images could not be read" if code else "")
+
+
+def _measured(job: Job, results: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a run that has come to its end; of a sweep those of its best feature and fixed bias."""
+    from lostreg.metrics import Corloc
+
     facts = {"limit": results["benchmark"]["limit"], "unreadable": results["unreadable"]}
     images = results["images"]
-    if job.command == "eval":
-        return Outcome(job, Corloc(results["hits"], images), facts, fault)
-    best = max(results["rows"], key=lambda row: float(row["best_corloc"]))
-    facts |= {"feature": best["feature"], "layer": best["layer"], "bias": best["best_bias"]}
-    return Outcome(job, Corloc(round(best["best_corloc"] / 100 * images), images), facts, fault)
+    if job.command == "sweep":
+        best = max(results["rows"], key=lambda row: float(row["best_corloc"]))
+        facts |= {"feature": best["feature"], "layer": best["layer"], "bias": best["best_bias"]}
+        score = Corloc(round(best["best_corloc"] / 100 * images), images)
+    else:
+        score = Corloc(results["hits"], images)
+    return {
+        "corloc": round(score.percent, 4),
+        "hits": score.hits,
+        "images": images,
+        "wilson_95": [round(bound, 4) for bound in score.wilson_interval()],
+        **facts,
+    }
 
 
-def _write(folder: Path, recipe: Recipe, passed: Sequence[str], outcomes: list[Outcome]) -> None:
+def _row(job: Job, measured: dict[str, Any] | None = None, fault: str = "") -> dict[str, Any]:
+    """A row of the table; it has a difference where the same images and boxes were measured as were published."""
+    published, difference = job.row.published.get(job.benchmark), None
+    if measured and published is not None and measured["limit"] is None and not decided(job.passed, _OTHER_TRUTH):
+        difference = round(measured["corloc"] - published, 4)
+    weights = job.row.checkpoint or ("the hub's weights" if job.weights else "these weights")
+    return {
+        "title": job.row.title,
+        "backbone": job.row.backbone,
+        "benchmark": job.benchmark,
+        "folder": _folder(job),
+        "command": job.line,
+        "with": list(job.passed),
+        "measured": measured,
+        "published": published,
+        "published_for": None if published is None else weights,
+        "difference": difference,
+        "fault": fault or None,
+        "note": job.row.note,
+    }
+
+
+def _folder(job: Job) -> str:
+    """Of its run, beside the table."""
+    return f"{job.row.name}/{job.out.name}"
+
+
+def _told(folder: Path) -> dict[str, dict[str, Any]]:
+    """The measured rows of the table that is there, by their run's folder."""
+    from lostreg.runs.results import results_of
+
+    rows: Any = (results_of(folder, f"{TABLE}.json") or {}).get("rows")
+    measured = [
+        row
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict) and isinstance(row.get("measured"), dict) and "folder" in row
+    ]
+    return {row["folder"]: row for row in measured}
+
+
+def _write(folder: Path, recipe: Recipe, passed: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Write the table of these rows, and of those that earlier calls have measured."""
     from lostreg.jsonio import write_json, write_whole
 
-    document = {
-        "recipe": recipe.name,
-        "source": recipe.source,
-        "method": recipe.method,
-        "with": list(passed),
-        "rows": [_as_json(outcome) for outcome in outcomes],
-    }
-    text = _as_text(recipe, passed, outcomes)
+    known = _told(folder) | {row["folder"]: row for row in rows}
+    table = [known[place] for place in map(_folder, recipe.jobs(folder.parent)) if place in known]
+    document = {"recipe": recipe.name, "source": recipe.source, "method": recipe.method, "rows": table}
+    text = _as_text(recipe, passed, table)
     write_json(folder / f"{TABLE}.json", document)
     write_whole(folder / f"{TABLE}.md", text, errors="backslashreplace")
     print(f"\n{text}\nwritten to {folder}: {TABLE}.json, {TABLE}.md", flush=True)
 
 
-def _as_json(outcome: Outcome) -> dict[str, Any]:
-    job, score, difference = outcome.job, outcome.score, outcome.difference
-    measured = None
-    if score is not None:
-        measured = {
-            "corloc": round(score.percent, 4),
-            "hits": score.hits,
-            "images": score.images,
-            "wilson_95": [round(bound, 4) for bound in score.wilson_interval()],
-            **outcome.facts,
-        }
-    return {
-        "title": job.row.title,
-        "backbone": job.row.backbone,
-        "benchmark": job.benchmark,
-        "command": job.line,
-        "measured": measured,
-        "published": job.row.published.get(job.benchmark),
-        "published_for": outcome.published_for,
-        "difference": None if difference is None else round(difference, 4),
-        "fault": outcome.fault or None,
-        "note": job.row.note,
-    }
-
-
-def _as_text(recipe: Recipe, passed: Sequence[str], outcomes: list[Outcome]) -> str:
+def _as_text(recipe: Recipe, passed: Sequence[str], table: Sequence[dict[str, Any]]) -> str:
     """The table, and what there is to say of it, as Markdown."""
     heading = "; ".join(part for part in (recipe.name, recipe.source, recipe.method) if part)
     options = f"Run with `{shlex.join(passed)}`" if passed else ""
-    rows = [_HEADINGS, ("---",) * len(_HEADINGS), *map(_cells, outcomes)]
-    table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
-    faults = _listed((outcome.fault, f"{outcome.job.row.title} on {outcome.job.benchmark}") for outcome in outcomes)
-    notes = _listed((outcome.job.row.note, outcome.job.row.title) for outcome in outcomes)
-    return "\n\n".join(part for part in (heading, options, table, faults, notes) if part)
+    cells = [_HEADINGS, ("---",) * len(_HEADINGS), *map(_cells, table)]
+    lines = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells)
+    subjects = [(row, f"{row['title']} on {row['benchmark']}") for row in table]
+    others = _listed((_options_of(row), subject) for row, subject in subjects if row["with"] != list(passed))
+    faults = _listed((row["fault"], subject) for row, subject in subjects)
+    notes = _listed((row["note"], row["title"]) for row in table)
+    return "\n\n".join(part for part in (heading, options, lines, others, faults, notes) if part)
 
 
-def _cells(outcome: Outcome) -> tuple[str, ...]:
-    row, benchmark, facts = outcome.job.row, outcome.job.benchmark, outcome.facts
-    published = row.published.get(benchmark)
-    what = benchmark
-    if outcome.job.command == "sweep":
+def _options_of(row: dict[str, Any]) -> str:
+    return f"run with `{shlex.join(row['with'])}`" if row["with"] else "run without further options"
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    what, measured, published = row["benchmark"], row["measured"], row["published"]
+    figures = ("not run", "-", "-")
+    if row["command"].split()[1] == "sweep":
         what += ", best of the sweep"
-        if facts:
-            what += ", chosen by labels: {feature} of layer {layer} at bias {bias:g}".format(**facts)
-    measured = ("not run", "-", "-")
-    if outcome.score is not None:
-        low, high = outcome.score.wilson_interval()
-        part = "" if facts["limit"] is None else f" (the first {facts['limit']} images alone)"
-        broken = f" ({facts['unreadable']} not readable)" if facts["unreadable"] else ""
-        hits = f"{outcome.score.hits}/{outcome.score.images}{part}{broken}"
-        measured = (f"{outcome.score.percent:.2f}", f"{low:.2f} to {high:.2f}", hits)
+        if measured:
+            what += ", chosen by labels: {feature} of layer {layer} at bias {bias:g}".format(**measured)
+    if measured:
+        low, high = measured["wilson_95"]
+        part = "" if measured["limit"] is None else f" (the first {measured['limit']} images alone)"
+        broken = f" ({measured['unreadable']} not readable)" if measured["unreadable"] else ""
+        hits = f"{measured['hits']}/{measured['images']}{part}{broken}"
+        figures = (f"{measured['corloc']:.2f}", f"{low:.2f} to {high:.2f}", hits)
     return (
-        row.title,
+        row["title"],
         what,
-        *measured,
+        *figures,
         "-" if published is None else f"{published:.1f}",
-        "-" if outcome.difference is None else f"{outcome.difference:+.2f}",
-        outcome.published_for or "-",
+        "-" if row["difference"] is None else f"{row['difference']:+.2f}",
+        row["published_for"] or "-",
     )
 
 
-def _listed(told: Iterable[tuple[str, str]]) -> str:
+def _listed(told: Iterable[tuple[str | None, str]]) -> str:
     """What there is to say of what, as a list with each text once."""
     subjects: dict[str, dict[str, None]] = {}
     for text, subject in told:

@@ -118,13 +118,15 @@ class ProbeData:
             raise DatasetError(f"{self.root}: expected at least {least} images a class{apart}, not {name_some(few)}")
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names of all files, their classes and which are held out, in order."""
+        """SHA-256 over the names and sizes of all files, their classes and which are held out, in order."""
         digest = hashlib.sha256()
         for number, image in enumerate(self.images):
             answer = self.maps[number].name if self.maps else self.classes[self.labels[number]]
             is_held_out = self.held_out is not None and bool(self.held_out[number])
             name = image.path.relative_to(self.root).as_posix()
-            digest.update(as_line({"image": name, "answer": answer, "held_out": is_held_out}).encode() + b"\n")
+            sizes = [path.stat().st_size for path in (image.path, *self.maps[number : number + 1])]
+            line = as_line({"image": name, "answer": answer, "held_out": is_held_out, "bytes": sizes})
+            digest.update(line.encode() + b"\n")
         return digest.hexdigest()
 
 

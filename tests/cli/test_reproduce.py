@@ -155,8 +155,11 @@ def test_only_and_dry_run_show_commands_with_what_is_done_and_missing_and_run_no
     assert [state.split(":")[0] for _, state in states()] == ["to do", "to do", "to do", "missing"]
     assert not Path("out").exists()
     assert reproduce(recipe, "--only", "Plain | ViT", "voc", "eval") == 0
-    assert [row["command"].split()[1:3] for row in table()] == [["eval", "voc"]]
+    assert [row["folder"] for row in table()] == ["dinov2_vits14/voc"]
     assert [state.split(":")[0] for _, state in states()] == ["done", "to do", "to do", "missing"]
+    assert states("--only", "voc", "eval", "dinov2_vits14", "--with", "--limit", "2")[0][1].startswith(
+        "done as `lostreg eval voc --backbone dinov2_vits14 "
+    )
     assert [state for _, state in states("--only", "sweep", "dinov2_vits14")] == ["to do"]
     assert [state for _, state in states("--only", "coco", "--with", "--limit", "2")] == ["to do"]
     assert reproduce(recipe, "--only", "sweep", "coco") == 2
@@ -186,12 +189,17 @@ def test_a_part_of_a_benchmark_is_told_and_not_compared(recipe: Path, capsys: py
     assert "Run with `--limit 2`" in text
     assert "/2 (the first 2 images alone) | 0.5 | - | weights of theirs |" in text
     assert reproduce(recipe, "--only", "voc", "eval", "Plain | ViT", "--with", "--no-hard") == 0
-    (row,) = table()
+    row, limited = table()  # what an earlier call has measured stays
     assert (row["measured"]["limit"], row["published"], row["difference"]) == (None, 40, None)
+    assert (limited["measured"]["limit"], limited["with"]) == (2, ["--limit", "2"])
+    text = capsys.readouterr().out
+    assert "Run with `--no-hard`" in text
+    assert "- On COCO on coco: run with `--limit 2`" in text
     assert reproduce(recipe, "--only", "coco") == 2  # other settings: the folder is the earlier run's
-    (row,) = table()
-    assert row["measured"] is None
-    assert "holds a run with other settings: images was 2 and is now 5" in row["fault"]
+    row, limited = table()
+    assert (row["measured"]["images"], limited["measured"]) == (5, None)
+    assert "holds a run with other settings: images was 2 and is now 5" in limited["fault"]
+    assert "- Plain | ViT on voc: run with `--no-hard`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -209,7 +217,11 @@ def test_a_part_of_a_benchmark_is_told_and_not_compared(recipe: Path, capsys: py
         ("[[row]]\ntitle = 'A'\nbackbone = 'x'\npublished = { voc = 140 }", "corloc in percent, not 140"),
         ("[[row]]\ntitle = 'A'\nbackbone = 'x'\nname = '../b'\nbenchmarks = ['voc']", "a name of letters"),
         ("[[row]]\ntitle = 'A'\nbackbone = 'x'\noptions = '--out b'\nbenchmarks = ['voc']", "--out is not among"),
-        ("[[row]]\ntitle = 'A'\nbackbone = 'x'\noptions = '--lim 3'\nbenchmarks = ['voc']", "unrecognized arguments"),
+        (
+            "[[row]]\ntitle = 'A'\nbackbone = 'dino_vits8'\noptions = '--lim 3'\nbenchmarks = ['voc']",
+            "unrecognized arguments",
+        ),
+        ("[[row]]\ntitle = 'A'\nbackbone = 'dino'\nbenchmarks = ['voc']", "row 'A', unknown backbone 'dino'"),
         ("[[row]]\ntitle = 'A'\nbackbone = 'x'\nbenchmarks = ['voc']\n" * 2, "two rows write to 'x'"),
     ],
 )

@@ -166,9 +166,13 @@ def test_fingerprints_tell_data_apart(tmp_path: Path) -> None:
     write_masks(tmp_path, 5)
     before = load_probe_data(tmp_path, "segmentation").fingerprint()
     assert load_probe_data(tmp_path, "segmentation").fingerprint() == before
+    mask = tmp_path / "masks/4.png"
+    mask.write_bytes(mask.read_bytes() + b"\0")  # another file of the same name
+    changed = load_probe_data(tmp_path, "segmentation").fingerprint()
+    assert changed != before
     for folder in ("images", "masks"):
         (tmp_path / folder / "4.png").unlink()
-    assert load_probe_data(tmp_path, "segmentation").fingerprint() != before
+    assert load_probe_data(tmp_path, "segmentation").fingerprint() not in (before, changed)
 
 
 def _with(make: Callable[[Path], object]) -> Callable[[Path], object]:
