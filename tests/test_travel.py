@@ -24,6 +24,7 @@ from lostreg.methods.lost import find_candidates, lost_maps
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.runs.maps import maps_of
 from lostreg.runs.predictions import from_discovery
+from lostreg.training.train import Look
 
 PUBLIC = [*map(lostreg.__getattr__, set(lostreg.__all__) & lostreg._HOMES.keys()), lostreg.BackboneSpec]
 PUBLIC += [*(getattr(artifacts, name) for name in artifacts.__all__), *vars(metrics).values()]
@@ -64,6 +65,8 @@ def held(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> list[A
         lostreg.calibrate([scene(3)], discoverer),
         lostreg.learn([scene(3)], discoverer),
         REGISTERS,
+        lostreg.TrainingOptions(registers=2),
+        lostreg.Trained(Path("registers.safetensors"), 2, 9, 1, 0, 6, (Look(6, 0.2, 0.3, 0.1, 1e-3),)),
         next(iter(lostreg.attention_maps([scene(3)], discoverer)))[0],
         artifacts.measure([scene(3)], discoverer),
         lostreg.load_benchmark("voc", root=voc),

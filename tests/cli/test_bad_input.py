@@ -492,7 +492,7 @@ BAD = {
     "attention layers of letters": (f"attention {{}}/good.jpg --layers last {FAST}", "invalid int value: 'last'"),
     "attention of a feature": (f"attention {{}}/good.jpg --feature k {FAST}", "unrecognized arguments: --feature k"),
     "registers of nothing": (f"registers find {FAST}", "arguments are required: IMAGE"),
-    "registers without an action": (f"registers {FAST}", "arguments are required: action"),
+    "registers without an action": ("registers", "arguments are required: ACTION"),
     "registers of another action": (f"registers lose {{}}/good.jpg {FAST}", "invalid choice: 'lose'.*find"),
     "registers of no token": (f"registers find {{}}/good.jpg --count 0 {FAST}", "an integer of at least 1, not '0'"),
     "registers of no neuron": (f"registers find {{}}/good.jpg --neurons 0 {FAST}", "of at least 1, not '0'"),
