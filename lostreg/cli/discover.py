@@ -21,6 +21,7 @@ from lostreg.cli.options import (
     add_method_options,
     add_object_options,
     add_workers,
+    positive_int,
     run_place,
     tell,
 )
@@ -48,9 +49,9 @@ def add_parser(commands: Subparsers) -> None:
         "source",
         metavar="SOURCE",
         help="a folder with all its subfolders, or a glob in quotes: the image files there or, where there are none, "
-        "the images in .tar, .parquet and .arrow files; one such file, or several ('{000..099}.tar'); a URI of any of "
-        "these (s3://BUCKET/DIR, gs://, file:// and so on); or a text file with a path or URI a line. docs/sources.md "
-        "has the rules",
+        "the images in .tar, .parquet and .arrow files and frames of videos; one such file, or several "
+        "('{000..099}.tar'); a URI of any of these (s3://BUCKET/DIR, gs://, file:// and so on); or a text file with a "
+        "path or URI a line. docs/sources.md has the rules",
     )
     parser.add_argument(
         "--out",
@@ -59,6 +60,12 @@ def add_parser(commands: Subparsers) -> None:
         metavar="DIR",
         help="folder for predictions.jsonl, maps.jsonl, failed.csv and results.json; or a URI (s3://BUCKET/DIR and so "
         "on), to which they are copied in the end",
+    )
+    parser.add_argument(
+        "--every",
+        type=positive_int,
+        metavar="N",
+        help="of videos (extra video), each Nth frame (default: one a second, about)",
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on")
     parser.add_argument("--retry-failed", action="store_true", help="try photos again that are broken, too")
@@ -94,7 +101,7 @@ def _run(args: argparse.Namespace, apart: Path | str) -> "Summary":
     from lostreg.datasets.folder import find_collection
     from lostreg.runs.discover import discover_collection
 
-    collection = find_collection(args.source, apart=apart)
+    collection = find_collection(args.source, apart=apart, every=args.every)
     with asked_session(args) as session:
         discoverer = _discoverer(args, collection)
         workers = asked_workers(args, session, discoverer)

@@ -109,16 +109,17 @@ def _digest(name: str) -> int:
     return zlib.crc32(name.encode("utf-8", "surrogateescape"))
 
 
-def find_collection(source: str, apart: Path | str | None = None) -> Collection:
+def find_collection(source: str, apart: Path | str | None = None, *, every: int | None = None) -> Collection:
     """The images that a folder, a glob, a list, a file with many images or a URI of these stands for.
 
     Args:
         source: a folder, which is searched with all its subfolders; a glob such as ``photos/**/*.jpg``, or braces such
-            as ``shard-{000..099}.tar``; a tar shard, or a Parquet or Arrow file; the URI of one of these; or a text
-            file with a path or URI of an image a line, or of a file with many, paths relative to its own folder. Lines
-            that are empty or begin with ``#`` are left out, and so is what has been listed before. Where a folder or
-            glob has image files, these count, else its files with many images.
+            as ``shard-{000..099}.tar``; a tar shard, a Parquet or Arrow file, or a video; the URI of one of these; or a
+            text file with a path or URI of an image a line, or of a file with many, paths relative to its own folder.
+            Lines that are empty or begin with ``#`` are left out, and so is what has been listed before. Where a
+            folder or glob has image files, these count, else its files with many images.
         apart: a folder, or the URI of one, whose files are left out: what a run writes is none of its photos.
+        every: of a video, frames from one image to the next; None for about a second.
 
     Raises:
         OptionError: if there is no such thing, or no image in it, or it cannot be listed.
@@ -126,28 +127,28 @@ def find_collection(source: str, apart: Path | str | None = None) -> Collection:
     if is_uri(source):
         local = local_path(source)
         if local is not None:
-            return find_collection(local, apart)
-        return Collection(*find_stored(source, apart if isinstance(apart, str) else None))
+            return find_collection(local, apart, every=every)
+        return Collection(*find_stored(source, apart if isinstance(apart, str) else None, every))
     apart = None if isinstance(apart, str) else apart
     path = Path(source)
     if source and path.is_dir():
         kinds = sort_files(os.path.relpath(file, path) for file in _files_below(path))
-        return _of_kinds(path, kinds, path, _no_images(path), apart)
+        return _of_kinds(path, kinds, path, _no_images(path), apart, every)
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
             raise OptionError(f"{path} is one image: expected a folder, a glob or a list; use `lostreg predict`")
         if path.suffix.lower() in PACKED:
-            inside = _of_kinds(path.parent, sort_files([path.name]), path, f"no images in {path}", apart)
+            inside = _of_kinds(path.parent, sort_files([path.name]), path, f"no images in {path}", apart, every)
             return replace(inside, root=path)
         listed = _listed(path)
         if any(map(is_packed, listed)):
-            return _of_listed(path, listed)
+            return _of_listed(path, listed, every)
         return _collect(path.parent, listed, f"{path} lists no images: expected a path a line", apart)
     if _is_pattern(source):
         root = _fixed_part(path)
         kinds = sort_files(os.path.relpath(name, root) for name in matching(source, _files_like))
         nothing = f"no image matches '{source}': a [ that is part of a name is written [[]"
-        return _of_kinds(root, kinds, source, nothing, apart)
+        return _of_kinds(root, kinds, source, nothing, apart, every)
     raise OptionError(f"{source!r}: no such folder or list; expected a folder, a glob or a file with a path a line")
 
 
@@ -226,13 +227,15 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
     return [source for source in sources if isinstance(source, Path)]
 
 
-def _of_kinds(root: Path, kinds: Kinds, place: object, nothing: str, apart: Path | None) -> Collection:
+def _of_kinds(
+    root: Path, kinds: Kinds, place: object, nothing: str, apart: Path | None, every: int | None = None
+) -> Collection:
     """Image files, where there are any, else the images in files that hold many."""
     if kinds.images or not kinds.packed:
         tell_others(kinds.others, place)
         return _collect(root, kinds.images, nothing, apart)
     folder = os.path.abspath(root)  # noqa: PTH100 - without following links
-    names, parts = unpack(kinds, str(place), lambda name: os.path.join(folder, name))  # noqa: PTH118
+    names, parts = unpack(kinds, str(place), lambda name: os.path.join(folder, name), every)  # noqa: PTH118
     if not names:
         raise OptionError(nothing)
     return Collection(root, names, parts)
@@ -247,7 +250,7 @@ def _collect(root: Path, names: Iterable[str], nothing: str, apart: Path | None)
     return Collection(root, kept)
 
 
-def _of_listed(path: Path, listed: list[str]) -> Collection:
+def _of_listed(path: Path, listed: list[str], every: int | None) -> Collection:
     """The images in the files that a list names."""
     other = next((line for line in listed if not is_packed(line)), None)
     if other is not None:
@@ -257,7 +260,7 @@ def _of_listed(path: Path, listed: list[str]) -> Collection:
         (line.partition("?")[0], line) if is_uri(line) else (Path(line).as_posix(), os.path.join(folder, line))  # noqa: PTH118
         for line in listed
     )
-    names, parts = unpack(Kinds([], list(places), [], Counter()), str(path), places.__getitem__)
+    names, parts = unpack(Kinds([], list(places), [], Counter()), str(path), places.__getitem__, every)
     if not names:
         raise OptionError(f"no images in the files that {path} lists")
     return Collection(path.parent, names, parts)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import Final
 from urllib.parse import unquote
 
@@ -18,6 +18,7 @@ from lostreg.datasets.base import name_some
 from lostreg.datasets.parts import Listing, NoImagesError, Part
 from lostreg.datasets.shards import list_shard
 from lostreg.datasets.tables import cell_at, forget_tables, list_table
+from lostreg.datasets.video import VIDEOS, forget_videos, frame_at, list_video
 from lostreg.errors import LostregWarning, OptionError
 from lostreg.images.files import HEIF_HINT, HEIF_SUFFIXES, SUFFIXES
 from lostreg.images.stores import (
@@ -38,6 +39,7 @@ PACKED: Final[dict[str, Callable[[str, str], Listing]]] = {
     ".tar": list_shard,
     ".parquet": list_table,
     ".arrow": list_table,
+    **dict.fromkeys(VIDEOS, list_video),
 }
 """Endings of files that hold many images, and what lists these, by file and name."""
 
@@ -125,13 +127,16 @@ def tell_others(others: Counter[str], place: object) -> None:
         warnings.warn(message, LostregWarning, stacklevel=2)
 
 
-def unpack(kinds: Kinds, place: str, file_of: Callable[[str], str]) -> tuple[tuple[str, ...], tuple[Part, ...]]:
+def unpack(
+    kinds: Kinds, place: str, file_of: Callable[[str], str], every: int | None
+) -> tuple[tuple[str, ...], tuple[Part, ...]]:
     """The names and places of the images in files that hold many.
 
     Args:
         kinds: the files; of a folder that Hugging Face's `datasets` saved, those alone that it lists.
         place: what messages call the folder.
         file_of: absolute path or URI of a file.
+        every: frames of a video from one image to the next; None for about a second.
 
     Raises:
         OptionError: if one cannot be read, several columns of one could hold images, or there are tables without such a
@@ -139,13 +144,14 @@ def unpack(kinds: Kinds, place: str, file_of: Callable[[str], str]) -> tuple[tup
     """
     close_files()
     forget_tables()
+    forget_videos()
     packed = _without_caches(kinds, file_of)
     files = [file_of(name) for name in packed]
     names: list[str] = []
     parts, others = list[Part](), Counter(kinds.others)
     without: NoImagesError | None = None
     with ThreadPoolExecutor(_AT_ONCE if any(map(is_uri, files)) else 1) as pool:
-        for name, listing in zip(packed, pool.map(_listing, files, packed), strict=True):
+        for name, listing in zip(packed, pool.map(_listing, files, packed, repeat(every)), strict=True):
             if isinstance(listing, NoImagesError):  # such as what img2dataset writes of a shard beside it
                 without = without or listing
                 others[_ending(name)] += 1
@@ -161,9 +167,10 @@ def unpack(kinds: Kinds, place: str, file_of: Callable[[str], str]) -> tuple[tup
     return tuple(names), tuple(parts)
 
 
-def _listing(file: str, name: str) -> Listing | NoImagesError:
+def _listing(file: str, name: str, every: int | None) -> Listing | NoImagesError:
+    ending = _ending(name)
     try:
-        return PACKED[_ending(name)](file, name)
+        return list_video(file, name, every) if ending in VIDEOS else PACKED[ending](file, name)
     except NoImagesError as error:
         return error
 
@@ -239,12 +246,15 @@ def is_packed(place: str) -> bool:
     return (place.partition("?")[0] if is_uri(place) else place).lower().endswith(tuple(PACKED))
 
 
-def find_stored(uri: str, apart: str | None = None) -> tuple[str, tuple[str, ...], tuple[Part, ...]]:
+def find_stored(
+    uri: str, apart: str | None = None, every: int | None = None
+) -> tuple[str, tuple[str, ...], tuple[Part, ...]]:
     """The images that the URI of a store's folder, glob or file stands for.
 
     Args:
         uri: of it.
         apart: URI of a folder whose files are left out.
+        every: frames of a video from one image to the next; None for about a second.
 
     Returns:
         The URI of the folder that names are relative to, or of the one file, the names, and where the images are.
@@ -271,7 +281,7 @@ def find_stored(uri: str, apart: str | None = None) -> tuple[str, tuple[str, ...
     if kinds.images:
         tell_others(kinds.others, uri)
         return root, tuple(kinds.images), (Objects(root, len(kinds.images)),)
-    names, parts = unpack(kinds, uri, lambda name: join_uri(folder, name))
+    names, parts = unpack(kinds, uri, lambda name: join_uri(folder, name), every)
     if not names:
         raise OptionError(f"no images in {uri}: expected files ending in {endings()}")
     return root, names, parts
@@ -279,7 +289,7 @@ def find_stored(uri: str, apart: str | None = None) -> tuple[str, tuple[str, ...
 
 def endings() -> str:
     """What image files end in, and files that hold many of them, for people."""
-    return f"{name_some(list(SUFFIXES), 7)}, or in {', '.join(PACKED)}"
+    return f"{name_some(list(SUFFIXES), 7)}, or in {name_some(list(PACKED), 7)}"
 
 
 def _fixed_part(path: str) -> tuple[str, list[str]]:
@@ -318,7 +328,7 @@ def stored_at(name: str, locator: str) -> StoredImage | None:
     Raises:
         OptionError: if pyarrow is needed for it and not installed.
     """
-    image = cell_at(name, locator) or range_at(name, locator)
+    image = cell_at(name, locator) or frame_at(name, locator) or range_at(name, locator)
     if image is not None and image.is_remote:
         arrow("fs", image.file)
     return image
