@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -136,3 +137,16 @@ class S3Server:
         return fs.S3FileSystem(
             endpoint_override=self.address, scheme="http", region="us-east-1", allow_bucket_creation=True
         )
+
+
+def write_video(path: Path, codec: str = "libx264", frames: int = 90) -> Path:
+    """A frame shows its number, in white bars for ones and black ones for zeros, the lowest digit on the left."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 160, 96, "yuv420p", {"g": "25"}
+        for number in range(frames):
+            bars = [255 * (number >> digit & 1) for digit in range(8)]
+            pixels = np.tile(np.repeat(bars, 20)[:, None].astype(np.uint8), (96, 1, 3))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path

@@ -26,7 +26,7 @@ from lostreg.cli.options import (
     tell,
 )
 from lostreg.cli.progress import ProgressBar, judge_failures
-from lostreg.errors import ObjectnessError
+from lostreg.errors import ObjectnessError, OptionError
 
 if TYPE_CHECKING:
     from lostreg.datasets.folder import Collection
@@ -99,9 +99,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, apart: Path | str) -> "Summary":
     from lostreg.datasets.folder import find_collection
+    from lostreg.datasets.video import Video
     from lostreg.runs.discover import discover_collection
 
     collection = find_collection(args.source, apart=apart, every=args.every)
+    if args.every is not None and not any(isinstance(part, Video) for part in collection.parts):
+        raise OptionError(f"--every {args.every} is for videos, and {args.source} has no frame of any")
     with asked_session(args) as session:
         discoverer = _discoverer(args, collection)
         workers = asked_workers(args, session, discoverer)

@@ -53,7 +53,8 @@ def folder_of(out: Path | str) -> Iterator[Path]:
     caches = cache_folder()
     if caches is None:
         raise PredictionsError(f"no folder on this machine to write the run for {out} in: set XDG_CACHE_HOME")
-    held = caches / "runs" / hashlib.sha256(out.encode(errors="surrogateescape")).hexdigest()[:16]
+    name = join_uri(out, "")  # with and without a / at its end
+    held = caches / "runs" / hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:16]
     with locked(held):  # a second run into the same place must not take the first one's files away
         folder, part = held / "run", held / "part"
         if folder.is_dir() and any(folder.iterdir()):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import scene
 from fabricate import png_header, write_voc
+from fabricate_lake import write_video
 from PIL import Image
 
 from lostreg import defaults
@@ -430,3 +431,16 @@ def test_eval_says_where_what_ranks_comes_from(tmp_path: Path, capsys: pytest.Ca
     assert evaluate(tmp_path / "file", str(out / "objectness.safetensors")) == 0
     assert "transductive" not in json.loads((tmp_path / "file" / "results.json").read_text())["benchmark"]
     assert (tmp_path / "file" / "predictions.jsonl").read_bytes() == kept
+
+
+def test_frames_of_a_film_are_photos(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    film, out = write_video(tmp_path / "film.mp4"), tmp_path / "out"
+    for known in ("2 photos", "2 of these had been done before"):
+        assert discover(film, out, "--every", "45") == 0
+        assert known in capsys.readouterr().out
+    assert main(["report", str(out)]) == 0
+    assert "film.mp4#000045" in (out / "report.html").read_text(encoding="utf-8")
+    assert main(["export", str(out), "--format", "voc", "--out", str(tmp_path / "voc")]) == 0
+    assert len(list((tmp_path / "voc").rglob("*.xml"))) == 2
+    assert discover(photos, tmp_path / "other", "--every", "45") == 2
+    assert f"--every 45 is for videos, and {photos} has no frame of any" in capsys.readouterr().err

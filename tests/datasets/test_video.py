@@ -9,7 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from fabricate_lake import S3Server
+from fabricate_lake import S3Server, write_video
 from numpy.typing import NDArray
 
 from lostreg.datasets import video
@@ -18,22 +18,9 @@ from lostreg.datasets.lake import stored_at
 from lostreg.errors import ImageError, OptionError
 from lostreg.images.decode import ImageSource, read_image
 
-FRAMES, RATE = 90, 30
+FRAMES = 90
 CONTAINERS = {"a.mp4": "libx264", "a.mkv": "libx264", "a.webm": "libvpx-vp9", "a.avi": "mpeg4", "a.m2ts": "libx264"}
 TURNED = ((0, 1 << 16, 0), (-(1 << 16), 0, 0), (0, 0, 1 << 30))  # the matrix of a camera held upright
-
-
-def write_video(path: Path, codec: str = "libx264", frames: int = FRAMES) -> Path:
-    """A frame shows its number, in white bars for ones and black ones for zeros, the lowest digit on the left."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=RATE)
-        stream.width, stream.height, stream.pix_fmt, stream.options = 160, 96, "yuv420p", {"g": "25"}
-        for number in range(frames):
-            bars = [255 * (number >> digit & 1) for digit in range(8)]
-            pixels = np.tile(np.repeat(bars, 20)[:, None].astype(np.uint8), (96, 1, 3))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
-    return path
 
 
 def shown(pixels: NDArray[np.uint8]) -> int:
