@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from lostreg.models.registers import RegisterNeurons
     from lostreg.probing.data import load_probe_data
     from lostreg.probing.probe import probe
-    from lostreg.training.train import Trained, TrainingOptions, train_registers
+    from lostreg.training.options import TrainingOptions
+    from lostreg.training.train import Trained, train_registers
 
     __version__: str
 
@@ -92,7 +93,7 @@ _HOMES = {
     "probe": "probing.probe",
     "Study": "inference.study",
     "Trained": "training.train",
-    "TrainingOptions": "training.train",
+    "TrainingOptions": "training.options",
     "train_registers": "training.train",
 }
 

@@ -25,6 +25,7 @@ from lostreg.cli.options import (
 )
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import ImageError, OptionError, RegistersError
+from lostreg.training.processes import launched
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     from lostreg.artifacts.report import FIGURE, NUMBERS, PAGE, write_report
     from lostreg.datasets.folder import find_images
 
+    if launched() > 1:
+        raise OptionError("registers ablate is one process: launch `lostreg registers train` with several")
     if args.test_time_registers is not None:
         raise OptionError("--test-time-registers: use --test-time, which adds as many as --registers says")
     paths = find_images(args.photos)
@@ -152,7 +155,8 @@ class _Ablation:
             yield self._add(AS_GIVEN, beside, name.replace(":", "_"))
 
     def _train(self, backbone: "Backbone", count: int) -> Path:
-        from lostreg.training.train import TEACHER_FOLDER, TrainingOptions, train_registers
+        from lostreg.training.options import TrainingOptions
+        from lostreg.training.train import TEACHER_FOLDER, train_registers
 
         args = self._args
         names = TrainingOptions.__dataclass_fields__.keys() - {"registers", "batch_size"}

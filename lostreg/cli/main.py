@@ -4,7 +4,8 @@ import argparse
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lostreg.cli import (
@@ -29,6 +30,7 @@ from lostreg.cli import (
 from lostreg.cli.options import Parser, join_bias, one_line, tell
 from lostreg.cli.terminal import standard_streams
 from lostreg.errors import LostregError, LostregWarning, is_out_of_memory
+from lostreg.training.processes import fails_first, is_main
 
 _COMMANDS = (
     predict,
@@ -96,7 +98,8 @@ def _main(argv: Sequence[str]) -> int:
             sys.stdout.flush()  # help, too, can meet a full disk
             raise
         command = f" {args.command}"
-        return _run(args)
+        with _told_once():
+            return _run(args)
     except BrokenPipeError:  # the reader of our output went away: no error of the user's
         return 1
     except (LostregError, OSError) as error:
@@ -110,6 +113,17 @@ def _main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nlostreg: interrupted; what was written so far is kept\n")
         return 130
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Of several processes the first to fail tells why; the others, whom it takes along, end quietly."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        if not fails_first():
+            raise SystemExit(2) from None
+        raise
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -131,10 +145,10 @@ def _tell_warnings() -> None:
     show = warnings.showwarning
 
     def showwarning(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if issubclass(category, LostregWarning):
-            tell(str(message))
-        else:
+        if not issubclass(category, LostregWarning):
             show(message, category, *where)
+        elif is_main():
+            tell(str(message))
 
     warnings.simplefilter("always", LostregWarning)
     warnings.showwarning = showwarning  # type: ignore[assignment]

@@ -14,6 +14,7 @@ from lostreg.errors import OptionError
 from lostreg.images.stores import is_uri, local_path
 from lostreg.models.table import FEATURES
 from lostreg.text import printable
+from lostreg.training.processes import fails_first
 
 if TYPE_CHECKING:
     from lostreg.artifacts.outliers import CutoffRule
@@ -30,7 +31,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on standard error."""
-        self.exit(2, f"{self.prog}: error: {cut(one_line(message), 1000)} (see {self.prog} --help)\n")
+        told = f"{self.prog}: error: {cut(one_line(message), 1000)} (see {self.prog} --help)\n"
+        self.exit(2, told if fails_first() else None)
 
 
 def join_bias(arguments: Sequence[str]) -> list[str]:

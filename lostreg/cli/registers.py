@@ -76,7 +76,8 @@ def _add_train(actions: Subparsers) -> None:
         description="Add register tokens to a trained backbone and have it learn to use them, from unlabelled images: "
         "a student learns to give in one look what its frozen teacher gives over shifted and mirrored views, in which "
         f"artifacts that stay with a position are gone. `DIR/{defaults.TRAINED_FILE}` can be given as `--weights FILE` "
-        "with the same backbone wherever one is named. A command that was stopped goes on where it was.",
+        "with the same backbone wherever one is named. A command that was stopped goes on where it was. On several "
+        "GPUs: `torchrun --nproc-per-node N -m lostreg registers train ...`, or `accelerate launch` (extra train).",
     )
     add_images(parser)
     parser.add_argument(
@@ -100,7 +101,7 @@ def _add_train(actions: Subparsers) -> None:
         type=positive_int,
         default=defaults.BATCH_SIZE,
         metavar="N",
-        help=f"images a step (default: {defaults.BATCH_SIZE})",
+        help=f"images a step, over all processes (default: {defaults.BATCH_SIZE})",
     )
     group.add_argument(
         "--teacher",
@@ -145,17 +146,23 @@ def train(args: argparse.Namespace) -> int:
     from lostreg.datasets.folder import find_sources
     from lostreg.inference.discoverer import resolve_device
     from lostreg.models.backbone import load_backbone
-    from lostreg.training.train import TrainingOptions, train_registers
+    from lostreg.training.options import TrainingOptions
+    from lostreg.training.processes import Processes, own_device
+    from lostreg.training.train import train_registers
 
     names = TrainingOptions.__dataclass_fields__.keys()
     options = TrainingOptions(**{name: value for name, value in vars(args).items() if name in names})
+    device = own_device(resolve_device(args.device))
+    processes = Processes.meet(device)
     images = find_sources(args.images)
-    device = resolve_device(args.device)
     backbone = load_backbone(args.backbone, weights=args.weights, device=device)
     with ProgressBar(args.backbone, tell_errors=True) as bar:
         trained = train_registers(
             images, backbone, args.out, options, teacher=args.teacher, overwrite=args.overwrite, on_progress=bar
         )
+    processes.close()
+    if not processes.is_main:
+        return 0
     before, best = trained.curve[0], min(trained.curve, key=lambda look: look.held_out)
     print(
         f"{args.backbone} with {trained.registers} new registers, from {trained.images} images: the loss on "

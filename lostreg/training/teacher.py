@@ -131,11 +131,12 @@ class Lessons:
         self._folder = folder
         self._teacher = teacher
 
-    def claim(self, settings: dict[str, Any]) -> None:
-        """Make the folder that of these settings, by section.
+    def claim(self, settings: dict[str, Any], images: int) -> None:
+        """Make the folder that of these settings, by section, for so many images.
 
         Raises:
             TrainingError: if it holds what was made with others.
+            OptionError: if the disk is too small for all of them.
         """
         path = self._folder / SETTINGS_FILE
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -147,24 +148,26 @@ class Lessons:
                 f"{self._folder} holds the teacher's features of another backbone, of other images, or of other views: "
                 "delete it, or keep these elsewhere with --teacher"
             )
-
-    def make(self, images: Sequence[ImageSource]) -> Iterator[ImageError | None]:
-        """Make what is missing, one after the other: None for each image that has a lesson, or why it has none.
-
-        Raises:
-            OptionError: if the disk is too small for all of them.
-        """
-        missing = [number for number in range(len(images)) if not self._path(number).exists()]
-        needed, free = len(missing) * self._teacher.lesson_bytes, shutil.disk_usage(self._folder).free
+        missing = len(self._missing(range(images)))
+        needed, free = missing * self._teacher.lesson_bytes, shutil.disk_usage(self._folder).free
         if needed > free:
             raise OptionError(
-                f"the teacher's features of {len(missing)} images take {describe_bytes(needed)}, but "
+                f"the teacher's features of {missing} images take {describe_bytes(needed)}, but "
                 f"{describe_bytes(free)} are free in {self._folder}: use fewer images or a smaller --max-side"
             )
+
+    def make(self, images: Sequence[ImageSource], numbers: Sequence[int]) -> Iterator[ImageError | None]:
+        """Make what is missing, one after the other: None for each image that has a lesson, or why it has none.
+
+        Args:
+            images: the whole list.
+            numbers: of those that are asked for.
+        """
+        missing = self._missing(numbers)
         with ThreadPoolExecutor(_READERS) as pool:
             squares = self._squares(pool, [images[number] for number in missing])
             left = set(missing)
-            for number in range(len(images)):
+            for number in numbers:
                 if number not in left:
                     yield None
                     continue
@@ -204,6 +207,9 @@ class Lessons:
                 return Lesson(arrays["patches"], arrays["features"])
         except (OSError, ValueError, KeyError, BadZipFile) as error:
             raise TrainingError(f"{path} is gone or damaged: delete it and run the same command again") from error
+
+    def _missing(self, numbers: Sequence[int]) -> list[int]:
+        return [number for number in numbers if not self._path(number).exists()]
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:07}.npz"
