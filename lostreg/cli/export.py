@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from lostreg import defaults
 from lostreg.checks import cut
 from lostreg.cli.files import check_writable, refuse_among_images
-from lostreg.cli.options import Subparsers, as_finite, run_place, tell, unit_interval
+from lostreg.cli.options import Subparsers, add_moved_images, as_finite, run_place, tell, unit_interval
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.formats import FORMATS, OPTIONS, Format, formats_with
@@ -44,9 +44,7 @@ def add_parser(commands: Subparsers) -> None:
         help="the file or folder to write, or the URI of a file; for parquet also of a folder, which gets parts",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file, or the folder of an earlier export")
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="where the images lie now (default: where the run found them)"
-    )
+    add_moved_images(parser)
     parser.add_argument(
         "--min-score",
         type=unit_interval,

@@ -58,9 +58,12 @@ def write_gallery(
     images: Path | None = None,
     limit: int = LIMIT,
     choose: Choice = "first",
+    pictures: int = 0,
     on_progress: OnProgress = lambda _: None,
 ) -> Written:
     """Write a run's page, beside the target first, so that a reader meets the old page or the new.
+
+    A page never takes the place of one with more pictures because image files are gone.
 
     Args:
         run: the folder.
@@ -68,10 +71,12 @@ def write_gallery(
         images: where the images are now; None takes the recorded paths.
         limit: images on the page at most, at least 1.
         choose: which, where there are more.
+        pictures: those of the page whose place it takes, see `pictures_on`.
         on_progress: called after each image.
 
     Raises:
-        OptionError: if the limit is below 1, or the page cannot be written.
+        OptionError: if the limit is below 1, the page cannot be written, or it would have fewer pictures than the page
+            that is there because image files are gone.
         PredictionsError: if the run's files hold nothing or are malformed.
     """
     survey = run.survey()
@@ -87,6 +92,12 @@ def write_gallery(
             beside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
         ):
             file.writelines(render_page(run, survey, left_out, _WORDS[choose], entries, facts))
+            if facts["gone"] and len(chosen) - facts["gone"] < pictures:
+                raise OptionError(
+                    f"{facts['gone']} of {len(chosen)} image files are not there or cannot be read, and {target} shows "
+                    f"{pictures}, so it stays as it is: --images DIR says where they are now, --out FILE writes "
+                    "another page"
+                )
     except OSError as error:
         raise OptionError(f"cannot write {target}: {error.strerror}") from error
     return Written(len(chosen), left_out, facts["gone"], facts["changed"], facts["bare"])

@@ -1,10 +1,11 @@
 """The page's HTML: everything in one file, nothing from elsewhere, and no text of the run taken for markup."""
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, cast
 
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.gallery.entries import Entry
@@ -12,6 +13,7 @@ from lostreg.jsonio import is_finite_number
 from lostreg.runs.reader import RunFolder, Survey
 from lostreg.templates import TEMPLATES
 
+_PICTURE: Final = b'<script type="text/plain" id="jpeg-'  # begins the line with an image's picture, which may be empty
 _IN_HEADER: Final = ("corloc", "hits", "images", "wilson_95", "unreadable", "complete")
 
 
@@ -47,6 +49,12 @@ def render_page(
         entries=entries,
         facts=facts,
     )
+
+
+def pictures_on(page: BinaryIO) -> int:
+    """How many images of a page that was written before have their pictures."""
+    lines = io.BufferedReader(cast("io.RawIOBase", page))  # files of stores know no lines
+    return sum(line.startswith(_PICTURE) and not line.endswith(b'"></script>\n') for line in lines)
 
 
 def _sha256(asset: str) -> bytes:
