@@ -1,5 +1,6 @@
 """Writing the page: images decoded in a few threads, each in the file before many more are read."""
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ from lostreg.defaults import OVERLAP
 from lostreg.errors import OptionError
 from lostreg.gallery.entries import Entry, make_entry
 from lostreg.gallery.page import render_page
-from lostreg.jsonio import whole_file
+from lostreg.images.draw import DASHES, OBJECTS
+from lostreg.jsonio import as_line, whole_file
 from lostreg.progress import OnProgress, Progress
+from lostreg.runs.decisions import FORMAT
 from lostreg.runs.reader import RunFolder, Shown
 
 Choice: TypeAlias = Literal["first", "lowest", "highest", "even"]
@@ -83,6 +86,7 @@ def write_gallery(
     chosen = choose_images(survey.scores, limit, choose)
     left_out = len(survey.scores) - len(chosen)
     facts: dict[str, Any] = {"gone": 0, "changed": 0, "bare": 0, "sort": _SORTS[choose], "overlap": OVERLAP}
+    facts |= {"colours": OBJECTS, "dashes": DASHES, "decisions": {"format": FORMAT, "run": run.name}, "key": _key(run)}
     entries = _entries(run, chosen, images, facts, on_progress)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,6 +105,11 @@ def write_gallery(
     except OSError as error:
         raise OptionError(f"cannot write {target}: {error.strerror}") from error
     return Written(len(chosen), left_out, facts["gone"], facts["changed"], facts["bare"])
+
+
+def _key(run: RunFolder) -> str:
+    """What browsers keep the decisions by: the same for a run that goes on, and where it or its photos have moved."""
+    return hashlib.sha256(as_line({"run": run.name, "options": run.options}).encode()).hexdigest()[:16]
 
 
 def choose_images(scores: list[tuple[int, float | None]], limit: int, choose: Choice) -> set[int]:

@@ -30,14 +30,15 @@ def render_page(
         entries: the images that it shows, in order.
         facts: what the page's script is told, read after the last entry: ``gone`` and ``changed``, images whose files
             cannot be read any more or have another size than in the run; ``sort``, the order to begin with;
-            ``overlap``, from which on boxes are of one object.
+            ``overlap``, from which on boxes are of one object; ``colours`` and ``dashes`` of objects; ``decisions``,
+            what a file of decisions begins with, and ``key``, by which browsers keep them.
     """
     assets = resources.files("lostreg.gallery")
     return TEMPLATES.get_template("gallery/page.html").generate(
         style=assets.joinpath("gallery.css").read_text(encoding="utf-8"),
         script=assets.joinpath("gallery.js").read_text(encoding="utf-8"),
         sha256=_sha256,
-        name=run.folder.absolute().name or "run",
+        name=run.name,
         lead=_lead(run, survey),
         tiles=_tiles(run, survey),
         notes=_notes(survey, left_out, choice),
