@@ -448,7 +448,7 @@
     chosen.replaceChildren(...item.boxes.map((box, index) => {
       const row = tableRow(item, String(index + 1), item.scores[index], box);
       row.querySelector(".key").style.background = paint(index);
-      row.append(element("td", {}, ...["reject", "keep"].map((wanted) => decisionButton(item, index, wanted))));
+      row.cells[1].append(...["reject", "keep"].map((wanted) => decisionButton(item, index, wanted)));
       return row;
     }));
     mark();
@@ -465,7 +465,7 @@
     const row = element("tr", {}, element("th", { scope: "row" }, element("i", { class: "key" }), name));
     const cells = [written(score), box.map((value) => Math.round(value)).join(", "), `${share.toFixed(0)} %`];
     if (item.truth) cells.push(item.truth.reduce((best, one) => Math.max(best, overlap(box, one)), 0).toFixed(2));
-    row.append(...cells.map((text) => element("td", {}, text)));
+    row.append(...["", ...cells].map((text) => element("td", {}, text)));
     return row;
   }
 

@@ -19,7 +19,7 @@ PLOT_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp")
 # Colours of Okabe and Ito's palette, which people who see few colours tell apart; the main object has the lightest one.
 # Lines lie on dark ones, so that they show on any picture, and objects differ by dashes, too. `lostreg report` follows.
 OBJECTS: Final = ((240, 228, 66), (86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115))
-DASHES: Final[tuple[tuple[int, ...], ...]] = ((), (10, 6), (2, 6), (12, 6, 2, 6))  # lengths of dash, gap, dash, ...
+DASHES: Final[tuple[tuple[int, ...], ...]] = ((), (12, 7), (5, 7), (14, 7, 4, 7))  # lengths of dash, gap, dash, ...
 SEED: Final = (213, 94, 0)
 TRUTH: Final = (255, 255, 255)
 _CASING: Final = (0, 0, 0)

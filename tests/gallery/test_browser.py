@@ -206,7 +206,7 @@ def test_a_click_opens_the_large_view(page: Any) -> None:
     assert seeds == [[56, 28, 14, 14], [0, 14, 14, 14], [right, 98, WIDTH - right, HEIGHT - 98]]
     until(page, "document.querySelector('#photo img').naturalWidth === 150")
     rows = [row.text for row in find(page, "#boxes tbody tr")]
-    words = ["1", "0.60", "40,", "20,", "92,", "88", "21", "%", f"{3400 / 3636:.2f}", "✕", "reject✓", "keep"]
+    words = ["1", "✕", "reject✓", "keep", "0.60", "40,", "20,", "92,", "88", "21", "%", f"{3400 / 3636:.2f}"]
     assert rows[0].split() == words
     assert len(rows) == 3
 
