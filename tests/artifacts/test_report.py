@@ -116,7 +116,9 @@ def test_the_written_files_are_returned(tmp_path: Path, found: Measurement) -> N
 
 def cells(text: str) -> list[list[str]]:
     rows = re.findall(r"<tr>(.*?)</tr>", text)
-    return [[html.unescape(cell) for cell in re.findall(r"<t[dh](?: scope=\"col\")?>(.*?)</t[dh]>", row)] for row in rows]
+    return [
+        [html.unescape(cell) for cell in re.findall(r"<t[dh](?: scope=\"col\")?>(.*?)</t[dh]>", row)] for row in rows
+    ]
 
 
 def test_the_page_says_what_was_found_and_what_was_not(both: Path, found: Measurement, plain: Measurement) -> None:
