@@ -76,10 +76,11 @@ def write_report(
         ablation = {"registers": [one.numbers() for one in variants]} if variants else {}
         numbers = {"format": FORMAT, **settings, **ablation, "backbones": [as_numbers(one) for one in found]}
         write_json(out / NUMBERS, numbers)
-        pictures = {name: _encoded(figure) for name, figure in _pictures(found)}
-        pictures |= {f"attention-{number}": _encoded(figure) for number, figure in enumerate(attention, start=1)}
+        drawn = dict(_pictures(found))
+        drawn |= {f"attention-{number}": figure for number, figure in enumerate(attention, start=1)}
         if variants:
-            pictures["registers"] = _encoded(registers_figure(variants))
+            drawn["registers"] = registers_figure(variants)
+        pictures = {name: _encoded(figure) for name, figure in drawn.items()}
         for kind in _FORMATS:
             for stale in (*out.glob(f"examples-*.{kind}"), *out.glob(f"attention-*.{kind}")):
                 stale.unlink()
@@ -91,6 +92,7 @@ def write_report(
             probes=_probes(found),
             measurements=found,
             pictures={name: one["png"] for name, one in pictures.items()},
+            inches={name: figure.get_figwidth() for name, figure in drawn.items()},
             outcome="; ".join(map(_outcome, found)),
             cells=CELLS,
             settings=settings,
