@@ -36,7 +36,7 @@ def boxes_fingerprint(prediction: Prediction) -> str:
 
     Example:
         >>> lostreg.runs.decisions.boxes_fingerprint(lostreg.runs.predictions.Prediction("a.jpg", [[0, 0, 8, 6]]))
-        '0ee2f15e97ed4e67'
+        'c91449aa6e349df6'
     """
     boxes = [[float(value) for value in box] for box in prediction.boxes]
     line = as_line({"image_id": prediction.image_id, "boxes": boxes})
@@ -122,5 +122,6 @@ def _check_same_boxes(line: Prediction, of_image: ImageDecisions) -> None:
 
 def _with_boxes(line: Prediction, places: Sequence[int]) -> Prediction:
     """With some of its boxes, and what there is of each of them."""
-    fields: dict[str, Any] = {name: getattr(line, name) for name in ("boxes", "scores", "seeds", "masks")}
-    return replace(line, **{name: [values[place] for place in places] for name, values in fields.items() if values})
+    lists = {name: getattr(line, name) for name in ("boxes", "scores", "seeds", "masks")}
+    kept: dict[str, Any] = {name: [values[place] for place in places] for name, values in lists.items() if values}
+    return replace(line, **kept)
