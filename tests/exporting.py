@@ -11,6 +11,7 @@ from conftest import disc_picture
 from PIL import Image, ImageOps
 
 from lostreg.exports.items import ExportSet, gather
+from lostreg.runs.decisions import choose_boxes
 from lostreg.runs.locate import ImageFinder
 from lostreg.runs.maps import ImageMaps
 from lostreg.runs.predictions import Prediction, read_predictions
@@ -71,9 +72,10 @@ def write_run(place: Path, names: Sequence[str] = NAMES) -> Path:
     return predictions.parent
 
 
-def collect(predictions: Path, images: Path | None = None, **options: Any) -> ExportSet:
+def collect(predictions: Path, images: Path | None = None, *, min_score: float = 0.0, **options: Any) -> ExportSet:
     """What is exported of a predictions file."""
-    return gather(read_predictions(predictions), ImageFinder(predictions, images), **options)
+    lines = choose_boxes(read_predictions(predictions), min_score=min_score)
+    return gather(lines, ImageFinder(predictions, images), **options)
 
 
 def collection_of(place: Path, *lines: dict[str, Any], **options: Any) -> ExportSet:

@@ -32,8 +32,8 @@ class AttentionRow:
 def plot_attention(pixels: NDArray[np.uint8], rows: Sequence[AttentionRow]) -> Figure:
     """What each prefix token attends to, averaged over heads: a row a backbone and layer, a column a token.
 
-    Each panel has colours of its own, from 0 to its largest value; below it stands how much of the attention is on
-    patches at all, the rest being on tokens in front of them.
+    Each panel has colours of its own, from 0 to its largest value, which its bar tells; below it stands how much of the
+    attention is on patches at all, the rest being on tokens in front of them.
 
     Args:
         pixels: the image as the backbones saw it, RGB (h, w, 3), uint8.
@@ -49,7 +49,7 @@ def plot_attention(pixels: NDArray[np.uint8], rows: Sequence[AttentionRow]) -> F
                 panel.set_visible(False)
                 continue
             heat = row.maps.mean[row.maps.names.index(name)]
-            _draw(panel, heat, row.patch_size, pixels)
+            _draw(figure, panel, heat, row.patch_size, pixels)
             panel.set_xlabel(f"{100 * heat.sum():.0f} % on patches", fontsize=7)
     for panel, name in zip(axes[0], ["image", *names], strict=True):
         panel.set_title(name, fontsize=8)
@@ -67,7 +67,7 @@ def compare_attention(pictures: Sequence[NDArray[np.uint8]], columns: Sequence[S
     for line, pixels, rows in zip(axes, pictures, zip(*columns, strict=True), strict=True):
         line[0].imshow(pixels)
         for panel, row in zip(line[1:], rows, strict=True):
-            _draw(panel, row.maps.mean[0], row.patch_size, pixels)
+            _draw(figure, panel, row.maps.mean[0], row.patch_size, pixels)
     for panel, title in zip(axes[0], ["image", *(rows[0].title for rows in columns)], strict=True):
         panel.set_title(title, fontsize=7)
     return figure
@@ -81,7 +81,7 @@ def plot_heads(pixels: NDArray[np.uint8], row: AttentionRow) -> Figure:
     for line, maps, name in zip(axes, heads, row.maps.names, strict=True):
         line[0].set_ylabel(name, fontsize=8)
         for head, (panel, heat) in enumerate(zip(line, maps, strict=True)):
-            _draw(panel, heat, row.patch_size, pixels)
+            _draw(figure, panel, heat, row.patch_size, pixels)
             panel.set_title(f"head {head}", fontsize=7)
     return figure
 
@@ -89,7 +89,7 @@ def plot_heads(pixels: NDArray[np.uint8], row: AttentionRow) -> Figure:
 def _grid(lines: int, columns: int, pixels: NDArray[np.uint8]) -> tuple[Figure, Any]:
     height, width = pixels.shape[:2]
     scale = _SIDE / max(height, width)
-    size = (columns * (width * scale + 0.15) + 0.4, lines * (height * scale + 0.4) + 0.3)
+    size = (columns * (width * scale + 0.5) + 0.4, lines * (height * scale + 0.4) + 0.3)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for panel in axes.flat:
@@ -97,9 +97,11 @@ def _grid(lines: int, columns: int, pixels: NDArray[np.uint8]) -> tuple[Figure, 
     return figure, axes
 
 
-def _draw(panel: Axes, heat: NDArray[np.float32], patch_size: int, pixels: NDArray[np.uint8]) -> None:
-    """A map where its patches lie in the image; what they have of padding is cut off."""
+def _draw(figure: Figure, panel: Axes, heat: NDArray[np.float32], patch_size: int, pixels: NDArray[np.uint8]) -> None:
+    """A map where its patches lie in the image, with a colour bar; what they have of padding is cut off."""
     rows, columns = heat.shape
-    panel.imshow(heat, cmap="viridis", vmin=0, extent=(0, columns * patch_size, rows * patch_size, 0))
+    drawn = panel.imshow(heat, cmap="viridis", vmin=0, extent=(0, columns * patch_size, rows * patch_size, 0))
     panel.set_xlim(0, pixels.shape[1])
     panel.set_ylim(pixels.shape[0], 0)
+    bar = figure.colorbar(drawn, ax=panel, fraction=0.05, pad=0.02, ticks=[0, float(heat.max())], format="%.2g")
+    bar.ax.tick_params(labelsize=6, length=2)

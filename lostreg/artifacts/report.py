@@ -1,4 +1,4 @@
-"""The report folder: one self-contained HTML page, its pictures as PNG files, and a JSON with every number."""
+"""The report folder: one self-contained HTML page, its pictures as PNG, SVG and PDF, and a JSON with every number."""
 
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from lostreg.artifacts import figures
@@ -25,6 +26,11 @@ NUMBERS: Final = "artifacts.json"
 FIGURE: Final = "registers.pdf"  # of an ablation
 _QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
 _DPI: Final = 130
+_FORMATS: Final[dict[str, dict[str, None]]] = {  # of pictures, and what of their metadata would tell the time
+    "png": {},
+    "svg": {"Date": None},
+    "pdf": {"CreationDate": None},
+}
 
 # The pictures of all backbones side by side, by the names of their files; report.html says what they show.
 _FIGURES: Final[dict[str, Callable[[Sequence[Measurement]], Figure]]] = {
@@ -51,11 +57,11 @@ def write_report(
         out: the folder; made if need be. Files of an earlier report in it are replaced.
         found: what was measured, at least one.
         settings: how: recorded, and shown at the end of the page.
-        variants: of an ablation of registers, whose figure comes first, as PDF, too.
+        variants: of an ablation of registers, whose figure comes first.
         attention: pictures of attention maps, which come after it.
 
     Returns:
-        The files: page, numbers, pictures.
+        The files: page, numbers, pictures, each of these as PNG, SVG and PDF.
 
     Raises:
         LostregError: if the folder cannot be written.
@@ -70,21 +76,24 @@ def write_report(
         ablation = {"registers": [one.numbers() for one in variants]} if variants else {}
         numbers = {"format": FORMAT, **settings, **ablation, "backbones": [as_numbers(one) for one in found]}
         write_json(out / NUMBERS, numbers)
-        pictures = {name: _png(figure) for name, figure in _pictures(found)}
-        pictures |= {f"attention-{number}": _png(figure) for number, figure in enumerate(attention, start=1)}
+        drawn = dict(_pictures(found))
+        drawn |= {f"attention-{number}": figure for number, figure in enumerate(attention, start=1)}
         if variants:
-            figure = registers_figure(variants)
-            pictures["registers"] = _png(figure)
-            figure.savefig(out / FIGURE, format="pdf")
-        for stale in (*out.glob("examples-*.png"), *out.glob("attention-*.png")):
-            stale.unlink()
-        for name, data in pictures.items():
-            (out / f"{name}.png").write_bytes(data)
+            drawn["registers"] = registers_figure(variants)
+        pictures = {name: _encoded(figure) for name, figure in drawn.items()}
+        for kind in _FORMATS:
+            for stale in (*out.glob(f"examples-*.{kind}"), *out.glob(f"attention-*.{kind}")):
+                stale.unlink()
+        files = {out / f"{name}.{kind}": data for name, one in pictures.items() for kind, data in one.items()}
+        for path, data in files.items():
+            path.write_bytes(data)
         page = TEMPLATES.get_template("artifacts/report.html").render(
             summary=_summary(found),
             probes=_probes(found),
             measurements=found,
-            pictures=pictures,
+            pictures={name: one["png"] for name, one in pictures.items()},
+            inches={name: figure.get_figwidth() for name, figure in drawn.items()},
+            outcome="; ".join(map(_outcome, found)),
             cells=CELLS,
             settings=settings,
             shown_attention=len(attention),
@@ -92,8 +101,7 @@ def write_report(
         write_whole(out / PAGE, page, errors="backslashreplace")
     except OSError as error:
         raise LostregError(f"cannot write the report to {out}: {error.strerror}") from error
-    drawn = [out / FIGURE] if variants else []
-    return [out / PAGE, out / NUMBERS, *drawn, *(out / f"{name}.png" for name in pictures)]
+    return [out / PAGE, out / NUMBERS, *files]
 
 
 def as_numbers(measured: Measurement) -> dict[str, Any]:
@@ -173,10 +181,24 @@ def _pictures(found: Sequence[Measurement]) -> Iterator[tuple[str, Figure]]:
             yield f"examples-{number}", figures.example_maps(measured)
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=_DPI, format="png")
-    return buffer.getvalue()
+def _encoded(figure: Figure) -> dict[str, bytes]:
+    """A picture in each of `_FORMATS`, laid out once; the same picture gives the same bytes."""
+    encoded = {}
+    with rc_context({"svg.hashsalt": "lostreg"}):
+        for kind, metadata in _FORMATS.items():
+            buffer = io.BytesIO()
+            figure.savefig(buffer, dpi=_DPI, format=kind, metadata=metadata)
+            figure.set_layout_engine("none")
+            encoded[kind] = buffer.getvalue()
+    return encoded
+
+
+def _outcome(one: Measurement) -> str:
+    """What was found of one backbone, for those who see no pictures."""
+    if one.cutoff.value is None:
+        return f"{one.title}: no outliers found"
+    share = 100 * one.outliers / one.patches
+    return f"{one.title}: {share:.2f} % of the patches have norms of {one.cutoff.value:.4g} and more"
 
 
 def _summary(found: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:

@@ -18,7 +18,7 @@ from lostreg.cli.options import (
     positive_int,
     tell,
 )
-from lostreg.errors import BackboneError, OptionError
+from lostreg.errors import BackboneError, DatasetError, OptionError
 
 if TYPE_CHECKING:
     from lostreg.demo.session import DemoSettings
@@ -126,7 +126,17 @@ def _settings(args: argparse.Namespace) -> "DemoSettings":
     if taught and taught.facts.backbone not in names:
         raise OptionError(f"the objectness was learned on {taught.facts.backbone}: add it to --backbone")
     options = Options(**{**options_of(args), "bias": "auto", "method": "parts", "objectness": taught})
-    return DemoSettings(names, options, args.max_upload_mb, neurons, args.method)
+    return DemoSettings(names, options, args.max_upload_mb, neurons, args.method, _examples())
+
+
+def _examples() -> tuple[Path, ...]:
+    """The photos of the sample benchmark, where that is: in ./datasets, or in a checkout of lostreg."""
+    from lostreg.datasets.registry import DEFAULT_ROOT, find_sample
+
+    for root in (DEFAULT_ROOT, Path(__file__).parents[2] / "datasets"):
+        with contextlib.suppress(DatasetError):
+            return tuple(sorted((find_sample(root) / "JPEGImages").glob("*.jpg")))
+    return ()
 
 
 def _default_backbone() -> str:

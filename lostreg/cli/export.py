@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from lostreg import defaults
 from lostreg.checks import cut
 from lostreg.cli.files import check_writable, refuse_among_images
-from lostreg.cli.options import Subparsers, as_finite, run_place, tell, unit_interval
+from lostreg.cli.options import Subparsers, add_moved_images, as_finite, run_place, tell, unit_interval
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError, PredictionsError
 from lostreg.exports.formats import FORMATS, OPTIONS, Format, formats_with
@@ -44,15 +44,19 @@ def add_parser(commands: Subparsers) -> None:
         help="the file or folder to write, or the URI of a file; for parquet also of a folder, which gets parts",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file, or the folder of an earlier export")
-    parser.add_argument(
-        "--images", type=Path, metavar="DIR", help="where the images lie now (default: where the run found them)"
-    )
+    add_moved_images(parser)
     parser.add_argument(
         "--min-score",
         type=unit_interval,
         default=0.0,
         metavar="SCORE",
         help=f"leave out boxes with a lower score; below {defaults.CLEAR_SCORE} there is no clear object (default: 0)",
+    )
+    parser.add_argument(
+        "--decisions",
+        type=Path,
+        metavar="FILE",
+        help="that the page of `lostreg report` saved: rejected boxes are left out, kept ones stay at any score",
     )
     parser.add_argument(
         "--keep-empty",
@@ -110,7 +114,7 @@ def _export(args: argparse.Namespace, kind: Format, source: Path, out: Path) -> 
     """Write a format that takes all predictions at once; what was exported, in words."""
     from lostreg.runs.locate import ImageFinder
 
-    predictions = list(_predictions_of(source))
+    predictions = list(_chosen(args, source))
     finder = ImageFinder(source, args.images)
     if kind.is_folder and out.exists():
         _check_sources(out, source, predictions, finder)
@@ -131,6 +135,17 @@ def _predictions_of(source: Path) -> "Iterator[Prediction]":
         raise PredictionsError(f"{source} holds no predictions: expected one JSON object a line")
 
 
+def _chosen(args: argparse.Namespace, source: Path) -> "Iterator[Prediction]":
+    """The predictions with the boxes that are exported."""
+    from lostreg.runs.decisions import choose_boxes, read_decisions
+
+    decided = read_decisions(args.decisions) if args.decisions else None
+    if decided is not None:
+        decisions = [decision for of_image in decided.values() for decision in of_image.decisions]
+        tell(f"{args.decisions}: {decisions.count('reject')} boxes are rejected, {decisions.count('keep')} kept")
+    yield from choose_boxes(_predictions_of(source), min_score=args.min_score, decided=decided)
+
+
 def _stream(args: argparse.Namespace, kind: Format, source: Path, out: Path) -> str:
     """Write a format that takes predictions one by one; what was exported, in words."""
     _refuse_among_packed(args.out, source)
@@ -138,17 +153,16 @@ def _stream(args: argparse.Namespace, kind: Format, source: Path, out: Path) -> 
 
     def counted() -> "Iterator[Prediction]":
         nonlocal boxes, unreadable
-        for prediction in _predictions_of(source):
+        for prediction in _chosen(args, source):
             if str(prediction.image_id) in images:
                 raise PredictionsError(f"the predictions have an image twice: {cut(str(prediction.image_id))}")
             images.add(str(prediction.image_id))
-            scores = prediction.scores or [1.0] * len(prediction.boxes)
-            boxes += sum(score >= args.min_score for score in scores)
+            boxes += len(prediction.boxes)
             unreadable += prediction.error is not None
             yield prediction
 
     in_parts = isinstance(args.out, str) and not out.suffix
-    kind.write(out, counted(), min_score=args.min_score, in_parts=in_parts)
+    kind.write(out, counted(), in_parts=in_parts)
     note = f" ({unreadable} unreadable)" if unreadable else ""
     return f"exported {len(images) - unreadable} images, {boxes} boxes to {args.out}{note}"
 
@@ -161,7 +175,6 @@ def _gather(
     chosen = gather(
         predictions,
         finder,
-        min_score=args.min_score,
         keep_empty=args.keep_empty or "keep_empty" not in kind.options,
         sized=kind.needs_sizes,
         masks=kind.has_masks,
@@ -202,7 +215,8 @@ def _check_out(args: argparse.Namespace, kind: Format, source: Path) -> None:
         out = args.out if suffix == kind.suffixes[0] else args.out.with_suffix(suffix)
         check_file(out, suffix, overwrite=args.overwrite)
         check_writable(out, "this format")
-    if args.out.resolve() in [place.resolve() for place in (source, *map(source.with_name, _OF_A_RUN))]:
+    read = [source, *map(source.with_name, _OF_A_RUN), *([args.decisions] if args.decisions else [])]
+    if args.out.resolve() in [place.resolve() for place in read]:
         raise OptionError(f"--out {args.out} is a file of the run: give another one")
 
 

@@ -452,6 +452,17 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_moved_images(parser: argparse.ArgumentParser) -> None:
+    """The folder of a run's images, for commands that show or copy them."""
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="where the images are now, by their ids: for folders that have moved, and for runs without maps.jsonl "
+        "(default: where the run found them)",
+    )
+
+
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """The seed of a random sample of the images."""
     parser.add_argument("--seed", type=int, default=0, help="of the draw, at least 0 (default: 0)")

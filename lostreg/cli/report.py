@@ -2,10 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lostreg.cli.files import check_writable
-from lostreg.cli.options import Subparsers, positive_int, run_place, tell
+from lostreg.cli.options import Subparsers, add_moved_images, positive_int, run_place, tell
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError
 
@@ -37,12 +37,7 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument(
         "--out", type=run_place, metavar="FILE", help=f"the page, an .html file or its URI (default: DIR/{_PAGE})"
     )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="where the images are now, by their ids: for folders that have moved, and for runs without maps.jsonl",
-    )
+    add_moved_images(parser)
     parser.add_argument(
         "--limit",
         type=positive_int,
@@ -60,15 +55,22 @@ def add_parser(commands: Subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def _check_ours(target: Path | str) -> None:
-    """Raise `OptionError` if the page would take the place of something else."""
+def _pictures_on(target: Path | str) -> int:
+    """How many pictures an earlier page has, of which there may be none.
+
+    Raises:
+        OptionError: if there is something else.
+    """
+    from lostreg.gallery.page import pictures_on
     from lostreg.images.stores import kind_at, open_file, telling
 
-    if target.exists() if isinstance(target, Path) else kind_at(target):
-        with telling(str(target)), open_file(str(target)) as page:
-            is_ours = _MADE_BY in page.read(4096)
-        if not is_ours:
+    if not (target.exists() if isinstance(target, Path) else kind_at(target)):
+        return 0
+    with telling(str(target)), open_file(str(target)) as page:
+        if _MADE_BY not in page.read(4096):
             raise OptionError(f"--out {target} is there already, and no page of lostreg report: give another file")
+        page.seek(0)
+        return pictures_on(page)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -83,7 +85,10 @@ def run(args: argparse.Namespace) -> int:
     with fetched(args.run_folder) as folder, stored(target) as page:
         written, size = _write(args, folder, target, page)
     if written.gone:
-        tell(f"{written.gone} of {written.shown} image files cannot be read any more: placeholders stand for them")
+        tell(
+            f"{written.gone} of {written.shown} image files cannot be read any more: placeholders stand for them; "
+            "--images DIR says where they are now"
+        )
     if written.changed:
         tell(f"{written.changed} of {written.shown} image files have another size than in the run")
     if written.bare:
@@ -101,7 +106,7 @@ def _write(args: argparse.Namespace, folder: Path, target: Path | str, page: Pat
 
     run = RunFolder(folder, needs_maps=args.images is None)
     check_writable(page, "the page")
-    _check_ours(target)
+    chosen: dict[str, Any] = {"images": args.images, "limit": args.limit, "choose": args.choose}
     with ProgressBar("report") as bar:
-        written = write_gallery(run, page, images=args.images, limit=args.limit, choose=args.choose, on_progress=bar)
+        written = write_gallery(run, page, **chosen, pictures=_pictures_on(target), on_progress=bar)
     return written, page.stat().st_size

@@ -1,8 +1,14 @@
 """How the demo's page looks, and what stands on it from the start."""
 
+import base64
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import gradio as gr
+
+from lostreg.images.decode import read_image
+from lostreg.images.draw import encoded
 
 TITLE: Final = "Find the main object of a photo"
 INTRO: Final = (
@@ -11,6 +17,7 @@ INTRO: Final = (
     "Photos stay on the computer that runs this page."
 )
 START: Final = "Drop a photo to begin."
+_EXAMPLE_SIDE: Final = 160  # pixels
 OBJECTS: Final = "<b>What was found:</b> mask, box and score of each object; the red square is its seed."
 TAUGHT: Final = (
     "<b>What other photos taught</b> ({images:,} of them, without labels): how likely each patch is part of an object, "
@@ -37,6 +44,10 @@ table.boxes th, table.boxes td { text-align: right; padding: 0.3rem 0.7rem 0.3re
   border-bottom: 1px solid var(--border-color-primary) !important; }
 table.boxes th:first-child, table.boxes td:first-child, table.boxes td:last-child { text-align: left; }
 #options-side .block:has(> * input:disabled) { opacity: 0.5; }
+#examples { gap: 0.4rem; flex-wrap: wrap; }
+#examples button { flex: 1 0 5rem; aspect-ratio: 4 / 3; align-items: flex-end; padding: 0; overflow: hidden;
+  background-size: cover; background-position: center; color: #fff; font-size: 0.8rem; font-weight: 500;
+  text-shadow: 0 0 3px #000, 0 0 3px #000, 0 0 3px #000; }
 .swatch { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 0.2em; margin-right: 0.5em; }
 .caption { font-size: 0.86rem; line-height: 1.4; opacity: 0.85; } .panel { gap: 0.5rem !important; }
 @media (max-width: 800px) {
@@ -64,6 +75,15 @@ SCRIPT: Final = """<script>
   };
 })();
 </script>"""
+
+
+def example_style(examples: Sequence[Path]) -> str:
+    """The style of the buttons of example photos: each shows its photo, small, and asks for no other file."""
+    rules = []
+    for number, path in enumerate(examples):
+        picture = base64.b64encode(encoded(read_image(path, max_side=_EXAMPLE_SIDE).pixels, ".jpg")).decode("ascii")
+        rules.append(f'#example-{number} {{ background-image: url("data:image/jpeg;base64,{picture}"); }}\n')
+    return "".join(rules)
 
 
 def theme() -> Any:

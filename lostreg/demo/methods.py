@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-_DEGREES: Final = "<b>Degree map:</b> how many other patches each patch resembles; dark is few. "
+_DEGREES: Final = "<b>Degree map:</b> how many other patches each patch resembles; dark is few, as objects have. "
 _FROM_SEED: Final = (
     "LOST starts from the darkest patch, the seed (red), because objects are smaller than background, and grows it "
     "over patches that resemble it."

@@ -4,7 +4,9 @@ import asyncio
 import html
 import logging
 import os
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -18,6 +20,7 @@ from lostreg.demo.session import MAX_OBJECTS, MAX_REGISTERS, DemoSettings, Model
 from lostreg.demo.words import box_json, box_table, hint, problem, verdict
 from lostreg.errors import ImageError, LostregError, OptionError
 from lostreg.inference.options import Options
+from lostreg.jsonio import whole_file
 from lostreg.models.table import BackboneSpec
 from lostreg.text import printable
 
@@ -94,6 +97,11 @@ class Page:
                     buttons=[],
                     elem_id="photo",
                 )
+                with gr.Row(elem_id="examples", visible=bool(self.settings.examples)):
+                    self.examples = [
+                        gr.Button(path.stem.replace("_", " "), elem_id=f"example-{number}", min_width=60)
+                        for number, path in enumerate(self.settings.examples)
+                    ]
             with gr.Column(elem_id="answer-side"):
                 self._lay_out_answer()
             with gr.Column(elem_id="options-side"):
@@ -224,6 +232,9 @@ class Page:
             shown.then(self.attend, [self.visitor, *choice], attention, show_progress_on=self.attention, **model)
 
         look_after(self.photo.upload(self.receive, [self.photo, self.visitor], self.visitor, preprocess=False, **quiet))
+        for path, button in zip(self.settings.examples, self.examples, strict=True):
+            taking = partial(self.take_example, path)
+            look_after(button.click(taking, self.visitor, [self.visitor, self.photo], **quiet))
         self.photo.clear(self.forget, self.visitor, [*whole, *attention], **quiet)
         look_after(
             self.backbone.input(
@@ -260,6 +271,17 @@ class Page:
         else:
             visitor.take(None, "")
         return visitor
+
+    def take_example(self, example: Path, visitor: Visitor | None) -> list[Any]:
+        """Take one of the examples as the photo, out of a copy among the uploads: nothing else is given out."""
+        visitor = visitor or Visitor()
+        copy = self._uploads / "examples" / example.name
+        if not copy.exists():  # uploads are let go after a while
+            copy.parent.mkdir(exist_ok=True)
+            with whole_file(copy) as beside:
+                shutil.copyfile(example, beside)
+        visitor.take(copy, example.name)
+        return [visitor, str(copy)]
 
     def forget(self, visitor: Visitor | None) -> list[Any]:
         """The page as it was before the photo."""

@@ -7,30 +7,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lostreg.images.boxes import spread
-from lostreg.images.draw import Pixels, colour_map, draw_box, draw_mask, draw_seeds, fit, score_text, stretched
+from lostreg.images.draw import (
+    Pixels,
+    colour_map,
+    colour_of,
+    dash_of,
+    draw_box,
+    draw_mask,
+    draw_seeds,
+    fit,
+    score_text,
+    stretched,
+)
 from lostreg.inference.discovery import Discovery
 
-# RGB, one an object, told apart by people who see few colours too
-COLOURS: Final = (
-    (0, 200, 120),
-    (255, 140, 0),
-    (70, 150, 255),
-    (240, 80, 170),
-    (245, 220, 40),
-    (150, 100, 255),
-    (0, 200, 220),
-    (200, 60, 40),
-    (150, 200, 40),
-    (180, 140, 110),
-)
 _SMALLEST: Final = 640  # longer side in pixels, so that lines and letters have room
 _LARGEST: Final = 1024
 _FAINT: Final = 0.5  # opacity of candidates
-
-
-def colour_of(index: int) -> tuple[int, int, int]:
-    """RGB of one object, in the picture and in the table."""
-    return COLOURS[index % len(COLOURS)]
 
 
 def draw_objects(pixels: Pixels, found: Discovery, *, candidates: bool = False) -> Pixels:
@@ -52,7 +45,6 @@ def draw_objects(pixels: Pixels, found: Discovery, *, candidates: bool = False) 
     if candidates and found.candidates is not None:
         lines = panel.copy()
         for box in found.candidates[:, :4] * _scale(found, panel):
-            draw_box(lines, box, (0, 0, 0), 2)
             draw_box(lines, box, (255, 255, 255), 1)
         panel = np.asarray(cv2.addWeighted(lines, _FAINT, panel, 1 - _FAINT, 0), dtype=np.uint8)
     _draw_boxes(panel, found)
@@ -88,7 +80,7 @@ def _draw_boxes(panel: Pixels, found: Discovery) -> None:
     """Each object's box, number and score, the main object over the others."""
     for index in reversed(range(len(found))):
         label = f"{index + 1}: {score_text(found.scores[index])}"
-        draw_box(panel, found.xyxy[index] * _scale(found, panel), colour_of(index), 3, label)
+        draw_box(panel, found.xyxy[index] * _scale(found, panel), colour_of(index), 3, label, dash_of(index))
 
 
 def _scale(found: Discovery, panel: Pixels) -> NDArray[np.float64]:

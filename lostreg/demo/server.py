@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from lostreg.demo.connection import ACCEPTED_AT_ONCE, Connection
 from lostreg.demo.gate import Gate
 from lostreg.demo.log import quiet_log
-from lostreg.demo.looks import SCRIPT, STYLE, theme
+from lostreg.demo.looks import SCRIPT, STYLE, example_style, theme
 from lostreg.demo.page import Page, in_a_loop
 from lostreg.demo.session import DemoSettings, Models
 from lostreg.errors import OptionError
@@ -166,7 +166,7 @@ def _mounted(page: Page, max_file: int) -> FastAPI:
         run_history=False,
         footer_links=[],
         theme=theme(),
-        css=STYLE,
+        css=STYLE + example_style(page.settings.examples),
         head=SCRIPT,
     )
     page.blocks.has_launched = True  # mounted pages never are, and unless they are, Gradio checks no path

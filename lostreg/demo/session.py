@@ -35,6 +35,7 @@ class DemoSettings:
         max_upload_mb: larger files are refused.
         neurons: register neurons of one of the backbones; None hides test-time registers.
         method: what the page begins with.
+        examples: photos that are offered to whoever has none at hand.
     """
 
     backbones: tuple[str, ...]
@@ -42,6 +43,7 @@ class DemoSettings:
     max_upload_mb: int = 20
     neurons: RegisterNeurons | None = None
     method: str = "parts"
+    examples: tuple[Path, ...] = ()
 
     def has_registers(self, backbone: str) -> bool:
         """Whether test-time registers can be added to a backbone."""

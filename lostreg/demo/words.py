@@ -4,8 +4,7 @@ import json
 
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.demo.methods import CUTS, METHODS
-from lostreg.demo.panels import colour_of
-from lostreg.images.draw import score_text
+from lostreg.images.draw import colour_of, score_text
 from lostreg.inference.discovery import Discovery
 from lostreg.methods.objectness import surroundings
 from lostreg.runs.predictions import from_discovery

@@ -15,7 +15,7 @@ class Format:
     Attributes:
         module: within `lostreg.exports`. Its function ``write`` takes the file or folder to write, an `ExportSet`, and
             as keywords the options of the format but ``keep_empty``; a folder's also ``on_progress``. One that is
-            streamed takes predictions, one by one, in place of the `ExportSet`, ``min_score`` and ``in_parts``.
+            streamed takes predictions, one by one, in place of the `ExportSet`, and ``in_parts``.
         suffixes: of the files that are written, that of ``--out`` first; none for a folder with the images.
         options: which of `OPTIONS` it has.
         needs_sizes: whether it needs the sizes of the images; boxes are then cut to these.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lostreg.checks import cut
 from lostreg.datasets.base import ImageId, name_some
-from lostreg.errors import OptionError, PredictionsError
+from lostreg.errors import PredictionsError
 from lostreg.exports.names import below_one_folder
 from lostreg.images.decode import read_image
 from lostreg.images.files import SUFFIXES
@@ -88,7 +88,6 @@ def gather(
     predictions: Iterable[Prediction],
     finder: ImageFinder,
     *,
-    min_score: float = 0.0,
     keep_empty: bool = True,
     sized: bool = True,
     masks: bool = True,
@@ -96,16 +95,14 @@ def gather(
     """Check predictions, and make of them what is exported.
 
     Args:
-        predictions: of one file.
+        predictions: of one file, with the boxes that are exported, see `lostreg.runs.decisions.choose_boxes`.
         finder: finds the image files.
-        min_score: boxes with a lower score are left out.
-        keep_empty: whether images without a box, or whose boxes are all left out, stay.
+        keep_empty: whether images without a box stay.
         sized: whether the format needs sizes: those that are missing are then read from the images, and boxes are cut
             to the image. Else both stay as they are.
         masks: whether the format has masks; else they are neither decoded nor kept.
 
     Raises:
-        OptionError: if boxes are to be left out by scores that the predictions do not have.
         PredictionsError: if an image comes twice, its masks are of another size, a box lies outside, or the size is
             needed and neither known nor to be found.
         ImageError: if an image file whose size is needed cannot be read.
@@ -113,7 +110,7 @@ def gather(
     lines = list(predictions)
     _check_ids(lines)
     unreadable = tuple(line for line in lines if line.error is not None)
-    readable = [_clear(_image(line, finder), min_score) for line in lines if line.error is None]
+    readable = [_image(line, finder) for line in lines if line.error is None]
     images = [image for image in readable if image.boxes or keep_empty]
     empty = len(readable) - len(images)
     clipped = 0
@@ -205,12 +202,3 @@ def _cut(image: ExportImage, box: ExportBox) -> ExportBox:
             f"{image.width}x{image.height} pixels; expected x1, y1, x2, y2 in its pixels"
         )
     return box if inside == box.xyxy else dataclasses.replace(box, xyxy=inside)
-
-
-def _clear(image: ExportImage, min_score: float) -> ExportImage:
-    """Without the boxes that score too low."""
-    if not min_score:
-        return image
-    if any(box.score is None for box in image.boxes):
-        raise OptionError(f"{_name_of(image)} has boxes without scores: --min-score cannot choose among them")
-    return dataclasses.replace(image, boxes=tuple(box for box in image.boxes if (box.score or 0) >= min_score))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lostreg.checks import cut
-from lostreg.errors import OptionError, PredictionsError
+from lostreg.errors import PredictionsError
 from lostreg.exports.names import escaped
 from lostreg.exports.writing import PART
 from lostreg.images.rle import Rle, rle_area
@@ -20,24 +20,23 @@ PART_ROWS: Final = 1_000_000  # of a file, where there are several
 FORMAT: Final = "lostreg predictions 1"
 
 
-def write(out: Path, predictions: Iterable[Prediction], *, min_score: float = 0.0, in_parts: bool = False) -> int:
+def write(out: Path, predictions: Iterable[Prediction], *, in_parts: bool = False) -> int:
     """Write the file, in row groups of `ROWS`, with the columns of `schema`; the same predictions give the same bytes.
 
     Args:
         out: the file, in a folder that is made if need be.
         predictions: one an image, in their order.
-        min_score: boxes with a lower score are left out; the image stays.
         in_parts: whether ``out`` is a folder instead, for files `PART` of `PART_ROWS` images.
 
     Returns:
         0: no image is encoded.
 
     Raises:
-        OptionError: if boxes are to be left out by scores that the predictions do not have, or pyarrow is missing.
+        OptionError: if pyarrow is missing.
         PredictionsError: if a mask is none, or the file cannot be written.
     """
     arrow("parquet", str(out))
-    rows = (_row(prediction, min_score) for prediction in predictions)
+    rows = map(_row, predictions)
     if not in_parts:
         _write_file(out, rows)
         return 0
@@ -83,23 +82,17 @@ def schema() -> Any:
     )
 
 
-def _row(prediction: Prediction, min_score: float) -> dict[str, Any]:
-    boxes, scores = prediction.boxes, prediction.scores
-    if min_score and boxes and not scores:
-        name = cut(repr(prediction.image_id))
-        raise OptionError(f"image {name} has boxes without scores: --min-score cannot choose among them")
-    kept = [place for place in range(len(boxes)) if not min_score or scores[place] >= min_score]
+def _row(prediction: Prediction) -> dict[str, Any]:
+    boxes = prediction.boxes
     masks = prediction.masks if prediction.masks and len(prediction.masks) == len(boxes) else None
     return {
         "image_id": escaped(str(prediction.image_id)),
         "width": prediction.width or None,
         "height": prediction.height or None,
-        "boxes": [list(map(float, boxes[place])) for place in kept],
-        "scores": [float(scores[place]) for place in kept] if prediction.has_scores else None,
-        "seeds": [prediction.seeds[place] for place in kept] if len(prediction.seeds) == len(boxes) else None,
-        "masks": None
-        if masks is None or len(masks) < len(boxes)
-        else [_checked(prediction, masks[place]) for place in kept],
+        "boxes": [list(map(float, box)) for box in boxes],
+        "scores": list(map(float, prediction.scores)) if prediction.has_scores else None,
+        "seeds": list(prediction.seeds) if len(prediction.seeds) == len(boxes) else None,
+        "masks": None if masks is None or len(masks) < len(boxes) else [_checked(prediction, mask) for mask in masks],
         "error": None if prediction.error is None else escaped(prediction.error),
         "unavailable": prediction.unavailable,
     }

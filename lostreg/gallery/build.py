@@ -1,5 +1,6 @@
 """Writing the page: images decoded in a few threads, each in the file before many more are read."""
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,8 +16,10 @@ from lostreg.defaults import OVERLAP
 from lostreg.errors import OptionError
 from lostreg.gallery.entries import Entry, make_entry
 from lostreg.gallery.page import render_page
-from lostreg.jsonio import whole_file
+from lostreg.images.draw import DASHES, OBJECTS
+from lostreg.jsonio import as_line, whole_file
 from lostreg.progress import OnProgress, Progress
+from lostreg.runs.decisions import FORMAT
 from lostreg.runs.reader import RunFolder, Shown
 
 Choice: TypeAlias = Literal["first", "lowest", "highest", "even"]
@@ -58,9 +61,12 @@ def write_gallery(
     images: Path | None = None,
     limit: int = LIMIT,
     choose: Choice = "first",
+    pictures: int = 0,
     on_progress: OnProgress = lambda _: None,
 ) -> Written:
     """Write a run's page, beside the target first, so that a reader meets the old page or the new.
+
+    A page never takes the place of one with more pictures because image files are gone.
 
     Args:
         run: the folder.
@@ -68,16 +74,19 @@ def write_gallery(
         images: where the images are now; None takes the recorded paths.
         limit: images on the page at most, at least 1.
         choose: which, where there are more.
+        pictures: those of the page whose place it takes, see `pictures_on`.
         on_progress: called after each image.
 
     Raises:
-        OptionError: if the limit is below 1, or the page cannot be written.
+        OptionError: if the limit is below 1, the page cannot be written, or it would have fewer pictures than the page
+            that is there because image files are gone.
         PredictionsError: if the run's files hold nothing or are malformed.
     """
     survey = run.survey()
     chosen = choose_images(survey.scores, limit, choose)
     left_out = len(survey.scores) - len(chosen)
     facts: dict[str, Any] = {"gone": 0, "changed": 0, "bare": 0, "sort": _SORTS[choose], "overlap": OVERLAP}
+    facts |= {"colours": OBJECTS, "dashes": DASHES, "decisions": {"format": FORMAT, "run": run.name}, "key": _key(run)}
     entries = _entries(run, chosen, images, facts, on_progress)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,9 +96,20 @@ def write_gallery(
             beside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
         ):
             file.writelines(render_page(run, survey, left_out, _WORDS[choose], entries, facts))
+            if facts["gone"] and len(chosen) - facts["gone"] < pictures:
+                raise OptionError(
+                    f"{facts['gone']} of {len(chosen)} image files are not there or cannot be read, and {target} shows "
+                    f"{pictures}, so it stays as it is: --images DIR says where they are now, --out FILE writes "
+                    "another page"
+                )
     except OSError as error:
         raise OptionError(f"cannot write {target}: {error.strerror}") from error
     return Written(len(chosen), left_out, facts["gone"], facts["changed"], facts["bare"])
+
+
+def _key(run: RunFolder) -> str:
+    """What browsers keep the decisions by: the same for a run that goes on, and where it or its photos have moved."""
+    return hashlib.sha256(as_line({"run": run.name, "options": run.options}).encode()).hexdigest()[:16]
 
 
 def choose_images(scores: list[tuple[int, float | None]], limit: int, choose: Choice) -> set[int]:

@@ -14,6 +14,7 @@ from lostreg.errors import ImageError, PredictionsError
 from lostreg.images.decode import read_image
 from lostreg.images.rle import rle_area, sample_rle
 from lostreg.images.stores import StoredImage
+from lostreg.runs.decisions import boxes_fingerprint
 from lostreg.runs.locate import find_below
 from lostreg.runs.maps import ImageMaps
 from lostreg.runs.predictions import Prediction
@@ -85,14 +86,18 @@ def _encode(pixels: NDArray[np.uint8]) -> bytes:
 
 def _card(shown: Shown, size: tuple[int, int], note: str) -> dict[str, Any]:
     prediction, maps = shown.prediction, shown.maps
+    name = _readable(str(prediction.image_id))
     fields: dict[str, Any] = {
         "number": shown.number,
-        "name": _readable(str(prediction.image_id)),
+        "name": name,
+        "fingerprint": boxes_fingerprint(prediction),
         "size": list(size),
         "boxes": [[round(value, 2) for value in box] for box in prediction.boxes],
         "scores": list(prediction.scores) or [None] * len(prediction.boxes),
         "seeds": [list(seed) for seed in prediction.seeds],
     }
+    if prediction.image_id != name:
+        fields["id"] = prediction.image_id
     if maps is not None:
         fields["patch"] = [maps.patch_width, maps.patch_height]
         fields["truth"] = maps.truth

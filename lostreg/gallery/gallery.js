@@ -2,7 +2,8 @@
 (() => {
   const SVG = "http://www.w3.org/2000/svg";
   const COLOURS = [[68, 10, 85], [65, 68, 135], [42, 120, 142], [34, 168, 132], [122, 209, 81], [253, 231, 37]];
-  const FIRST_TINT = [31, 224, 122], OTHER_TINT = [77, 181, 255], TINT_ALPHA = 120;
+  const TINT_ALPHA = 120;
+  const MARKS = { keep: "\u2713", reject: "\u2715" }, WORDS = { keep: "kept", reject: "rejected" };
   const NAMES = new Intl.Collator(undefined, { numeric: true });
   const byId = (id) => document.getElementById(id);
 
@@ -10,9 +11,14 @@
   const items = Array.from(document.querySelectorAll("script.card-data"), (node) => JSON.parse(node.textContent));
   const byNumber = new Map(items.map((item) => [item.number, item]));
   const controls = Object.fromEntries(
-    ["sort", "verdict", "clearness", "least", "find"].map((name) => [name, byId(name)]));
+    ["sort", "verdict", "clearness", "decision", "least", "find"].map((name) => [name, byId(name)]));
+  const rgb = (index) => facts.colours[index % facts.colours.length];
+  const paint = (index) => `rgb(${rgb(index).join(" ")})`;
+  const decided = new Map();  // by image, one a box: "keep", "reject" or null
+  const elsewhere = [];  // decisions on images that are not on this page
+  const past = [];  // images with what was decided on them before, to undo
   let shown = [];
-  let open = null;
+  let open = null, opened = null, selected = 0;
 
   // Small builders
 
@@ -49,7 +55,15 @@
 
   function summary(item) {
     return [item.name, counted(item.boxes.length, "box"), score(item) === null ? "no score" : `score ${written(score(item))}`]
-      .concat(hasTruth(item) ? [verdict(item)] : [], item.note ? [item.note] : []).join(", ");
+      .concat(hasTruth(item) ? [verdict(item)] : [], tally(item) || [], item.note ? [item.note] : []).join(", ");
+  }
+
+  const decisionsOn = (item) => decided.get(item) ?? item.boxes.map(() => null);
+  const countOf = (list, wanted) => list.filter((one) => one === wanted).length;
+
+  function tally(item) {
+    return ["reject", "keep"].map((wanted) => [countOf(decisionsOn(item), wanted), WORDS[wanted]])
+      .filter(([count]) => count).map((part) => part.join(" ")).join(", ");
   }
 
   // Pictures: base64 in the page until somebody comes near, then a blob until they leave
@@ -80,19 +94,28 @@
   // What is drawn over a picture
 
   function boxShape(item, index, large) {
-    const group = shape("g", index ? {} : { class: "first" });
-    group.append(rectangle(item.boxes[index], { class: "halo" }), rectangle(item.boxes[index], { class: "box" }));
-    if (large) group.append(...numberShapes(item, index));
+    const decision = decisionsOn(item)[index], box = item.boxes[index], [x1, y1, x2, y2] = box;
+    const names = [index ? "" : "first", decision ?? "", large && item.boxes.length > 1 && index === selected ? "selected" : ""];
+    const look = { stroke: paint(index), "stroke-dasharray": facts.dashes[index % facts.dashes.length].join(" ") };
+    const group = shape("g", { class: names.join(" ") });
+    group.append(rectangle(box, { class: "halo" }), rectangle(box, { class: "box", ...look }));
+    if (decision === "reject") {
+      for (const kind of ["halo", "box"]) {
+        group.append(shape("path", { class: kind, stroke: paint(index), d: `M${x1} ${y1}L${x2} ${y2}M${x1} ${y2}L${x2} ${y1}` }));
+      }
+    }
+    const text = [large ? index + 1 : "", MARKS[decision] ?? ""].join(" ").trim();
+    if (text) group.append(...labelShapes(item, index, text, large ? 1 : 2.2));
     return group;
   }
 
-  function numberShapes(item, index) {
-    const unit = Math.max(...item.size) / 100, text = String(index + 1);
+  function labelShapes(item, index, text, scale) {
+    const unit = scale * Math.max(...item.size) / 100;
     const high = 4 * unit, wide = (1.6 + 2 * text.length) * unit;
     const x = Math.max(0, Math.min(item.boxes[index][0], item.size[0] - wide));
     const y = Math.max(0, Math.min(item.boxes[index][1], item.size[1] - high));
     return [
-      shape("rect", { class: "label", x, y, width: wide, height: high }),
+      shape("rect", { class: "label", fill: paint(index), x, y, width: wide, height: high }),
       shape("text", { x: x + wide / 2, y: y + 3.1 * unit, "font-size": 3.2 * unit, "text-anchor": "middle" }, text),
     ];
   }
@@ -101,7 +124,8 @@
     const [width, height] = item.size, large = maps !== null;
     const top = shape("svg", { viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" });
     if (large && item.truth) {
-      top.append(shape("g", { class: "truth" }, ...item.truth.map((box) => rectangle(box, {}))));
+      const lines = item.truth.flatMap((box) => [rectangle(box, { class: "halo" }), rectangle(box, {})]);
+      top.append(shape("g", { class: "truth" }, ...lines));
     }
     if (maps?.candidates) top.append(shape("g", { class: "candidates" }, ...maps.candidates.map(candidateShape)));
     const order = item.boxes.map((_, index) => index).reverse();
@@ -132,6 +156,7 @@
     about.append(element("b", {}, written(score(item))));
     const thumb = element("span", { class: "thumb" });
     const button = element("button", { type: "button", class: "card", "aria-label": summary(item) }, thumb, about);
+    about.append(element("small", { class: "tally" }));
     button.addEventListener("click", () => show(item));
     const card = element("li", { "data-number": item.number }, button);
     card.item = item;
@@ -157,6 +182,8 @@
   function fits(item) {
     const wanted = controls.verdict.value, clearness = controls.clearness.value;
     if (wanted !== "all" && !(hasTruth(item) && verdict(item) === wanted)) return false;
+    const decision = controls.decision.value === "open" ? null : controls.decision.value;
+    if (decision !== "any" && !decisionsOn(item).includes(decision)) return false;
     if (clearness !== "any" && (score(item) === null || isUnclear(item) !== (clearness === "unclear"))) return false;
     return item.name.toLowerCase().includes(controls.find.value.trim().toLowerCase());
   }
@@ -171,6 +198,107 @@
       ? counted(items.length, "image") : `${shown.length} of ${counted(items.length, "image")}`;
   }
 
+  // Decisions: kept in this browser, and saved as the file that `lostreg export --decisions` takes
+
+  const idOf = (item) => item.id ?? item.name;
+  const storage = `${facts.decisions.format} ${facts.key}`;
+  let isKept = true;
+
+  function recall() {
+    const byImage = new Map(items.map((item) => [idOf(item), item]));
+    let entries = [];
+    try {
+      entries = JSON.parse(localStorage.getItem(storage))?.images ?? [];
+    } catch {
+      isKept = false;
+    }
+    for (const entry of entries) {
+      const item = byImage.get(entry.image_id);
+      if (!item) elsewhere.push(entry);
+      else if (item.fingerprint === entry.fingerprint) decided.set(item, entry.decisions);
+    }
+    return [...decided.keys()];
+  }
+
+  function record() {
+    const here = items.filter((item) => decisionsOn(item).some(Boolean)).map((item) =>
+      ({ image_id: idOf(item), fingerprint: item.fingerprint, decisions: decisionsOn(item) }));
+    return { ...facts.decisions, images: [...here, ...elsewhere] };
+  }
+
+  // Decides on boxes of an image, by their places; what is so already is taken back.
+  function decide(item, places, wanted) {
+    const before = decisionsOn(item), isSo = places.every((place) => before[place] === wanted);
+    past.push([item, before]);
+    set(item, before.map((one, place) => (places.includes(place) ? (isSo ? null : wanted) : one)));
+  }
+
+  function undo() {
+    if (!past.length) return;
+    const [item, before] = past.pop();
+    set(item, before);
+    if (view.open && open !== item) show(item);
+    if (!view.open) cards.get(item).firstElementChild.focus();
+  }
+
+  function set(item, decisions) {
+    decided.set(item, decisions);
+    update(item);
+    if (open === item) mark();
+    byId("told").textContent = decisions.map((one, place) => `box ${place + 1} ${WORDS[one] ?? "undecided"}`).join(", ");
+    keep();
+  }
+
+  function keep() {
+    try {
+      localStorage.setItem(storage, JSON.stringify(record()));
+    } catch {
+      isKept = false;
+    }
+    tellDecided();
+  }
+
+  function update(item) {
+    const card = cards.get(item);
+    card.querySelector("svg")?.replaceWith(overlay(item));
+    card.querySelector(".tally").textContent = tally(item);
+    card.firstElementChild.setAttribute("aria-label", summary(item));
+    card.querySelector("img")?.setAttribute("alt", summary(item));
+  }
+
+  function tellDecided() {
+    const all = record().images.flatMap((entry) => entry.decisions);
+    const told = ["reject", "keep"].map((wanted) => `${countOf(all, wanted)} ${WORDS[wanted]}`).join(", ");
+    byId("decided").textContent = told + (isKept ? "" : "; this browser keeps nothing: save before you leave");
+    byId("undo").disabled = !past.length;
+    byId("save").disabled = byId("forget").disabled = !all.some(Boolean);
+  }
+
+  function save() {
+    const text = `${JSON.stringify(record(), null, 1)}\n`;
+    const href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+    element("a", { href, download: "decisions.json" }).click();
+    setTimeout(() => URL.revokeObjectURL(href), 10000);
+  }
+
+  function forget() {
+    if (!confirm("Forget all decisions on this run?")) return;
+    const items = [...decided.keys()];
+    elsewhere.length = past.length = 0;
+    decided.clear();
+    items.forEach(update);
+    keep();
+  }
+
+  // What a key decides, on which boxes; whether it was one of these keys.
+  function decideByKey(key, item, places) {
+    const wanted = { x: "reject", k: "keep" }[key.toLowerCase()];
+    const isUndo = key.toLowerCase() === "u";
+    if (wanted) decide(item, places, wanted);
+    if (isUndo) undo();
+    return Boolean(wanted) || isUndo;
+  }
+
   // The large view
 
   const view = byId("view");
@@ -178,7 +306,9 @@
 
   function show(item) {
     open = item;
-    const maps = JSON.parse(byId(`maps-${item.number}`).textContent);
+    selected = 0;
+    byId("told").textContent = "";
+    const maps = opened = JSON.parse(byId(`maps-${item.number}`).textContent);
     describe(item);
     for (const panel of panels) {
       release(panel);
@@ -191,10 +321,30 @@
     }
     const there = ["masks", "candidates", "degrees", "objectness"].map((name) => [name, Boolean(maps[name])]);
     offer({ truth: hasTruth(item), seeds: Boolean(item.patch), ...Object.fromEntries(there) });
+    const isInTable = byId("boxes").contains(document.activeElement);
     fillTable(item, maps.candidates ?? []);
+    if (isInTable) byId("next").focus();  // its button is gone, and with it the keys
     history.replaceState(null, "", `#${item.number}`);
     if (!view.open) view.showModal();
     view.scrollTop = 0;
+  }
+
+  // Shows which box is selected, and what was decided.
+  function mark() {
+    for (const panel of panels) panel.querySelector("svg")?.replaceWith(overlay(open, opened));
+    [...byId("boxes").tBodies[0].rows].forEach((row, place) => {
+      row.classList.toggle("selected", open.boxes.length > 1 && place === selected);
+      row.setAttribute("aria-current", place === selected);
+      for (const button of row.querySelectorAll("button")) {
+        button.setAttribute("aria-pressed", decisionsOn(open)[place] === button.value);
+      }
+    });
+  }
+
+  function select(place) {
+    selected = (place + open.boxes.length) % open.boxes.length;
+    mark();
+    byId("told").textContent = `box ${selected + 1} of ${open.boxes.length}, ${WORDS[decisionsOn(open)[selected]] ?? "undecided"}`;
   }
 
   function describe(item) {
@@ -216,7 +366,7 @@
   function maskCanvases(masks) {
     const made = [];
     masks.forEach((mask, index) => {
-      if (mask) made.unshift(maskCanvas(mask, index ? OTHER_TINT : FIRST_TINT));
+      if (mask) made.unshift(maskCanvas(mask, rgb(index)));
     });
     return made;
   }
@@ -250,7 +400,7 @@
     const values = readDegrees(maps);
     const lowest = values.reduce((a, b) => Math.min(a, b)), highest = values.reduce((a, b) => Math.max(a, b));
     drawMap(item, maps, figure, values, [lowest, highest], "Degree map", String);
-    figure.querySelector(".lowest").textContent = `degree ${lowest}`;
+    figure.querySelector(".lowest").textContent = `degree ${lowest}, object-like`;
     figure.querySelector(".highest").textContent = `${highest} of ${values.length - 1}`;
   }
 
@@ -295,7 +445,13 @@
   function fillTable(item, candidates) {
     for (const cell of byId("boxes").querySelectorAll(".judged")) cell.hidden = !item.truth;
     const [chosen, others] = byId("boxes").tBodies;
-    chosen.replaceChildren(...item.boxes.map((box, index) => tableRow(item, String(index + 1), item.scores[index], box)));
+    chosen.replaceChildren(...item.boxes.map((box, index) => {
+      const row = tableRow(item, String(index + 1), item.scores[index], box);
+      row.querySelector(".key").style.background = paint(index);
+      row.cells[1].append(...["reject", "keep"].map((wanted) => decisionButton(item, index, wanted)));
+      return row;
+    }));
+    mark();
     others.replaceChildren(...candidates.flatMap(([x1, y1, x2, y2, score]) => {
       const box = [x1, y1, x2, y2], shares = item.boxes.map((one) => overlap(one, box));
       const alike = shares.findIndex((share) => share >= facts.overlap);
@@ -309,8 +465,18 @@
     const row = element("tr", {}, element("th", { scope: "row" }, element("i", { class: "key" }), name));
     const cells = [written(score), box.map((value) => Math.round(value)).join(", "), `${share.toFixed(0)} %`];
     if (item.truth) cells.push(item.truth.reduce((best, one) => Math.max(best, overlap(box, one)), 0).toFixed(2));
-    row.append(...cells.map((text) => element("td", {}, text)));
+    row.append(...["", ...cells].map((text) => element("td", {}, text)));
     return row;
+  }
+
+  function decisionButton(item, index, wanted) {
+    const label = `${wanted} box ${index + 1}`;
+    const button = element("button", { type: "button", value: wanted, "aria-label": label }, `${MARKS[wanted]} ${wanted}`);
+    button.addEventListener("click", () => {
+      selected = index;
+      decide(item, [index], wanted);
+    });
+    return button;
   }
 
   function step(by) {
@@ -332,8 +498,20 @@
   byId("reset").addEventListener("click", () => {
     controls.verdict.value = "all";
     controls.clearness.value = "any";
+    controls.decision.value = "any";
     controls.find.value = "";
     arrange();
+  });
+  byId("save").addEventListener("click", save);
+  byId("undo").addEventListener("click", undo);
+  byId("forget").addEventListener("click", forget);
+  byId("grid").addEventListener("keydown", (event) => {
+    const item = event.target.closest("li")?.item;
+    if (!item || event.altKey || event.ctrlKey || event.metaKey) return;
+    const columns = getComputedStyle(byId("grid")).gridTemplateColumns.split(" ").length;
+    const by = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
+    if (by) cards.get(shown[shown.indexOf(item) + by] ?? item).firstElementChild.focus();
+    if (by || decideByKey(event.key, item, item.boxes.map((_, place) => place))) event.preventDefault();
   });
   byId("previous").addEventListener("click", () => step(-1));
   byId("next").addEventListener("click", () => step(1));
@@ -348,11 +526,16 @@
     if (by) {
       event.preventDefault();
       step(by);
+      return;
     }
+    const along = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+    if (along && open.boxes.length > 1) select(selected + along);
+    else if (!decideByKey(event.key, open, [selected])) return;
+    event.preventDefault();
   });
   view.addEventListener("close", () => {
     const card = cards.get(open);
-    open = null;
+    open = opened = null;
     for (const panel of panels) release(panel);
     history.replaceState(null, "", location.pathname + location.search);
     if (card?.isConnected) {
@@ -369,6 +552,9 @@
 
   // Beginning
 
+  document.documentElement.style.setProperty("--first", paint(0));
+  for (const item of recall()) update(item);
+  tellDecided();
   byId("judged").hidden = !items.some(hasTruth);
   const told = [];
   if (facts.gone) told.push(`${facts.gone} of ${items.length} image files could not be read any more.`);

@@ -1,10 +1,11 @@
 """The page's HTML: everything in one file, nothing from elsewhere, and no text of the run taken for markup."""
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
-from typing import Any, Final
+from typing import Any, BinaryIO, Final, cast
 
 from lostreg.defaults import CLEAR_SCORE
 from lostreg.gallery.entries import Entry
@@ -12,6 +13,7 @@ from lostreg.jsonio import is_finite_number
 from lostreg.runs.reader import RunFolder, Survey
 from lostreg.templates import TEMPLATES
 
+_PICTURE: Final = b'<script type="text/plain" id="jpeg-'  # begins the line with an image's picture, which may be empty
 _IN_HEADER: Final = ("corloc", "hits", "images", "wilson_95", "unreadable", "complete")
 
 
@@ -28,14 +30,15 @@ def render_page(
         entries: the images that it shows, in order.
         facts: what the page's script is told, read after the last entry: ``gone`` and ``changed``, images whose files
             cannot be read any more or have another size than in the run; ``sort``, the order to begin with;
-            ``overlap``, from which on boxes are of one object.
+            ``overlap``, from which on boxes are of one object; ``colours`` and ``dashes`` of objects; ``decisions``,
+            what a file of decisions begins with, and ``key``, by which browsers keep them.
     """
     assets = resources.files("lostreg.gallery")
     return TEMPLATES.get_template("gallery/page.html").generate(
         style=assets.joinpath("gallery.css").read_text(encoding="utf-8"),
         script=assets.joinpath("gallery.js").read_text(encoding="utf-8"),
         sha256=_sha256,
-        name=run.folder.absolute().name or "run",
+        name=run.name,
         lead=_lead(run, survey),
         tiles=_tiles(run, survey),
         notes=_notes(survey, left_out, choice),
@@ -47,6 +50,12 @@ def render_page(
         entries=entries,
         facts=facts,
     )
+
+
+def pictures_on(page: BinaryIO) -> int:
+    """How many images of a page that was written before have their pictures."""
+    lines = io.BufferedReader(cast("io.RawIOBase", page))  # files of stores know no lines
+    return sum(line.startswith(_PICTURE) and not line.endswith(b'"></script>\n') for line in lines)
 
 
 def _sha256(asset: str) -> bytes:

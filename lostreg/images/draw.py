@@ -1,5 +1,7 @@
 """Drawing on pictures, for plots and the demo: boxes, seeds, masks and patch maps. All of it takes arrays."""
 
+from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Final
 
@@ -14,11 +16,13 @@ Pixels = NDArray[np.uint8]
 Colour = tuple[int, int, int]  # RGB
 
 PLOT_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp")
-SEED: Final = (230, 30, 30)
-_BOX: Final = (40, 220, 40)
-_FURTHER: Final = (70, 170, 255)  # boxes of further objects
-_OUTLINE: Final = (255, 255, 255)  # of a refined mask
-_TRUTH: Final = (255, 200, 0)
+# Colours of Okabe and Ito's palette, which people who see few colours tell apart; the main object has the lightest one.
+# Lines lie on dark ones, so that they show on any picture, and objects differ by dashes, too. `lostreg report` follows.
+OBJECTS: Final = ((240, 228, 66), (86, 180, 233), (230, 159, 0), (204, 121, 167), (0, 158, 115))
+DASHES: Final[tuple[tuple[int, ...], ...]] = ((), (12, 7), (5, 7), (14, 7, 4, 7))  # lengths of dash, gap, dash, ...
+SEED: Final = (213, 94, 0)
+TRUTH: Final = (255, 255, 255)
+_CASING: Final = (0, 0, 0)
 _INK: Final = (30, 30, 30)
 _PAPER: Final = 255
 _PANEL_SIDE: Final = 640
@@ -60,16 +64,17 @@ def plot_objects(
     scale, cell = np.array([wide, high, wide, high]), (patch[0] * high, patch[1] * wide)
     right = colour_map(degrees, left.shape[:2], cell)
     for index, mask in enumerate(() if refined is None else refined):
-        draw_outline(left, stretched(mask, left.shape[:2]), _OUTLINE if index == 0 else _FURTHER)
+        draw_outline(left, stretched(mask, left.shape[:2]), colour_of(index))
     for panel in (left, right):
         for box in () if truth is None else truth:
-            draw_box(panel, box * scale, _TRUTH, 1)
+            draw_box(panel, box * scale, TRUTH, 1)
         for index in reversed(range(len(xyxy))):  # the main object is drawn over the others
             number = str(index + 1) if panel is left and len(xyxy) > 1 else ""
-            draw_box(panel, xyxy[index] * scale, _FURTHER if index else _BOX, 2 if index else 3, number)
+            draw_box(panel, xyxy[index] * scale, colour_of(index), 2 if index else 3, number, dash_of(index))
         draw_seeds(panel, seeds, cell)
     caption = _caption(scores) + ("" if truth is None else "; thin: ground truth")
-    panels = [_captioned(left, caption), _captioned(right, f"degree: dark {degrees.min()}, light {degrees.max()}")]
+    legend = f"degree {degrees.min()} (dark: object-like) to {degrees.max()}"
+    panels = [_captioned(left, caption), _captioned(right, legend)]
     gap = np.full((panels[0].shape[0], _GAP, 3), _PAPER, dtype=np.uint8)
     return np.hstack([panels[0], gap, panels[1]])
 
@@ -94,8 +99,25 @@ def stretched(mask: NDArray[np.bool_], size: tuple[int, ...]) -> NDArray[np.bool
     return np.asarray(nearest, dtype=np.bool_)
 
 
-def draw_box(panel: Pixels, box: NDArray[np.floating], colour: Colour, thickness: int = 2, label: str = "") -> None:
-    """Draw a box, and a label at its top left corner, outside where there is room.
+def colour_of(index: int) -> Colour:
+    """Of an object, by its place from 0."""
+    return OBJECTS[index % len(OBJECTS)]
+
+
+def dash_of(index: int) -> tuple[int, ...]:
+    """How the box of an object is dashed, by its place from 0; 20 objects differ in this or their colour."""
+    return DASHES[index % len(DASHES)]
+
+
+def draw_box(
+    panel: Pixels,
+    box: NDArray[np.floating],
+    colour: Colour,
+    thickness: int = 2,
+    label: str = "",
+    dash: tuple[int, ...] = (),
+) -> None:
+    """Draw a box on a dark line, and a label at its top left corner, outside where there is room.
 
     Args:
         panel: RGB (h, w, 3), uint8; it is drawn on.
@@ -103,10 +125,14 @@ def draw_box(panel: Pixels, box: NDArray[np.floating], colour: Colour, thickness
         colour: of both.
         thickness: of the line, in pixels.
         label: in dark letters on the colour; nothing where it is empty.
+        dash: lengths of dashes and gaps in turn, in pixels; none for a whole line.
     """
-    limit = np.array([panel.shape[1], panel.shape[0]] * 2) - 1
-    x1, y1, x2, y2 = np.clip(np.rint(box), 0, limit).astype(int).tolist()
-    cv2.rectangle(panel, (x1, y1), (x2, y2), colour, thickness, cv2.LINE_AA)
+    x1, y1, x2, y2 = _within(panel, box)
+    cv2.rectangle(panel, (x1, y1), (x2, y2), _CASING, thickness + 2, cv2.LINE_AA)
+    corners = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
+    for start, end in zip(corners, [*corners[1:], corners[0]], strict=True):
+        for first, last in _dashes(np.array(start), np.array(end), dash):
+            cv2.line(panel, first, last, colour, thickness, cv2.LINE_AA)
     if label:
         (width, height), _ = cv2.getTextSize(label, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 2)
         left = max(0, min(x1, panel.shape[1] - width - 8))
@@ -115,8 +141,29 @@ def draw_box(panel: Pixels, box: NDArray[np.floating], colour: Colour, thickness
         cv2.putText(panel, label, (left + 4, foot - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (10, 10, 10), 2, cv2.LINE_AA)
 
 
+def _within(panel: Pixels, box: NDArray[np.floating]) -> list[int]:
+    """A box in whole pixels, cut to the panel."""
+    limit = np.array([panel.shape[1], panel.shape[0]] * 2) - 1
+    corners: list[int] = np.clip(np.rint(box), 0, limit).astype(int).tolist()
+    return corners
+
+
+def _dashes(
+    start: NDArray[np.int64], end: NDArray[np.int64], dash: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Where the dashes of a line from one place to another start and end."""
+    length = float(np.hypot(*(end - start)))
+    edges = [0.0]
+    for part in cycle(dash or (length + 1,)):
+        edges.append(min(edges[-1] + part, length))
+        if edges[-1] >= length:
+            break
+    places = [tuple(np.rint(start + (end - start) * (edge / max(length, 1))).astype(int).tolist()) for edge in edges]
+    yield from zip(places[::2], places[1::2], strict=False)
+
+
 def draw_seeds(panel: Pixels, seeds: NDArray[np.int64], patch: tuple[float, float]) -> None:
-    """Draw the outlines of seed patches in red on white.
+    """Draw the outlines of seed patches in vermilion on white.
 
     Args:
         panel: RGB (h, w, 3), uint8; it is drawn on.
@@ -127,13 +174,15 @@ def draw_seeds(panel: Pixels, seeds: NDArray[np.int64], patch: tuple[float, floa
     for row, column in seeds.tolist():
         corners = np.array([column * wide, row * high, (column + 1) * wide, (row + 1) * high])
         draw_box(panel, corners, (255, 255, 255), 4)
-        draw_box(panel, corners, SEED, 2)
+        x1, y1, x2, y2 = _within(panel, corners)
+        cv2.rectangle(panel, (x1, y1), (x2, y2), SEED, 2, cv2.LINE_AA)
 
 
 def draw_outline(panel: Pixels, mask: NDArray[np.bool_], colour: Colour) -> None:
     """Draw the edges of a mask of the panel's size, those of its holes too."""
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    cv2.drawContours(panel, outlines, -1, colour, 1, cv2.LINE_AA)
+    for line, thickness in ((_CASING, 3), (colour, 1)):
+        cv2.drawContours(panel, outlines, -1, line, thickness, cv2.LINE_AA)
 
 
 def draw_mask(panel: Pixels, mask: NDArray[np.bool_], colour: Colour) -> None:
@@ -212,7 +261,7 @@ def _caption(scores: NDArray[np.float32]) -> str:
 
 
 def _captioned(panel: Pixels, text: str) -> Pixels:
-    width = max(panel.shape[1], 330)  # a caption fits
+    width = max(panel.shape[1], cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 1)[0][0] + 8)
     canvas = np.full((panel.shape[0] + _CAPTION, width, 3), _PAPER, dtype=np.uint8)
     canvas[_CAPTION:, : panel.shape[1]] = panel
     cv2.putText(canvas, text, (4, 23), cv2.FONT_HERSHEY_SIMPLEX, 0.6, _INK, 1, cv2.LINE_AA)

@@ -25,6 +25,7 @@ from lostreg.progress import OnProgress, Progress
 from lostreg.runs.entries import Asked, Entry, Workers, make_entry, missing_entries, until_error
 from lostreg.runs.folder import Run
 from lostreg.runs.locate import is_file
+from lostreg.runs.maps import move_maps
 from lostreg.runs.predictions import Prediction, parse_prediction, stream_predictions
 from lostreg.runs.results import describe_device
 from lostreg.text import spreadsheet_text
@@ -100,7 +101,8 @@ def discover_collection(
     """Find the objects of every image of a collection, going on where an earlier run into the same folder stopped.
 
     Images that were added since are computed; what was found in images that are gone is left out in the end. Images
-    that could not be had, or whose pictures of masks are missing, are tried again.
+    that could not be had, or whose pictures of masks are missing, are tried again. A folder that has been moved is
+    known by the images' names, and ``maps.jsonl`` then says where they are now.
 
     Args:
         collection: the images.
@@ -171,6 +173,8 @@ def discover_collection(
                 on_progress(Progress(summary.images, len(collection), known=summary.known, error=entry.error))
         if run.put_in_order() or count_lines(out / FAILED_FILE) != failed_lines:
             _write_failed(out, stream_predictions(out / PREDICTIONS_FILE))
+        if summary.known:
+            move_maps(out / MAPS_FILE, collection.source)
         _check_drawn(out, drawn)
         run.finish(summary.figures(min_score))
     return summary

@@ -17,6 +17,7 @@ from lostreg.metrics import Corloc, Detections, DetectionScores, corloc, detecti
 from lostreg.progress import OnProgress, Progress
 from lostreg.runs.entries import Asked, Entry, Workers, make_entry, missing_entries, until_error
 from lostreg.runs.folder import Run
+from lostreg.runs.maps import move_maps
 from lostreg.runs.predictions import Prediction, parse_prediction
 from lostreg.runs.results import benchmark_settings, describe_device
 
@@ -144,6 +145,8 @@ def evaluate(
             for entry in entries:
                 tally.add(entry.prediction)
         run.put_in_order()
+        if tally.known:
+            move_maps(Path(out) / MAPS_FILE, lambda image_id: examples[image_id].path)
         evaluation = tally.evaluation(run.computed)
         run.finish(evaluation.figures())
     return evaluation

@@ -222,14 +222,17 @@ class Run(Generic[AnyLine]):
                     ) from error
 
     def _check_strangers(self, strangers: set[ImageId], known: set[ImageId]) -> None:
+        roots = [_root_of(settings) for settings in (self._earlier, self._settings)]
         if not strangers:
+            if known and roots[0] not in (None, roots[1]):
+                message = f"the images that were in {roots[0]} are taken for those of the same names in {roots[1]}"
+                warnings.warn(message, LostregWarning, stacklevel=4)
             return
         count, example = len(strangers), min(strangers, key=str)
         if not self._may_change:
             raise PredictionsError(
                 f"{self._memory} holds {count} images that are none of this run, such as {example!r}: {AFRESH}"
             )
-        roots = [_root_of(settings) for settings in (self._earlier, self._settings)]
         if not known or roots[0] != roots[1]:  # cameras name their photos alike: those of another folder are others
             raise PredictionsError(
                 f"{self.out} holds a run over other images, of {roots[0]}: {count} of them, such as {example!r}, are "

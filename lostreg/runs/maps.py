@@ -17,7 +17,7 @@ from lostreg.datasets.base import ImageId
 from lostreg.errors import PredictionsError
 from lostreg.images.stores import StoredImage
 from lostreg.inference.discovery import Discovery
-from lostreg.jsonio import as_line, is_box, is_finite_number, is_id
+from lostreg.jsonio import as_line, is_box, is_finite_number, is_id, whole_file
 
 _MOST_PATCHES: Final = 1 << 22  # of an image: patches of eight pixels on 268 million
 _ROUNDED: Final = 1.0  # pixels that a side may be off, since a patch's is rounded
@@ -85,11 +85,9 @@ def maps_of(image_id: ImageId, source: Path | StoredImage, found: Discovery, tru
         truth: ground-truth boxes, shape (m, 4); None where there is no ground truth.
     """
     boxes = None if truth is None else np.asarray(truth, dtype=float).tolist()
-    # Without `..`, and without following links.
-    place = source.locator if isinstance(source, StoredImage) else os.path.abspath(source)  # noqa: PTH100
     return ImageMaps(
         image_id,
-        place,
+        _place_of(source),
         found.degrees,
         found.patch_width,
         found.patch_height,
@@ -98,6 +96,37 @@ def maps_of(image_id: ImageId, source: Path | StoredImage, found: Discovery, tru
         None if found.candidates is None else found.candidates.astype(float).round(3).tolist(),
         None if found.objectness is None else np.rint(255 * found.objectness).astype(np.uint8),
     )
+
+
+def _place_of(source: Path | StoredImage) -> str:
+    """Where an image is, as a maps file says it: without ``..``, and without following links."""
+    return source.locator if isinstance(source, StoredImage) else os.path.abspath(source)  # noqa: PTH100
+
+
+def move_maps(path: Path, source_of: Callable[[Any], Path | StoredImage]) -> None:
+    """Make a maps file say where its images are now; it is written anew only if one is elsewhere.
+
+    Args:
+        path: of the file; it need not be there.
+        source_of: what an image is read from, by its id.
+    """
+
+    def moved(raw: bytes) -> bytes:
+        try:
+            fields = json.loads(raw)
+            place = _place_of(source_of(fields["image_id"]))
+            return raw if fields["path"] == place else as_line({**fields, "path": place}).encode() + b"\n"
+        except (ValueError, TypeError, KeyError, RecursionError):  # `read_maps` names it
+            return raw
+
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        if not any(moved(raw) != raw for raw in file):
+            return
+        file.seek(0)
+        with whole_file(path) as beside, beside.open("wb") as rewritten:
+            rewritten.writelines(map(moved, file))
 
 
 def read_maps(path: Path) -> Iterator[ImageMaps]:

@@ -121,6 +121,11 @@ class RunFolder:
         self.results = results_of(folder)
 
     @property
+    def name(self) -> str:
+        """Of the folder."""
+        return self.folder.absolute().name or "run"
+
+    @property
     def options(self) -> dict[str, Any]:
         """The method's options, as far as they are known."""
         options = (self.results or {}).get("options")

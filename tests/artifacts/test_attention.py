@@ -217,8 +217,9 @@ def test_a_picture_has_a_row_a_layer_and_a_column_a_token() -> None:
         (found,) = maps([image], make(name), 0, -1)
         rows += [AttentionRow(f"{name} {one.layer}", make(name).spec.patch_size, one) for one in found]
     figure = plot_attention(image, rows)
-    shown = [axes for axes in figure.axes if axes.get_visible()]
-    assert len(figure.axes) == 4 * 6
+    panels, bars = figure.axes[: 4 * 6], figure.axes[4 * 6 :]
+    shown = [axes for axes in panels if axes.get_visible()]
+    assert len(bars) == sum(len(row.maps.names) for row in rows)
     assert len(shown) == 2 * 6 + 2 * 2
     np.testing.assert_array_equal(shown[0].images[0].get_array(), image)
     heat = rows[0].maps.mean
@@ -235,7 +236,8 @@ def test_a_picture_of_heads_has_one_each() -> None:
     (image,) = noise([(50, 70)])
     ((one,),) = maps([image], make("dinov2_vits14_reg"))
     figure = plot_heads(image, AttentionRow("title", 14, one))
-    assert len(figure.axes) == 5 * 2
-    for axes, heat in zip(figure.axes, one.heads.reshape(10, 4, 5), strict=True):
+    panels, bars = figure.axes[: 5 * 2], figure.axes[5 * 2 :]
+    assert len(bars) == len(panels)
+    for axes, heat in zip(panels, one.heads.reshape(10, 4, 5), strict=True):
         np.testing.assert_array_equal(axes.images[0].get_array(), heat)
-    assert [axes.get_ylabel() for axes in figure.axes[::2]] == list(one.names)
+    assert [axes.get_ylabel() for axes in panels[::2]] == list(one.names)

@@ -93,9 +93,16 @@ def test_the_page_shows_every_picture_that_is_on_disk(both: Path, found: Measure
     text = page(both)
     files = {path.name for path in both.iterdir()}
     names = {*PICTURES, "examples-1", "examples-2"}
-    assert files == {"artifacts.html", "artifacts.json", *(f"{name}.png" for name in names)}
-    shown = dict(re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)"', text))
+    pictures = {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")}
+    assert files == {"artifacts.html", "artifacts.json", *pictures}
+    shown = dict(re.findall(r'<figure id="([^"]*)">.*?src="data:image/png;base64,([^"]*)"', text))
     assert set(shown) == names
+    alts = re.findall(r'<img alt="([^"]*)"', text)
+    assert len(alts) == len(names) == len(set(alts)) + 1  # one backbone twice
+    assert sum("12.50 % of the patches" in alt for alt in alts) == 3
+    for name in names:
+        assert (both / f"{name}.svg").read_bytes().startswith(b"<?xml")
+        assert (both / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     for name, data in shown.items():
         assert base64.b64decode(data) == (both / f"{name}.png").read_bytes()
 
@@ -104,12 +111,14 @@ def test_the_written_files_are_returned(tmp_path: Path, found: Measurement) -> N
     written = write_report(tmp_path, [found], {})
     assert written[0] == tmp_path / "artifacts.html"
     assert set(written) == set(tmp_path.iterdir())
-    assert len(written) == 9
+    assert len(written) == 2 + 3 * 7
 
 
 def cells(text: str) -> list[list[str]]:
     rows = re.findall(r"<tr>(.*?)</tr>", text)
-    return [[html.unescape(cell) for cell in re.findall(r"<t[dh]>(.*?)</t[dh]>", row)] for row in rows]
+    return [
+        [html.unescape(cell) for cell in re.findall(r"<t[dh](?: scope=\"col\")?>(.*?)</t[dh]>", row)] for row in rows
+    ]
 
 
 def test_the_page_says_what_was_found_and_what_was_not(both: Path, found: Measurement, plain: Measurement) -> None:

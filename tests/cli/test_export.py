@@ -13,6 +13,8 @@ from exporting import BROKEN, NAMES, collect, line, write_lines, write_run
 from pyarrow.parquet import ParquetWriter
 
 from lostreg.cli.main import main
+from lostreg.runs.decisions import boxes_fingerprint
+from lostreg.runs.predictions import read_predictions
 
 OUT = {"coco": "coco.json", "voc": "voc", "yolo": "yolo", "csv": "boxes.csv"}
 OUT |= {"parquet": "boxes.parquet", "labelstudio": "tasks.json"}
@@ -86,6 +88,29 @@ def test_images_without_a_clear_box_are_left_out_or_kept_as_empty(
         1,
         0,
     ]
+
+
+@pytest.mark.parametrize("kind", OUT)
+def test_rejected_boxes_are_left_out_of_every_format(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path, ["a.jpg", "b.jpg"])
+    first = read_predictions(tmp_path / "run/predictions.jsonl")[0]
+    images = [{"image_id": "a.jpg", "fingerprint": boxes_fingerprint(first), "decisions": ["reject", "keep"]}]
+    decisions = {"format": "lostreg decisions 1", "run": "run", "images": images}
+    (tmp_path / "mine.json").write_text(json.dumps(decisions))
+    command = f"{{}}/run --format {kind} --out {{}}/{OUT[kind]} --decisions {{}}/mine.json --min-score 0.5"
+    assert run(command, tmp_path) == 0
+    captured = capsys.readouterr()
+    assert "exported 2 images, 2 boxes to" in captured.out  # a's second, which scores less, and b's first
+    assert "mine.json: 1 boxes are rejected, 1 kept" in captured.err
+    images[0]["image_id"] = "c.jpg"
+    (tmp_path / "mine.json").write_text(json.dumps(decisions))
+    assert run(command + " --overwrite", tmp_path) == 2
+    assert "1 images were decided on that the predictions do not have: c.jpg" in capsys.readouterr().err
+    if kind == "coco":
+        assert run("{}/run --format coco --out {}/mine.json --decisions {}/mine.json --overwrite", tmp_path) == 2
+        assert "mine.json is a file of the run" in capsys.readouterr().err
 
 
 def test_formats_without_scores_say_how_many_boxes_are_unclear(

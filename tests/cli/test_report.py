@@ -80,10 +80,30 @@ def test_what_is_lacking_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run("report {}/run --limit 2", tmp_path) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lostreg: ")]
     assert lines == [
-        "lostreg: 1 of 2 image files cannot be read any more: placeholders stand for them",
+        "lostreg: 1 of 2 image files cannot be read any more: placeholders stand for them; --images DIR says where "
+        "they are now",
         "lostreg: 1 of 2 image files have another size than in the run",
         "lostreg: 1 of 3 images are left out: see --limit and --choose",
     ]
+
+
+def test_a_page_with_pictures_outlives_a_folder_that_was_renamed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ["im0000.jpg", "im0001.jpg", "im0002.jpg"])
+    assert run("report {}/run", tmp_path) == 0
+    good = (folder / "report.html").read_bytes()
+    (tmp_path / "photos").rename(tmp_path / "renamed")
+    with pytest.raises(LostregError, match=r"^3 of 3 image files are not there .* shows 3, so it stays .*--images DIR"):
+        run("report {}/run", tmp_path)
+    assert run("report {}/run --out {}/run/other.html", tmp_path) == 0  # boxes and maps alone are better than nothing
+    assert run("report {}/run --out {}/run/other.html", tmp_path) == 0
+    assert run("report {}/run --images {}/renamed", tmp_path) == 0
+    assert Page(folder / "report.html").picture(3) is not None
+    (tmp_path / "renamed/im0001.jpg").unlink()
+    with pytest.raises(LostregError, match=r"^1 of 3 image files are not there .* shows 3, "):
+        run("report {}/run --images {}/renamed", tmp_path)
+    assert (folder / "report.html").read_bytes() == good
+    assert not list(folder.glob("*.part*"))
+    assert run("report {}/run --images {}/renamed --limit 1", tmp_path) == 0  # fewer, since fewer are asked for
 
 
 BAD = {

@@ -121,6 +121,21 @@ def choose(tab: Tab, place: str, words: str) -> None:
     named[0].click()
 
 
+def test_an_example_is_a_photo_like_any_other(photos: list[Path], tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+
+    with served(examples=tuple(photos[:2])) as address, Tab(tmp_path, address) as tab:
+        buttons = tab.driver.find_elements(By.CSS_SELECTOR, "#examples button")
+        assert [button.text for button in buttons] == [photo.stem for photo in photos[:2]]
+        for button in buttons:
+            before = tab.source("#picture")
+            button.click()
+            tab.until("return (document.querySelector('#picture img')?.src || '') !== arguments[0]", before)
+            tab.answer()
+            tab.until("return document.querySelector('#photo img')?.naturalWidth > 0")
+        assert console_errors(tab.driver) == []
+
+
 def test_methods_are_chosen_and_offer_the_controls_that_they_know(
     address: str, photos: list[Path], tmp_path: Path
 ) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from fabricate import discovery
 
-from lostreg.demo.panels import colour_of, draw_attention, draw_degrees, draw_objects, draw_taught
-from lostreg.images.draw import SEED
+from lostreg.demo.panels import draw_attention, draw_degrees, draw_objects, draw_taught
+from lostreg.images.draw import SEED, colour_of
 from lostreg.inference.discovery import Discovery
 
 GREY = np.full((350, 700, 3), 128, np.uint8)
@@ -21,10 +21,10 @@ def test_boxes_masks_and_seeds_lie_where_they_were_found() -> None:
     panel = draw_objects(GREY, discovery())
     assert panel.shape == (350, 700, 3)
     assert close(panel[175, 70], colour_of(0))  # the box's left edge
-    assert close(panel[280, 500], colour_of(1))  # the other's lower edge
+    assert any(close(pixel, colour_of(1)) for pixel in panel[280, 490:510])  # a dash of the other's lower edge
     tinted = panel[180, 175]
     assert not close(tinted, (128, 128, 128))
-    assert tinted[1] > tinted[0]  # a green tint
+    assert tinted[1] > tinted[2]  # a yellow tint
     assert close(panel[320, 600], (128, 128, 128))  # nothing was found there
     assert any(close(pixel, SEED) for pixel in panel[105, 60:80])
     assert (GREY == 128).all()  # the photo itself is left alone
@@ -124,7 +124,3 @@ def test_boxes_of_thin_pictures_lie_where_they_are() -> None:
     )
     drawn = np.flatnonzero(draw_objects(np.zeros((640, 6, 3), np.uint8), found).any(axis=(1, 2)))
     assert abs(drawn.max() - 608) <= 3
-
-
-def test_ten_objects_have_ten_colours() -> None:
-    assert len({colour_of(index) for index in range(10)}) == 10

@@ -28,6 +28,7 @@ from lostreg.exports.labelstudio import as_tasks, labelling_config
 from lostreg.exports.voc import whole_corners
 from lostreg.exports.writing import as_text, write_file
 from lostreg.exports.yolo import choose_val
+from lostreg.runs.decisions import choose_boxes
 from lostreg.runs.predictions import read_predictions
 
 BOXES = [[6, 4, 30.5, 28.125], [0, 0, WIDTH, HEIGHT]]
@@ -81,7 +82,8 @@ def test_the_same_predictions_are_the_same_parquet_file_in_groups_of_bounded_siz
     lines = read_predictions(write_lines(tmp_path, [line(f"{number}.jpg") for number in range(10)]))
     taken: list[int] = []
     for name in ("a", "b"):
-        parquet.write(tmp_path / name, (one for one in lines if taken.append(0) is None), min_score=0.5)
+        read = (one for one in lines if taken.append(0) is None)
+        parquet.write(tmp_path / name, choose_boxes(read, min_score=0.5))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     found = pq.ParquetFile(tmp_path / "a")
     assert [found.metadata.row_group(group).num_rows for group in range(found.num_row_groups)] == [4, 4, 2]

@@ -73,10 +73,11 @@ from lostreg.methods.learned import LinearObjectness
 from lostreg.models.checkpoints import load_file_into
 from lostreg.models.registers import RegisterNeurons
 from lostreg.probing.data import read_depth, read_mask
+from lostreg.runs.decisions import FORMAT, boxes_fingerprint, choose_boxes, read_decisions
 from lostreg.runs.evaluate import score_detections, score_predictions
 from lostreg.runs.locate import ImageFinder, Source
 from lostreg.runs.maps import read_maps
-from lostreg.runs.predictions import read_predictions
+from lostreg.runs.predictions import parse_prediction, read_predictions
 from lostreg.runs.reader import RunFolder
 from lostreg.runs.results import check_same_run
 
@@ -389,6 +390,20 @@ def _export_run(folder: Path) -> None:
     assert all(np.isfinite(box.xyxy).all() for image in exported.images for box in image.boxes)
 
 
+def _decisions() -> list[bytes]:
+    lines = [parse_prediction(line) for line in _run()["predictions.jsonl"].splitlines()]
+    images = [
+        {"image_id": line.image_id, "fingerprint": boxes_fingerprint(line), "decisions": ["reject"] * len(line.boxes)}
+        for line in lines
+    ]
+    return [json.dumps({"format": FORMAT, "run": "run", "images": images}).encode()]
+
+
+def _use_decisions(path: Path, rng: Random) -> None:
+    lines = [parse_prediction(line) for line in _run()["predictions.jsonl"].splitlines()]
+    assert not any(line.boxes for line in choose_boxes(lines, min_score=0.99, decided=read_decisions(path)))
+
+
 def _parse_run(folder: Path) -> None:
     for line in read_predictions(folder / "predictions.jsonl"):
         line.to_line()
@@ -517,7 +532,8 @@ TARGETS: Final = (
            (PredictionsError, OptionError, ImageError), 6),
     Target("maps", "maps.jsonl", lambda: [_run()["maps.jsonl"]], mutate_lines, _read_run, (PredictionsError,), 5),
     Target("results", "results.json", lambda: [_run()["results.json"]], mutate_json, _read_run,
-           (PredictionsError,), 3),
+           (PredictionsError,), 2),
+    Target("decisions", "decisions.json", _decisions, mutate_json, _use_decisions, (PredictionsError,), 1),
     Target("bias", "bias.json", _bias, mutate_json, _use_bias, (CalibrationError, OptionError), 3),
     Target("registers", "registers.json", _registers, mutate_json, _use_registers, (RegistersError, OptionError), 3),
     Target("objectness", "objectness.safetensors", _objectness, mutate_safetensors, _use_objectness,

@@ -1,6 +1,8 @@
 """The page in a browser."""
 
 import itertools
+import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import console_errors, needs_browser, open_browser
-from fabricate_run import GRID, HEIGHT, PATCH, TRUTH, WIDTH, write_run
+from fabricate_run import GRID, HEIGHT, PATCH, TRUTH, WIDTH, predict, write_lines, write_run
 from pycocotools import mask as coco
 
+from lostreg.cli.main import main
 from lostreg.gallery.build import write_gallery
 from lostreg.runs.reader import RunFolder
+
+pytest.importorskip("selenium")
+
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 pytestmark = needs_browser
 
@@ -95,15 +104,15 @@ def choose(driver: Any, name: str, value: str) -> None:
 
 
 def press(driver: Any, key: str) -> None:
-    from selenium.webdriver import ActionChains
-    from selenium.webdriver.common.keys import Keys
+    type_keys(driver, getattr(Keys, key))
 
-    ActionChains(driver).send_keys(getattr(Keys, key)).perform()
+
+def type_keys(driver: Any, *keys: str) -> None:
+    for key in keys:
+        ActionChains(driver).send_keys(key).perform()
 
 
 def until(driver: Any, script: str) -> Any:
-    from selenium.webdriver.support.ui import WebDriverWait
-
     return WebDriverWait(driver, 60).until(lambda _: driver.execute_script(f"return {script}"))
 
 
@@ -186,18 +195,19 @@ def test_a_click_opens_the_large_view(page: Any) -> None:
     assert is_open(page)
     assert page.current_url.endswith("#3")
     assert find(page, "#view-name")[0].text.split() == ["trip", "2/2.jpg", "hit"]
-    boxes = attributes(find(page, "#photo .box"), "x", "y", "width", "height")
+    boxes = attributes(find(page, "#photo rect.box"), "x", "y", "width", "height")
     assert boxes == [[x, y, right - x, bottom - y] for x, y, right, bottom in reversed(SEVERAL["boxes"])]
     assert attributes(find(page, "#photo .first .box"), "x", "y") == [[40, 20]]
     assert [text.get_attribute("textContent") for text in find(page, "#photo text")] == ["3", "2", "1"]
-    truth = attributes(find(page, "#photo .truth rect"), "x", "y", "width", "height")
+    truth = attributes(find(page, "#photo .truth rect:not(.halo)"), "x", "y", "width", "height")
     assert truth == [[40, 20, 50, 70]]
     seeds = attributes(find(page, "#photo .seeds rect"), "x", "y", "width", "height")
     right = 10 * PATCH
     assert seeds == [[56, 28, 14, 14], [0, 14, 14, 14], [right, 98, WIDTH - right, HEIGHT - 98]]
     until(page, "document.querySelector('#photo img').naturalWidth === 150")
     rows = [row.text for row in find(page, "#boxes tbody tr")]
-    assert rows[0].split() == ["1", "0.60", "40,", "20,", "92,", "88", "21", "%", f"{3400 / 3636:.2f}"]
+    words = ["1", "✕", "reject✓", "keep", "0.60", "40,", "20,", "92,", "88", "21", "%", f"{3400 / 3636:.2f}"]
+    assert rows[0].split() == words
     assert len(rows) == 3
 
 
@@ -219,7 +229,7 @@ def test_the_degree_map_lies_over_its_patches(page: Any) -> None:
     assert (np.diff(brightness) > 0).mean() > 0.95  # degrees rise from patch to patch
     assert wide == pytest.approx(GRID[1] * PATCH / WIDTH, abs=0.01)
     assert high == pytest.approx(GRID[0] * PATCH / HEIGHT, abs=0.01)
-    assert find(page, "#degrees .lowest")[0].text == "degree 0"
+    assert find(page, "#degrees .lowest")[0].text == "degree 0, object-like"
     assert find(page, "#degrees .highest")[0].text == "87 of 87"
     assert len(find(page, "#degrees .seeds rect")) == 1
 
@@ -308,6 +318,85 @@ def test_keys_lead_through_what_is_shown(page: Any) -> None:
     until(page, f"document.activeElement.parentElement.dataset.number === '{order[-1]}'")
     assert not is_open(page)
     assert "#" not in page.current_url
+
+
+def saved(driver: Any, folder: Path) -> dict[str, Any]:
+    """The file of decisions that a click on Save downloads."""
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
+    find(driver, "#save")[0].click()
+    WebDriverWait(driver, 60).until(lambda _: (folder / "decisions.json").is_file())
+    found: dict[str, Any] = json.loads((folder / "decisions.json").read_text())
+    return found
+
+
+def tallies(driver: Any) -> dict[int, str]:
+    script = (
+        "return [...document.querySelectorAll('#grid li')]"
+        ".map((card) => [card.dataset.number, card.querySelector('.tally').textContent])"
+    )
+    return {int(number): text for number, text in driver.execute_script(script) if text}
+
+
+def test_boxes_are_rejected_and_kept_by_key_and_export_honours_what_is_saved(
+    driver: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["a.jpg", 17, NASTY, "caf\udce9.jpg"]
+    run = write_run(tmp_path / "judged run", names, changes={2: SEVERAL})
+    address = write(run)
+    driver.get(address)
+    assert not find(driver, "#save")[0].is_enabled()
+    driver.execute_script("document.querySelector('#grid li:nth-child(1) .card').focus()")
+    type_keys(driver, "x", Keys.ARROW_RIGHT, "k", Keys.ARROW_RIGHT, "x")
+    assert tallies(driver) == {1: "1 rejected", 2: "1 kept", 3: "3 rejected"}
+    focused = "return document.activeElement.getAttribute('aria-label')"
+    assert "score 0.60, 3 rejected" in driver.execute_script(focused)
+    type_keys(driver, "u", Keys.ENTER)
+    assert is_open(driver)
+    type_keys(driver, Keys.ARROW_DOWN, "x", Keys.ARROW_DOWN, "k")
+    assert find(driver, "#told")[0].text == "box 1 undecided, box 2 rejected, box 3 kept"
+    pressed = [button.get_attribute("aria-pressed") for button in find(driver, "#boxes button")]
+    assert pressed == ["false", "false", "true", "false", "false", "true"]
+    assert find(driver, "#boxes tr.selected th")[0].text == "3"
+    find(driver, "#boxes button[value=reject]")[0].click()
+    type_keys(driver, "u", Keys.ARROW_RIGHT, "X", Keys.ESCAPE)
+    expected = {1: "1 rejected", 2: "1 kept", 3: "1 rejected, 1 kept", 4: "1 rejected"}
+    assert tallies(driver) == expected
+    assert find(driver, "#decided")[0].text == "3 rejected, 2 kept"
+    choose(driver, "decision", "open")
+    assert numbers(driver) == [3]
+    choose(driver, "decision", "keep")
+    assert numbers(driver) == [2, 3]
+    driver.get("about:blank")
+    driver.get(write(run))  # the page made anew knows them
+    assert tallies(driver) == expected
+    until(driver, "document.querySelector('#grid li:nth-child(1) .reject path.box')")
+    decisions = saved(driver, tmp_path)
+    assert (decisions["format"], decisions["run"]) == ("lostreg decisions 1", "judged run")
+    assert [one["image_id"] for one in decisions["images"]] == names
+    capsys.readouterr()
+    command = f"export '{run}' --format csv --out {tmp_path}/boxes.csv --decisions {tmp_path}/decisions.json"
+    assert main(shlex.split(command)) == 0
+    assert "exported 4 images, 3 boxes" in capsys.readouterr().out
+    assert console_errors(driver) == []
+
+
+def test_decisions_on_other_boxes_are_forgotten_and_those_beyond_the_page_kept(driver: Any, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "changed", ["a", "b", "c"])
+    driver.get(write(run))
+    driver.execute_script("document.querySelector('#grid li:nth-child(1) .card').focus()")
+    type_keys(driver, "x", Keys.ARROW_RIGHT, "x", Keys.ARROW_RIGHT, "k")
+    write_lines(run / "predictions.jsonl", [predict("a"), predict("b", boxes=[[1, 2, 3, 4]]), predict("c", 2)])
+    write_gallery(RunFolder(run), run / "report.html", limit=2)
+    driver.get("about:blank")
+    driver.get((run / "report.html").as_uri())
+    assert tallies(driver) == {1: "1 rejected"}
+    decisions = saved(driver, tmp_path)
+    assert [(one["image_id"], one["decisions"]) for one in decisions["images"]] == [("a", ["reject"]), ("c", ["keep"])]
+    find(driver, "#forget")[0].click()
+    driver.switch_to.alert.accept()
+    assert find(driver, "#decided")[0].text == "0 rejected, 0 kept"
+    assert not find(driver, "#save")[0].is_enabled()
+    assert console_errors(driver) == []
 
 
 def test_an_address_opens_its_image(page: Any, address: str) -> None:

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from lostreg.errors import LostregError
-from lostreg.images.draw import save_picture
+from lostreg.images.draw import OBJECTS, SEED, colour_of, dash_of, draw_box, save_picture
 from lostreg.inference.discovery import Discovery
 
-GREEN, RED, YELLOW = (40, 220, 40), (230, 30, 30), (255, 200, 0)
+MAIN, WHITE = colour_of(0), (255, 255, 255)
 CAPTION = 34
 
 
@@ -36,10 +36,10 @@ def test_box_seed_and_truth_are_drawn_in_both_panels_at_their_place() -> None:
     picture = discovery().plot(np.zeros((160, 320, 3), np.uint8), truth=np.array([[10.0, 10.0, 300.0, 150.0]]))
     assert picture.shape == (320 + CAPTION, 640 + 12 + 640, 3)
     for left in (0, 640 + 12):
-        assert near(picture[CAPTION + 128, left + 128], GREEN)  # the box's left edge: x = 64, twice as large
-        assert near(picture[CAPTION + 64, left + 200], GREEN)  # its top edge: y = 32
-        assert near(picture[CAPTION + 100, left + 5 * 32], RED)  # the seed's left edge: column 5
-        assert near(picture[CAPTION + 20, left + 300], YELLOW)  # the truth's top edge: y = 10
+        assert near(picture[CAPTION + 128, left + 128], MAIN)  # the box's left edge: x = 64, twice as large
+        assert near(picture[CAPTION + 64, left + 200], MAIN)  # its top edge: y = 32
+        assert near(picture[CAPTION + 100, left + 5 * 32], SEED)  # the seed's left edge: column 5
+        assert near(picture[CAPTION + 20, left + 300], WHITE)  # the truth's top edge: y = 10
 
 
 def test_the_degree_panel_shows_low_degrees_dark_and_high_ones_light() -> None:
@@ -71,8 +71,8 @@ def test_boxes_of_thin_pictures_lie_where_they_are() -> None:
         masks=np.zeros((1, 125, 2), dtype=bool),
     )
     panel = found.plot(np.zeros((2000, 20, 3), np.uint8))[CAPTION:, :6]
-    green = np.flatnonzero([near(pixel, GREEN) for pixel in panel[:, 0]])
-    np.testing.assert_allclose([green.min(), green.max()], [576, 608], atol=2)
+    edges = np.flatnonzero([near(pixel, MAIN) for pixel in panel[:, 0]])
+    np.testing.assert_allclose([edges.min(), edges.max()], [576, 608], atol=2)
 
 
 def test_padding_beyond_the_image_is_not_shown() -> None:
@@ -135,11 +135,23 @@ def three_objects(**changes) -> Discovery:
     return discovery(**{**fields, **changes})
 
 
-def test_further_boxes_have_another_colour_than_the_main_one() -> None:
+def test_further_boxes_differ_from_the_main_one_in_colour_and_dashes() -> None:
     picture = three_objects().plot(np.zeros((160, 320, 3), np.uint8))
     for left in (0, 640 + 12):
-        assert near(picture[CAPTION + 150, left + 128], GREEN)
-        assert near(picture[CAPTION + 200, left + 400], (70, 170, 255))
+        assert near(picture[CAPTION + 150, left + 128], MAIN)
+        edge = picture[CAPTION + 120 : CAPTION + 240, left + 400]
+        shares = [np.mean([near(pixel, colour) for pixel in edge]) for colour in (colour_of(2), (0, 0, 0))]
+        assert min(shares) > 0.2  # dashes, on the dark line that goes on between them
+    assert len({(colour_of(index), dash_of(index)) for index in range(20)}) == 20
+
+
+@pytest.mark.parametrize("colour", OBJECTS)
+@pytest.mark.parametrize("ground", [(0, 0, 0), (255, 255, 255), (60, 110, 50), *OBJECTS])
+def test_a_box_shows_on_any_ground(colour: tuple[int, int, int], ground: tuple[int, int, int]) -> None:
+    panel = np.full((60, 60, 3), ground, np.uint8)
+    draw_box(panel, np.array([10, 10, 50, 50]), colour, 3)
+    across = panel[30, :30] @ np.array([0.2126, 0.7152, 0.0722])
+    assert np.ptp(across) > 80  # whatever the hue, something is much darker or lighter
 
 
 def test_refined_masks_are_outlined_at_their_place_whatever_their_size() -> None:
@@ -158,11 +170,11 @@ def test_a_notebook_shows_a_discovery_as_a_picture_of_its_source(tmp_path) -> No
     for source in (tmp_path / "blue.png", str(tmp_path / "blue.png"), pixels):
         shown = cv2.imdecode(np.frombuffer(discovery(source=source)._repr_png_(), np.uint8), cv2.IMREAD_COLOR)
         assert near(shown[CAPTION + 300, 600], (200, 0, 0))
-        assert near(shown[CAPTION + 128, 128], GREEN)
+        assert near(shown[CAPTION + 128, 128], MAIN[::-1])  # OpenCV reads blue first
     for source in (None, tmp_path / "gone.png"):
         found = discovery(source=source).plot()
         assert near(found[CAPTION + 300, 600], (200, 200, 200))
-        assert near(found[CAPTION + 128, 128], GREEN)
+        assert near(found[CAPTION + 128, 128], MAIN)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

@@ -161,7 +161,12 @@ def test_other_options_are_refused_and_a_moved_folder_is_not(
     assert contents(out) == before
     moved = tmp_path / "moved"
     photos.root.rename(moved)
-    assert discover_collection(find_collection(str(moved)), discoverer, out).known == 7
+    with pytest.warns(LostregWarning, match="images that were in .* are taken for those of the same names in .*moved"):
+        assert discover_collection(find_collection(str(moved)), discoverer, out).known == 7
+    fresh = tmp_path / "fresh"
+    discover_collection(find_collection(str(moved)), discoverer, fresh)
+    assert contents(out) == contents(fresh)  # the places of the images among them
+    assert settings(out)["collection"] == settings(fresh)["collection"]
     assert discover_collection(find_collection(str(moved)), other, out, overwrite=True).known == 0
     assert contents(out) != before
 

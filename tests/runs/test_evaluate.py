@@ -503,6 +503,15 @@ def test_a_moved_run_goes_on(benchmark: Benchmark, discoverer: Discoverer, finis
     assert evaluate(benchmark, discoverer, tmp_path / "elsewhere").computed == 0
 
 
+def test_images_that_have_moved_are_known_in_their_new_places(
+    root: Path, discoverer: Discoverer, finished: Path, tmp_path: Path
+) -> None:
+    moved = root.rename(tmp_path / "moved")
+    assert evaluate(load_benchmark("voc", root=moved), discoverer, finished).computed == 0
+    places = [json.loads(line)["path"] for line in (finished / "maps.jsonl").read_text().splitlines()]
+    assert places == sorted(str(path) for path in (moved / "JPEGImages").iterdir())
+
+
 def three() -> Benchmark:
     box = np.array([[0.0, 0.0, 10.0, 10.0]])
     return Benchmark("voc", "val", tuple(Example(image_id, Path("none"), box) for image_id in ("a", "b", "c")))
