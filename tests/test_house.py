@@ -11,6 +11,7 @@ import pytest
 
 # From the top down. What stands on one line may use each other one way.
 FLOORS = (
+    ("__main__",),
     ("cli",),
     ("demo",),
     ("gallery",),

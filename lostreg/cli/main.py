@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from lostreg.cli import (
     attention,
     backbones,
     calibrate,
+    completion,
     datasets,
     demo,
     discover,
@@ -26,8 +28,8 @@ from lostreg.cli import (
     score,
     sweep,
 )
-from lostreg.cli.options import Parser, join_bias, one_line, tell
-from lostreg.cli.terminal import standard_streams
+from lostreg.cli.options import Parser, join_bias, name_variable, one_line, tell
+from lostreg.cli.terminal import standard_streams, told
 from lostreg.errors import LostregError, LostregWarning, is_out_of_memory
 
 _COMMANDS = (
@@ -71,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)
+    completion.add_parser(commands, parser)
     return parser
 
 
@@ -88,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    command = ""
+    command, goes_on = "", ""
     try:
         try:
             args = build_parser().parse_args(join_bias(argv))
@@ -96,11 +99,14 @@ def _main(argv: Sequence[str]) -> int:
             sys.stdout.flush()  # help, too, can meet a full disk
             raise
         command = f" {args.command}"
-        return _run(args)
+        if "goes_on" in args and args.out is not None:
+            goes_on = f": `{shlex.join(['lostreg', *(word for word in argv if word != '--overwrite')])}` goes on"
+        with told(getattr(args, "told_from", logging.INFO)):
+            return _run(args)
     except BrokenPipeError:  # the reader of our output went away: no error of the user's
         return 1
     except (LostregError, OSError) as error:
-        sys.stderr.write(f"lostreg{command}: error: {one_line(str(error))}\n")
+        sys.stderr.write(f"lostreg{command}: error: {name_variable(one_line(str(error)))}\n")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -108,7 +114,7 @@ def _main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"lostreg{command}: error: not enough memory; what was written so far is kept\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("\nlostreg: interrupted; what was written so far is kept\n")
+        sys.stderr.write(f"\nlostreg: interrupted; what was written so far is kept{goes_on}\n")
         return 130
 
 
@@ -132,7 +138,7 @@ def _tell_warnings() -> None:
 
     def showwarning(message: Warning | str, category: type[Warning], *where: Any) -> None:
         if issubclass(category, LostregWarning):
-            tell(str(message))
+            tell(str(message), logging.WARNING)
         else:
             show(message, category, *where)
 
