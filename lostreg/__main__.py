@@ -1,7 +1,6 @@
-"""``python -m lostreg``: the command line, for launchers that start modules."""
-
-import sys
+"""``python -m lostreg``: the same as the command ``lostreg``."""
 
 from lostreg.cli.main import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    raise SystemExit(main())

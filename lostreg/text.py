@@ -1,7 +1,8 @@
 """Names from outside, made harmless where they are shown or written, and told apart. Imports nothing of the package."""
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 # What a terminal acts on, or what reorders a line: controls, line and paragraph separators, bidirectional marks,
@@ -63,3 +64,14 @@ class Unused:
             free = f"{wanted}-{self._numbers[start]}"
         self._numbers[self._alike(free)] = 1
         return free
+
+
+def did_you_mean(name: str, names: Collection[str]) -> str:
+    """`` (did you mean A or B?)``, to put behind a name that is not among these; empty where none is near.
+
+    Example:
+        >>> lostreg.text.did_you_mean("dino_vits61", ["dino_vits16", "ijepa_vith14"])
+        ' (did you mean dino_vits16?)'
+    """
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -6,6 +6,7 @@ python scripts/update_docs.py --check   exits with 1 if they are out of date
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from lostreg.cli.backbones import HEADINGS, as_row
 from lostreg.cli.main import build_parser
+from lostreg.defaults import BACKBONE_VARIABLE, DEVICE_VARIABLE
 from lostreg.models.table import BACKBONES
 from lostreg.probing.probe import difference
 
@@ -31,6 +33,16 @@ SPEEDS = (
     ("refined masks / none, fp32", "lostreg fp32, refined masks / lostreg fp32"),
 )
 KINDS = ("fp32", "bf16")
+
+_OF_ALL = ("help", "told_from")  # options of all commands
+_CLI_HEAD = f"""# Command line
+
+Generated from the program by `make docs`; `lostreg COMMAND --help` says the same, and so does `python -m lostreg`.
+
+Every command takes `--quiet`, which leaves warnings and errors alone on standard error, or `--verbose`, which adds what
+the library says of its work. The environment may name other defaults: `{BACKBONE_VARIABLE}` of `--backbone`,
+`{DEVICE_VARIABLE}` of `--device`. After Ctrl-C a command that can go on says how.
+"""
 
 
 def backbone_table() -> str:
@@ -424,11 +436,13 @@ def probe_tables(results: Path) -> str:
 
 def cli_reference() -> str:
     """Every command with its options, from the parser itself; independent of Python's own help layout."""
-    parts = ["# Command line\n\nGenerated from the program by `make docs`; `lostreg COMMAND --help` says the same.\n"]
+    for variable in (BACKBONE_VARIABLE, DEVICE_VARIABLE):  # the defaults of whoever runs this are no one else's
+        os.environ.pop(variable, None)
+    parts = [_CLI_HEAD]
     for name, command in _commands(build_parser()):
         parts.append(f"\n## `lostreg {name}`\n\n{command.description}\n")
         for group in command._action_groups:
-            lines = [_describe(action) for action in group._group_actions if action.dest != "help"]
+            lines = [_describe(action) for action in group._group_actions if action.dest not in _OF_ALL]
             if lines:
                 parts.append(f"\n{(group.title or '').capitalize()}:\n\n" + "".join(lines))
     return "".join(parts)

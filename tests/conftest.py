@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lostreg.defaults import BACKBONE_VARIABLE, DEVICE_VARIABLE
 from lostreg.errors import ImageUnavailableError
 from lostreg.images import decode
 from lostreg.inference import stream
@@ -128,3 +129,10 @@ def same(first: Discovery, second: Discovery) -> bool:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of lostreg, whatever the environment asks for."""
+    for variable in (BACKBONE_VARIABLE, DEVICE_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)

@@ -127,7 +127,7 @@ def test_a_package_that_is_a_folder_alone_runs_nothing(sources: dict[str, str], 
         ("lostreg.defaults", ("torch", "numpy")),
         ("lostreg.images.allocator", ("torch", "numpy")),
         ("lostreg.artifacts", ("torch", "matplotlib", "sklearn")),
-        ("lostreg.inference.discoverer", ("matplotlib", "sklearn", "jinja2")),
+        ("lostreg.inference.discoverer", ("matplotlib", "sklearn", "jinja2", "scipy")),
     ],
 )
 def test_nothing_heavy_is_loaded_before_it_is_needed(module: str, absent: tuple[str, ...]) -> None:

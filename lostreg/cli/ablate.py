@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from lostreg import defaults
 from lostreg.cli.artifacts import outliers_line, settings_of
 from lostreg.cli.build import make_discoverer, open_benchmark
-from lostreg.cli.files import make_folder, refuse_among_images
+from lostreg.cli.files import check_there, make_folder, refuse_among_images
 from lostreg.cli.options import (
     Subparsers,
     add_benchmark_options,
@@ -20,6 +20,7 @@ from lostreg.cli.options import (
     add_sample,
     add_threshold,
     add_training_options,
+    backbone_name,
     count,
     local_place,
 )
@@ -73,7 +74,12 @@ def add_parser(actions: Subparsers) -> None:
         help="as many test-time registers (`registers find`) beside the trained ones",
     )
     parser.add_argument(
-        "--beside", nargs="+", default=[], metavar="NAME", help="other backbones as they were released, such as *_reg"
+        "--beside",
+        nargs="+",
+        type=backbone_name,
+        default=[],
+        metavar="NAME",
+        help="other backbones as they were released, such as *_reg",
     )
     add_sample(parser, defaults.TRAINING_IMAGES)
     add_threshold(parser)
@@ -84,7 +90,7 @@ def add_parser(actions: Subparsers) -> None:
     add_benchmark_options(parser)
     add_frame(parser)
     add_method_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, goes_on=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     if args.test_time_registers is not None:
         raise OptionError("--test-time-registers: use --test-time, which adds as many as --registers says")
     paths = find_images(args.photos)
+    check_there(paths)
     refuse_among_images("--out", args.out, args.photos, paths)
     ablation = _Ablation(args, paths, open_benchmark(args) if args.benchmark else None)
     make_folder(args.out)
@@ -115,7 +122,11 @@ class _Ablation:
 
     def __init__(self, args: argparse.Namespace, paths: Sequence[Path], benchmark: "Benchmark | None") -> None:
         from lostreg.artifacts.labels import folder_classes
+        from lostreg.training.options import TrainingOptions
 
+        names = TrainingOptions.__dataclass_fields__.keys() - {"registers", "batch_size"}
+        given = {name: value for name, value in vars(args).items() if name in names}
+        self._training = TrainingOptions(registers=max(args.counts), **given)
         self._args = args
         self._paths = paths
         self._labels = folder_classes(paths)
@@ -155,13 +166,9 @@ class _Ablation:
             yield self._add(AS_GIVEN, beside, name.replace(":", "_"))
 
     def _train(self, backbone: "Backbone", count: int) -> Path:
-        from lostreg.training.options import TrainingOptions
         from lostreg.training.train import TEACHER_FOLDER, train_registers
 
-        args = self._args
-        names = TrainingOptions.__dataclass_fields__.keys() - {"registers", "batch_size"}
-        given = {name: value for name, value in vars(args).items() if name in names}
-        options = TrainingOptions(registers=count, **given)
+        args, options = self._args, replace(self._training, registers=count)
         self.settings["training"] = {name: value for name, value in asdict(options).items() if name != "registers"}
         with ProgressBar(f"{args.backbone}, {count} registers", tell_errors=True) as bar:
             trained = train_registers(

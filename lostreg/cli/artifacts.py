@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lostreg import defaults
 from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers
-from lostreg.cli.files import make_folder, refuse_among_images
+from lostreg.cli.files import check_there, make_folder, refuse_among_images
 from lostreg.cli.options import (
     Subparsers,
     add_images,
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
     backbones = chosen_backbones(args)
     paths = find_images(args.images)
+    check_there(paths)
     refuse_among_images("--out", args.out, args.images, paths)
     labels = annotated_classes(paths, args.annotations) if args.annotations else folder_classes(paths)
     make_folder(args.out)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lostreg import defaults
 from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers_if_any
-from lostreg.cli.files import check_written, make_folder, refuse_among_images, unique_names
+from lostreg.cli.files import check_there, check_written, make_folder, refuse_among_images, unique_names
 from lostreg.cli.options import Subparsers, add_backbone_options, add_images, add_max_side, local_place
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import ImageError
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     backbones = chosen_backbones(args)
     paths = find_images(args.images)
+    check_there(paths)
     refuse_among_images("--out", args.out, args.images, paths)
     make_folder(args.out)
     discoverers = [make_discoverer(args, backbone) for backbone in backbones]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lostreg import defaults
-from lostreg.cli.options import tell
+from lostreg.cli.options import default_backbone, tell
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError, RegistersError
 
@@ -46,12 +46,13 @@ def with_registers(
     Raises:
         OptionError: if that file is of another number of tokens.
     """
-    from lostreg.artifacts.register_search import find_registers
-    from lostreg.models.registers import RegisterNeurons
-
     wanted = args.test_time_registers
     if wanted is None:
         return discoverer
+
+    from lostreg.artifacts.register_search import find_registers
+    from lostreg.models.registers import RegisterNeurons
+
     if isinstance(wanted, Path):
         return discoverer.with_registers(RegisterNeurons.load(wanted))
     if kept and not args.overwrite:
@@ -93,16 +94,15 @@ def with_objectness(
     Raises:
         OptionError: if the folder of that file holds a run that did not learn.
     """
-    from lostreg.inference.learn import learn
-    from lostreg.inference.objectness import Objectness
-
     wanted = args.objectness
     if wanted is None or wanted == "none":
         return discoverer
+
+    from lostreg.inference.learn import learn
+    from lostreg.inference.objectness import Objectness
+
     if isinstance(wanted, Path):
         return discoverer.with_objectness(Objectness.load(wanted))
-    if discoverer.options.method != "parts":
-        raise OptionError("--objectness ranks the candidates of parts: add --method parts")
     if kept and not args.overwrite:
         if kept.exists():
             return discoverer.with_objectness(Objectness.load(kept))
@@ -179,7 +179,7 @@ def chosen_backbones(args: argparse.Namespace) -> list[str]:
     """
     from lostreg.models.backbone import find_spec
 
-    backbones = list(dict.fromkeys(args.backbone or [defaults.BACKBONE]))
+    backbones = list(dict.fromkeys(args.backbone or [default_backbone()]))
     for option, value in (("--weights", args.weights), ("--test-time-registers", args.test_time_registers)):
         if isinstance(value, Path) and len(backbones) > 1:
             raise OptionError(f"{option} is one file, but there are {len(backbones)} backbones")
@@ -212,10 +212,30 @@ def make_discoverer(args: argparse.Namespace, backbone: str, **given: Any) -> "D
     """
     from lostreg.inference.discoverer import Discoverer
 
+    check_files(args)
     discoverer = Discoverer(backbone, **options_of(args), **given)
     if args.precision == "auto":
         tell_precision(discoverer)
     return discoverer
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Check what options say of registers and objectness, so that a mistake there costs no model.
+
+    Raises:
+        RegistersError: if a file of register neurons cannot be read.
+        ObjectnessError: likewise for an objectness.
+        OptionError: if an objectness is learned for a method that does not ask for it.
+    """
+    from lostreg.inference.objectness import Objectness
+    from lostreg.models.registers import RegisterNeurons
+
+    if isinstance(getattr(args, "test_time_registers", None), Path):
+        RegisterNeurons.load(args.test_time_registers)
+    if isinstance(getattr(args, "objectness", None), Path):
+        Objectness.load(args.objectness)
+    elif getattr(args, "objectness", None) == "self" and args.method != "parts":
+        raise OptionError("--objectness ranks the candidates of parts: add --method parts")
 
 
 def tell_precision(discoverer: "Discoverer") -> None:

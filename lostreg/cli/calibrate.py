@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lostreg import defaults
 from lostreg.cli.build import make_discoverer
-from lostreg.cli.files import check_writable
+from lostreg.cli.files import check_there, check_writable
 from lostreg.cli.options import (
     Subparsers,
     add_backbone_options,
@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_writable(args.out, "a bias")
     images = find_sources(args.images)
+    check_there(images)
     discoverer = make_discoverer(args, args.backbone)
     with ProgressBar(args.backbone, tell_errors=True) as bar:
         found = calibrate(images, discoverer, sample=args.sample, seed=args.seed, on_progress=bar)

@@ -14,6 +14,8 @@ from lostreg.cli.options import (
     add_max_pixels,
     add_max_side,
     add_method,
+    backbone_name,
+    default_backbone,
     objectness_value,
     positive_int,
     tell,
@@ -52,9 +54,11 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--backbone",
         nargs="+",
         action="extend",
+        type=backbone_name,
         metavar="NAME",
         help="rows of `lostreg backbones`, or timm:NAME, to choose from; the first is loaded at once, the others when "
-        f"they are chosen (default: {_OFFLINE} if the offline extra is installed, else {defaults.BACKBONE})",
+        f"they are chosen (default: what {defaults.BACKBONE_VARIABLE} says, else {_OFFLINE} if the offline extra is "
+        f"installed, else {defaults.BACKBONE})",
     )
     add_method(group, "parts")
     group.add_argument(
@@ -111,7 +115,7 @@ def _settings(args: argparse.Namespace) -> "DemoSettings":
     from lostreg.models.backbone import find_spec
     from lostreg.models.registers import RegisterNeurons
 
-    names = tuple(dict.fromkeys(args.backbone or [_default_backbone()]))
+    names = tuple(dict.fromkeys(args.backbone or [default_backbone(_default_backbone())]))
     for name in names:
         find_spec(name)
     neurons = RegisterNeurons.load(args.test_time_registers) if args.test_time_registers else None

@@ -14,7 +14,7 @@ from lostreg.cli.build import (
     with_objectness,
     with_registers,
 )
-from lostreg.cli.files import check_mask_pictures
+from lostreg.cli.files import check_mask_pictures, check_place
 from lostreg.cli.options import (
     Subparsers,
     add_max_side,
@@ -80,7 +80,7 @@ def add_parser(commands: Subparsers) -> None:
     add_object_options(parser, is_collection=True)
     add_method_options(parser, precision="auto")
     add_workers(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, goes_on=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.mask_png:
         check_mask_pictures("--mask-png", args.max_objects)
+    check_place(args.out)
     place = args.out
     with folder_of(place) as args.out:
         summary = _run(args, apart=below(place, MASKS_FOLDER))

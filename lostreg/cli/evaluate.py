@@ -16,7 +16,7 @@ from lostreg.cli.build import (
     with_objectness,
     with_registers,
 )
-from lostreg.cli.files import check_written
+from lostreg.cli.files import check_place, check_written
 from lostreg.cli.options import (
     Subparsers,
     add_benchmark_options,
@@ -68,7 +68,7 @@ def add_parser(commands: Subparsers) -> None:
     add_object_options(parser)
     add_method_options(parser, several_backbones=True)
     add_workers(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, goes_on=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     backbones = chosen_backbones(args)
     if args.ray is not None and args.plots:
         raise OptionError("--plots are drawn where one process computes: leave out --ray")
+    check_place(args.out)
     benchmark = open_benchmark(args)
     with folder_of(args.out) as folder:
         code = _evaluate_all(args, benchmark, backbones, folder)

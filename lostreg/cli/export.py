@@ -10,7 +10,7 @@ from lostreg.cli.files import check_writable, refuse_among_images
 from lostreg.cli.options import Subparsers, add_moved_images, as_finite, run_place, tell, unit_interval
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import OptionError, PredictionsError
-from lostreg.exports.formats import FORMATS, OPTIONS, Format, formats_with
+from lostreg.exports.formats import FORMATS, OPTIONS, Format, described_places, formats_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,9 +28,9 @@ def add_parser(commands: Subparsers) -> None:
         "export",
         help="predictions as COCO, VOC, YOLO, CSV, Parquet or Label Studio files",
         description="Write predictions in the format of another tool. yolo is a folder that Ultralytics trains on, "
-        "voc one that `lostreg eval voc` reads, both with the images. coco, csv, parquet and labelstudio are one file; "
-        "parquet has a typed row an image and takes any number of them; labelstudio has its labelling configuration "
-        "beside it, as .xml. Runs no model.",
+        "with polygons where the run has masks (--masks), else with boxes; voc is one that `lostreg eval voc` reads. "
+        "Both have the images. coco, csv, parquet and labelstudio are one file; parquet has a typed row an image and "
+        "takes any number of them; labelstudio has its labelling configuration beside it, as .xml. Runs no model.",
     )
     parser.add_argument(
         "predictions", type=run_place, metavar="PREDICTIONS", help="predictions file, or folder of a run, or its URI"
@@ -41,7 +41,7 @@ def add_parser(commands: Subparsers) -> None:
         required=True,
         type=run_place,
         metavar="PATH",
-        help="the file or folder to write, or the URI of a file; for parquet also of a folder, which gets parts",
+        help=f"{described_places()}. A file may be a URI; for parquet also that of a folder, which gets parts",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file, or the folder of an earlier export")
     add_moved_images(parser)

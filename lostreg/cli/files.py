@@ -2,11 +2,11 @@
 
 import os
 import posixpath
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lostreg.errors import LostregError, OptionError
+from lostreg.errors import ImageUnavailableError, LostregError, OptionError
 from lostreg.text import Unused
 
 if TYPE_CHECKING:
@@ -39,6 +39,33 @@ def make_folder(folder: Path) -> None:
         raise OptionError(f"cannot make the folder {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise OptionError(f"cannot write to {folder}: permission denied")
+
+
+def check_place(folder: Path | str) -> None:
+    """Raise `OptionError` if a folder of this machine could not be made or written: better now than with a model.
+
+    Args:
+        folder: that a command writes; nothing is said of the URI of a store's.
+    """
+    if isinstance(folder, str):
+        return
+    place = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not place.is_dir():
+        raise OptionError(f"--out {folder}: {place} is a file, expected a folder")
+    if not os.access(place, os.W_OK):
+        raise OptionError(f"--out {folder} cannot be written: permission denied")
+
+
+def check_there(images: "Sequence[Path | StoredImage]") -> None:
+    """Raise `ImageUnavailableError` if not one of the images can be there: that needs no model to be seen."""
+    if not any(may_be_there(image) for image in images):
+        others = f", nor any of {len(images) - 1} others" if len(images) > 1 else ""
+        raise ImageUnavailableError(f"{images[0]}: no such file{others}")
+
+
+def may_be_there(image: "Path | StoredImage") -> bool:
+    """Whether an image is a file of this machine that exists, or lies elsewhere."""
+    return not isinstance(image, Path) or os.path.exists(image)  # noqa: PTH110 - of a name too long it says False
 
 
 def check_written(paths: Iterable[Path]) -> None:

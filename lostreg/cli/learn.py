@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lostreg import defaults
 from lostreg.cli.build import OBJECTNESS_FILE, make_discoverer
-from lostreg.cli.files import check_writable
+from lostreg.cli.files import check_there, check_writable
 from lostreg.cli.options import (
     Subparsers,
     add_backbone_options,
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_writable(args.out, "an objectness")
     images = find_sources(args.images)
+    check_there(images)
     discoverer = make_discoverer(args, args.backbone)
     with ProgressBar(args.backbone, tell_errors=True) as bar:
         found = learn(images, discoverer, sample=args.sample, seed=args.seed, on_progress=bar)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from lostreg.cli import (
     attention,
     backbones,
     calibrate,
+    completion,
     datasets,
     demo,
     discover,
@@ -27,8 +29,8 @@ from lostreg.cli import (
     score,
     sweep,
 )
-from lostreg.cli.options import Parser, join_bias, one_line, tell
-from lostreg.cli.terminal import standard_streams
+from lostreg.cli.options import Parser, join_bias, name_variable, one_line, tell
+from lostreg.cli.terminal import standard_streams, told
 from lostreg.errors import LostregError, LostregWarning, is_out_of_memory
 from lostreg.training.processes import fails_first, is_main
 
@@ -73,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add_parser(commands)
+    completion.add_parser(commands, parser)
     return parser
 
 
@@ -90,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str]) -> int:
-    command = ""
+    command, goes_on = "", ""
     try:
         try:
             args = build_parser().parse_args(join_bias(argv))
@@ -98,12 +101,14 @@ def _main(argv: Sequence[str]) -> int:
             sys.stdout.flush()  # help, too, can meet a full disk
             raise
         command = f" {args.command}"
-        with _told_once():
+        if "goes_on" in args and args.out is not None:
+            goes_on = f": `{shlex.join(['lostreg', *(word for word in argv if word != '--overwrite')])}` goes on"
+        with told(getattr(args, "told_from", logging.INFO)), _told_once():
             return _run(args)
     except BrokenPipeError:  # the reader of our output went away: no error of the user's
         return 1
     except (LostregError, OSError) as error:
-        sys.stderr.write(f"lostreg{command}: error: {one_line(str(error))}\n")
+        sys.stderr.write(f"lostreg{command}: error: {name_variable(one_line(str(error)))}\n")
         return 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -111,7 +116,7 @@ def _main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"lostreg{command}: error: not enough memory; what was written so far is kept\n")
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("\nlostreg: interrupted; what was written so far is kept\n")
+        sys.stderr.write(f"\nlostreg: interrupted; what was written so far is kept{goes_on}\n")
         return 130
 
 
@@ -148,7 +153,7 @@ def _tell_warnings() -> None:
         if not issubclass(category, LostregWarning):
             show(message, category, *where)
         elif is_main():
-            tell(str(message))
+            tell(str(message), logging.WARNING)
 
     warnings.simplefilter("always", LostregWarning)
     warnings.showwarning = showwarning  # type: ignore[assignment]

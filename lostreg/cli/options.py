@@ -1,18 +1,19 @@
 """Argument types and option groups that several commands share. Imports no model library."""
 
 import argparse
+import logging
 import math
+import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from lostreg import defaults
-from lostreg.checks import LARGEST, cut
-from lostreg.errors import OptionError
+from lostreg.checks import LARGEST, cut, whole_seed
+from lostreg.errors import BackboneError, OptionError
 from lostreg.images.stores import is_uri, local_path
-from lostreg.models.table import FEATURES
+from lostreg.models.table import FEATURES, check_name
 from lostreg.text import printable
 from lostreg.training.processes import fails_first
 
@@ -24,14 +25,21 @@ Group = Any
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line, and takes options by their whole names alone."""
+    """Reports a bad argument in one line, and takes options by their whole names alone.
+
+    All of them, those of commands among them, take what decides how much is told.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
+        told = self.add_mutually_exclusive_group()
+        flag: Any = {"action": "store_const", "dest": "told_from", "default": argparse.SUPPRESS}
+        told.add_argument("--quiet", const=logging.WARNING, help="tell warnings and errors alone, show no bars", **flag)
+        told.add_argument("--verbose", const=logging.DEBUG, help="tell what the library does, too", **flag)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on standard error."""
-        told = f"{self.prog}: error: {cut(one_line(message), 1000)} (see {self.prog} --help)\n"
+        told = f"{self.prog}: error: {cut(one_line(name_variable(message)), 1000)} (see {self.prog} --help)\n"
         self.exit(2, told if fails_first() else None)
 
 
@@ -117,6 +125,36 @@ def as_finite(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+def backbone_name(text: str) -> str:
+    """A row of the table, or ``timm:NAME``, for argparse."""
+    try:
+        check_name(text)
+    except BackboneError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def device_name(text: str) -> str:
+    """What names a device, whether or not it is there, for argparse."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"device must be auto, cpu, cuda, cuda:N or mps, not '{text}'")
+    return text
+
+
+def default_backbone(otherwise: str = defaults.BACKBONE) -> str:
+    """The backbone unless the user names one: what the variable of the environment says, where it is set."""
+    return os.environ.get(defaults.BACKBONE_VARIABLE) or otherwise
+
+
+def name_variable(message: str) -> str:
+    """An error, with the variable of the environment that holds the name in it, if one does."""
+    for variable in (defaults.BACKBONE_VARIABLE, defaults.DEVICE_VARIABLE):
+        value = os.environ.get(variable)
+        if value and f"'{value.removeprefix('timm:')}'" in message:
+            message += f" ({variable} says so)"
+    return message
 
 
 def unit_interval(text: str) -> float:
@@ -284,12 +322,15 @@ def add_registers(group: Group) -> None:
 
 
 def _add_backbone(group: Group, *, several: bool = False) -> None:
-    help_text = f"a row of `lostreg backbones`, or timm:NAME (default: {defaults.BACKBONE})"
+    default = default_backbone()
+    told = _told_default(defaults.BACKBONE_VARIABLE, defaults.BACKBONE)
+    help_text = f"a row of `lostreg backbones`, or timm:NAME ({told})"
+    kind: Any = {"type": backbone_name, "metavar": "NAME"}
     if several:
         help_text += "; several run one after the other and end with one table"
-        group.add_argument("--backbone", nargs="+", action="extend", metavar="NAME", help=help_text)
+        group.add_argument("--backbone", nargs="+", action="extend", help=help_text, **kind)
     else:
-        group.add_argument("--backbone", default=defaults.BACKBONE, metavar="NAME", help=help_text)
+        group.add_argument("--backbone", default=default, help=help_text, **kind)
     _add_weights(group)
 
 
@@ -373,13 +414,32 @@ def add_training_options(group: Group) -> None:
     )
 
 
+def seed(text: str) -> int:
+    """See `lostreg.checks.whole_seed`, for argparse."""
+    try:
+        return whole_seed(int(text))
+    except ValueError as error:  # an OptionError is one, too
+        told = str(error) if isinstance(error, OptionError) else f"expected an integer of at least 0, not '{text}'"
+        raise argparse.ArgumentTypeError(told) from error
+
+
 def count(text: str) -> int:
     """An integer of at least 0, for argparse."""
     return positive_int(text, 0)
 
 
 def _add_device(group: Group) -> None:
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    group.add_argument(
+        "--device",
+        type=device_name,
+        default=os.environ.get(defaults.DEVICE_VARIABLE) or "auto",
+        help=f"auto, cpu, cuda, cuda:N or mps ({_told_default(defaults.DEVICE_VARIABLE, 'auto')})",
+    )
+
+
+def _told_default(variable: str, otherwise: str) -> str:
+    value = os.environ.get(variable, "").replace("%", "%%")
+    return f"default: {value}, of {variable}" if value else f"default: {otherwise}, unless {variable} is set"
 
 
 def _add_running(group: Group, precision: defaults.Precision = "fp32") -> None:
@@ -465,7 +525,7 @@ def add_moved_images(parser: argparse.ArgumentParser) -> None:
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """The seed of a random sample of the images."""
-    parser.add_argument("--seed", type=int, default=0, help="of the draw, at least 0 (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the draw, at least 0 (default: 0)")
 
 
 def add_sample(parser: argparse.ArgumentParser, most: int) -> None:
@@ -518,9 +578,14 @@ def add_frame(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def tell(message: str) -> None:
-    """A line for the person at the terminal, out of the way of standard output."""
-    sys.stderr.write(f"lostreg: {one_line(message)}\n")
+def tell(message: str, level: int = logging.INFO) -> None:
+    """A line for the person at the terminal, out of the way of standard output: see `lostreg.cli.terminal.told`.
+
+    Args:
+        message: in words.
+        level: of `logging`: notes are left out with ``--quiet``, warnings and errors are not.
+    """
+    logging.getLogger("lostreg").log(level, "%s", message)
 
 
 def run_place(text: str) -> Path | str:

@@ -1,6 +1,7 @@
 """``lostreg predict``: boxes for images, as a table, as JSON Lines, as pictures."""
 
 import argparse
+import logging
 import os
 import stat
 import sys
@@ -15,6 +16,7 @@ from lostreg.cli.files import (
     check_written,
     make_folder,
     mask_paths,
+    may_be_there,
     refuse_among_images,
     unique_names,
 )
@@ -28,13 +30,15 @@ from lostreg.cli.options import (
     local_place,
     tell,
 )
-from lostreg.errors import ImageError, LostregError, OptionError
+from lostreg.errors import ImageError, ImageUnavailableError, LostregError, OptionError
 from lostreg.jsonio import count_lines
 from lostreg.text import printable
 
 _OTHER_PICTURES = (".bmp", ".eps", ".gif", ".pdf", ".svg", ".tif", ".tiff")  # no folder is meant
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lostreg.images.stores import StoredImage
     from lostreg.inference.discovery import Discovery
 
@@ -75,13 +79,11 @@ def run(args: argparse.Namespace) -> int:
     failed, written = 0, list[Path]()
     with ExitStack() as stack:
         output = _open_json(args.json, stack) if args.json else None
-        discoverer = with_registers(args, make_discoverer(args, args.backbone), sources)
-        discoverer = with_objectness(args, discoverer, sources)
+        outcomes = _outcomes(args, sources, keep_pixels=plots is not None)
         if output and output is not sys.stdout and Path(args.json).is_file():
             output.truncate(0)  # only now: a mistake in the other options costs no earlier file
         if output is not sys.stdout:
             print(_row("image", "x1", "y1", "x2", "y2", "score"))
-        outcomes = discoverer.outcomes(sources, keep_pixels=plots is not None)
         for index, (source, outcome) in enumerate(zip(sources, outcomes, strict=True)):
             if isinstance(outcome, ImageError):
                 if args.strict:
@@ -99,8 +101,18 @@ def run(args: argparse.Namespace) -> int:
             _check_json(args.json, output, len(sources))
     check_written(written)
     if failed and len(sources) > 1:
-        tell(f"{failed} of {len(sources)} images could not be read")
+        tell(f"{failed} of {len(sources)} images could not be read", logging.WARNING)
     return 2 if failed else 0
+
+
+def _outcomes(
+    args: argparse.Namespace, sources: "list[Path | StoredImage]", *, keep_pixels: bool
+) -> "Iterator[Discovery | ImageError]":
+    """What becomes of each image; where none is there no model is loaded."""
+    if not any(map(may_be_there, sources)):
+        return (ImageUnavailableError(f"{source}: no such file") for source in sources)
+    discoverer = with_registers(args, make_discoverer(args, args.backbone), sources)
+    return with_objectness(args, discoverer, sources).outcomes(sources, keep_pixels=keep_pixels)
 
 
 def _mask_paths(args: argparse.Namespace, images: "list[Path | StoredImage]") -> list[Path] | None:
@@ -118,7 +130,7 @@ def _report(name: str, outcome: "Discovery | ImageError", output: TextIO | None,
     from lostreg.runs.predictions import from_discovery, from_error
 
     if isinstance(outcome, ImageError):
-        tell(f"error: {outcome}")
+        tell(f"error: {outcome}", logging.ERROR)
         prediction = from_error(name, outcome)
     else:
         prediction = from_discovery(name, outcome, masks=args.masks is not None)

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 from lostreg import defaults
 from lostreg.cli.build import chosen_backbones, make_discoverer, with_registers_if_any
 from lostreg.cli.files import check_writable, make_folder
-from lostreg.cli.options import Subparsers, add_backbone_options, add_max_side, local_place, positive_int, tell
+from lostreg.cli.options import (
+    Subparsers,
+    add_backbone_options,
+    add_max_side,
+    backbone_name,
+    local_place,
+    positive_int,
+    tell,
+)
 from lostreg.cli.progress import ProgressBar
 from lostreg.errors import PredictionsError
 
@@ -30,7 +38,9 @@ def add_parser(commands: Subparsers) -> None:
         "makes the head of the classes' names. With --out a run that was stopped goes on with the next backbone, and "
         "others, or the same with other weights or registers, join the table. docs/probes.md has the method.",
     )
-    parser.add_argument("backbone", nargs="+", metavar="BACKBONE", help="rows of `lostreg backbones`, or timm:NAME")
+    parser.add_argument(
+        "backbone", nargs="+", type=backbone_name, metavar="BACKBONE", help="rows of `lostreg backbones`, or timm:NAME"
+    )
     parser.add_argument("--task", choices=defaults.PROBE_TASKS, required=True, help="what is read off the tokens")
     parser.add_argument(
         "--data",
@@ -74,7 +84,7 @@ def add_parser(commands: Subparsers) -> None:
     )
     add_max_side(parser, argparse.SUPPRESS, f"{defaults.PROBE_SIDE}; with zero-shot {defaults.ZERO_SHOT_SIDE}")
     add_backbone_options(parser, feature=False, lost=False, registers=True, several=True, named=False)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, goes_on=True)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """Bars on standard error for whatever reports its progress."""
 
+import logging
 import sys
 from typing import TYPE_CHECKING
 
@@ -29,11 +30,13 @@ def judge_failures(failed: int, unavailable: int, images: int, *, retry: str) ->
     """
     if failed > _MANY * images:
         share = f"{failed:,} of {images:,} images ({100 * failed / images:.0f} %)"
-        tell(f"WARNING: {share} could not be read" + (f"; {retry} tries them again" if failed > unavailable else ""))
+        again = f"; {retry} tries them again" if failed > unavailable else ""
+        tell(f"WARNING: {share} could not be read{again}", logging.WARNING)
     if unavailable:
         tell(
             f"{unavailable:,} images could not be had this time (not there, not to be opened, or out of memory): "
-            "the same command tries them again"
+            "the same command tries them again",
+            logging.WARNING,
         )
     return 2 if failed == images or unavailable > _MANY * images else 0
 
@@ -71,26 +74,30 @@ class ProgressBar:
 
     def __call__(self, progress: Progress) -> None:
         """Show where the work stands; what an earlier run did does not count as fast."""
-        bar = self._bar_of(progress)
         if progress.error is not None:
             self.errors += 1
             self.unavailable += isinstance(progress.error, ImageUnavailableError)
-            if not self._tell_errors:
-                bar.set_description_str(f"{self._description}, {self.errors} unreadable", refresh=False)
+        if logging.getLogger("lostreg").isEnabledFor(logging.INFO):
+            self._draw(progress)
+        if progress.error is not None and self._tell_errors:
+            self.tell(f"error: {progress.error}", logging.ERROR)
+
+    def _draw(self, progress: Progress) -> None:
+        bar = self._bar_of(progress)
+        if progress.error is not None and not self._tell_errors:
+            bar.set_description_str(f"{self._description}, {self.errors} unreadable", refresh=False)
         if progress.note:
             bar.set_postfix_str(progress.note, refresh=False)
         if progress.done <= progress.known:
             bar.initial = bar.n = bar.last_print_n = progress.done
         else:
             bar.update(progress.done - bar.n)
-        if progress.error is not None and self._tell_errors:
-            self.tell(f"error: {progress.error}")
 
-    def tell(self, message: str) -> None:
+    def tell(self, message: str, level: int = logging.INFO) -> None:
         """A line for the person at the terminal, on a line of its own."""
         if self._bar is not None:
             self._bar.clear()
-        tell(message)
+        tell(message, level)
 
     def _bar_of(self, progress: Progress) -> "tqdm[None]":
         """The bar of a step: another one where another step begins, or the same one again."""

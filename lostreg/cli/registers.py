@@ -6,7 +6,7 @@ from pathlib import Path
 from lostreg import defaults
 from lostreg.cli import ablate
 from lostreg.cli.build import REGISTERS_FILE, describe_neurons, make_discoverer
-from lostreg.cli.files import check_writable
+from lostreg.cli.files import check_place, check_there, check_writable
 from lostreg.cli.options import (
     Subparsers,
     add_backbone,
@@ -113,7 +113,7 @@ def _add_train(actions: Subparsers) -> None:
     parser.add_argument("--overwrite", action="store_true", help="start anew in --out, instead of going on")
     add_sample(parser, defaults.TRAINING_IMAGES)
     add_backbone(parser.add_argument_group("backbone"))
-    parser.set_defaults(run=train)
+    parser.set_defaults(run=train, goes_on=True)
 
 
 def find(args: argparse.Namespace) -> int:
@@ -123,6 +123,7 @@ def find(args: argparse.Namespace) -> int:
 
     check_writable(args.out, "register neurons")
     images = find_sources(args.images)
+    check_there(images)
     discoverer = make_discoverer(args, args.backbone)
     with ProgressBar("registers", tell_errors=True) as bar:
         found = find_registers(
@@ -151,10 +152,12 @@ def train(args: argparse.Namespace) -> int:
     from lostreg.training.train import train_registers
 
     names = TrainingOptions.__dataclass_fields__.keys()
+    check_place(args.out)
     options = TrainingOptions(**{name: value for name, value in vars(args).items() if name in names})
     device = own_device(resolve_device(args.device))
     processes = Processes.meet(device)
     images = find_sources(args.images)
+    check_there(images)
     backbone = load_backbone(args.backbone, weights=args.weights, device=device)
     with ProgressBar(args.backbone, tell_errors=True) as bar:
         trained = train_registers(

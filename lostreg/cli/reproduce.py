@@ -1,6 +1,7 @@
 """``lostreg reproduce``: the rows of a paper's table, one after the other, measured beside published."""
 
 import argparse
+import logging
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def add_parser(commands: Subparsers) -> None:
         help="all that follows is passed on to each command, such as --device cuda --precision bf16 --root DIR, or "
         "--limit N, of which the table tells",
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, goes_on=True)
 
 
 def _row_weights(text: str) -> tuple[str, Path]:
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             tell(f"{number} of {len(jobs)}: {job.line}")
             rows.append(_outcome(job, options))
             if rows[-1]["fault"]:
-                tell(f"{job.row.title}, {job.benchmark}: {rows[-1]['fault']}")
+                tell(f"{job.row.title}, {job.benchmark}: {rows[-1]['fault']}", logging.WARNING)
     finally:
         rows += [_row(job, fault="not finished: the command was stopped") for job in jobs[len(rows) :]]
         _write(folder, recipe, args.passed, rows)
@@ -159,13 +160,12 @@ def _parsed(parser: Parser, job: Job) -> argparse.Namespace:
 def _lacks(job: Job, options: argparse.Namespace) -> str:
     """What is not there and how to have it; empty where nothing is known to be missing."""
     from lostreg.datasets import FETCHABLE, find_benchmarks
+    from lostreg.datasets.registry import fetch_command
 
     lacks = []
     found = {row.info.name: row for row in find_benchmarks(options.root)}[job.benchmark]
     if job.benchmark in FETCHABLE and found.path is None:
-        root = [] if options.root is None else ["--root", str(options.root)]
-        command = shlex.join(["lostreg", "datasets", "fetch", job.benchmark, *root])
-        lacks.append(f"{found.info.title} is not there, `{command}` fetches it")
+        lacks.append(f"{found.info.title} is not there, `{fetch_command(job.benchmark, options.root)}` fetches it")
     if job.weights and job.row.registers and not job.weights.is_file():
         lacks.append(f"no weights with registers at {job.weights}, `{job.training}` makes them")
     return "; ".join(lacks)

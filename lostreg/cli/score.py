@@ -12,7 +12,8 @@ def add_parser(commands: Subparsers) -> None:
         "score",
         help="score a predictions file",
         description="Score predictions of any origin: JSON Lines with image_id (file stem for VOC, integer id for "
-        "COCO) and boxes in pixels. Runs no model. The last line is like `corloc 61.90 (3102/5011)`.",
+        "COCO, or paths of the image files as `lostreg discover` writes them) and boxes in pixels. Runs no model. The "
+        "last line is like `corloc 61.90 (3102/5011)`.",
     )
     parser.add_argument("predictions", type=run_place, help="JSON Lines file, or its URI")
     parser.add_argument("benchmark", help="voc07, voc12, coco20k, sample, voc or coco: see `lostreg datasets`")
@@ -22,13 +23,17 @@ def add_parser(commands: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score; images without a prediction are misses, and are counted."""
-    from lostreg.runs.evaluate import note_other_sizes, score_detections, score_predictions
+    from lostreg.runs.evaluate import named_by_files, note_other_sizes, score_detections, score_predictions
     from lostreg.runs.predictions import read_predictions
     from lostreg.runs.remote import fetched
 
     with fetched(args.predictions, beside=()) as file:
         predictions = read_predictions(file)
     benchmark = open_benchmark(args, with_images=False)
+    named = named_by_files(predictions, benchmark)
+    if named is not None:
+        tell(f"images are known by their files' names: {predictions[0].image_id} is {named[0].image_id}")
+        predictions = named
     score, missing = score_predictions(predictions, benchmark)
     detection = score_detections(predictions, benchmark)
     if note := note_other_sizes(predictions, benchmark):

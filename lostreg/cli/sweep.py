@@ -13,6 +13,7 @@ from lostreg.cli.build import (
     with_objectness,
     with_registers,
 )
+from lostreg.cli.files import check_place
 from lostreg.cli.options import (
     Subparsers,
     add_backbone_options,
@@ -74,7 +75,7 @@ def add_parser(commands: Subparsers) -> None:
     add_frame(parser)
     add_max_side(parser, None)
     add_backbone_options(parser, feature=False, registers=True)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, goes_on=True)
 
 
 def bias_list(text: str) -> tuple[float, ...]:
@@ -101,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
     from lostreg.runs.sweep import LINES_FILE, RESULTS_FILE, sweep
     from lostreg.runs.sweep_figure import plot_sweep
 
+    check_place(args.out)
     benchmark = open_benchmark(args)
     discoverer = make_discoverer(args, args.backbone, exif=False)  # but for images of which more is known
     for layer in args.layers:

@@ -1,6 +1,7 @@
 """The standard streams as commands write to them: whatever a name holds, and wherever they lead."""
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from lostreg.cli.options import one_line
 from lostreg.errors import LostregError
 from lostreg.text import printable
 
@@ -107,3 +109,28 @@ def standard_streams() -> Iterator[None]:
         sys.stdout, sys.stderr = before
         output.end()
         messages.end()
+
+
+class _Teller(logging.Handler):
+    """Records as lines on standard error, wherever that leads now; in front of debugging ones stands who tells."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        teller = record.name if record.levelno < logging.INFO else "lostreg"
+        sys.stderr.write(f"{teller}: {one_line(record.getMessage())}\n")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.name.startswith("lostreg.demo")  # see `lostreg.demo.log`
+
+
+@contextmanager
+def told(level: int) -> Iterator[None]:
+    """What the logger `lostreg` and those below it say, from a level on, on standard error while this lasts."""
+    log, teller = logging.getLogger("lostreg"), _Teller()
+    before = log.level
+    log.addHandler(teller)
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.removeHandler(teller)
+        log.setLevel(before)

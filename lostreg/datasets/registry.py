@@ -1,6 +1,7 @@
 """The table of benchmarks, and loading one by its name."""
 
 import difflib
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,11 +179,16 @@ def load_benchmark(
         folder = Path(annotations).parent if images is None else Path(images)
         return load_coco(folder, Path(annotations), name=name)
     place = DEFAULT_ROOT if root is None else Path(root)
-    if info.name == "coco20k":
-        return load_coco20k(place, name=name)
     split = info.default_split if split is None else split
     expected = _expected_images(info, split)
-    folder = _VOC_FINDERS[info.name](place)
+    try:
+        folder = _FINDERS[info.name](place)
+    except DatasetError as error:
+        if name not in FETCHABLE:
+            raise
+        raise DatasetError(f"{error}; `{fetch_command(name, root)}` fetches it") from error
+    if info.name == "coco20k":
+        return load_coco20k(folder, name=name)
     return load_voc(folder, split, name=name, no_hard=no_hard, expected=expected)
 
 
@@ -213,6 +219,11 @@ def benchmark_info(name: str) -> BenchmarkInfo:
     raise DatasetError(f"unknown benchmark {name!r}: {hint}known are {', '.join(BENCHMARKS)}")
 
 
+def fetch_command(name: str, root: str | Path | None) -> str:
+    """The command that downloads a benchmark of `FETCHABLE` to where it is looked for."""
+    return shlex.join(["lostreg", "datasets", "fetch", name, *([] if root is None else ["--root", str(root)])])
+
+
 def find_sample(root: Path) -> Path:
     """The folder of the sample benchmark: ``root`` itself or ``root/sample``.
 
@@ -234,9 +245,10 @@ def _your_own(root: Path) -> Path:
     return root
 
 
-_VOC_FINDERS: Mapping[str, Callable[[Path], Path]] = {
+_FINDERS: Mapping[str, Callable[[Path], Path]] = {
     "voc07": lambda root: find_voc(root, 2007),
     "voc12": lambda root: find_voc(root, 2012),
+    "coco20k": find_coco20k,
     "sample": find_sample,
     "voc": _your_own,
 }
@@ -245,9 +257,8 @@ _VOC_FINDERS: Mapping[str, Callable[[Path], Path]] = {
 def _look_for(info: BenchmarkInfo, root: Path) -> Path | None:
     if info.name in ("voc", "coco"):
         return None
-    find = find_coco20k if info.name == "coco20k" else _VOC_FINDERS[info.name]
     try:
-        return find(root)
+        return _FINDERS[info.name](root)
     except DatasetError:
         return None
 

@@ -51,7 +51,7 @@ class Format:
 FORMATS: Final[dict[str, Format]] = {
     "coco": Format("coco", (".json",), ("label", "keep_empty"), has_masks=True, has_scores=True, is_utf8=True),
     "voc": Format("voc", options=("label", "keep_empty", "files")),
-    "yolo": Format("yolo", options=("label", "keep_empty", "files", "val_share")),
+    "yolo": Format("yolo", options=("label", "keep_empty", "files", "val_share"), has_masks=True),
     "csv": Format("csv_table", (".csv",), needs_sizes=False, has_scores=True, has_unreadable=True),
     "parquet": Format(
         "parquet",
@@ -64,6 +64,13 @@ FORMATS: Final[dict[str, Format]] = {
     ),
     "labelstudio": Format("labelstudio", (".json", ".xml"), ("label", "image_url"), has_scores=True, is_utf8=True),
 }
+
+
+def described_places() -> str:
+    """What ``--out`` is for each format, in words."""
+    folders = [name for name, row in FORMATS.items() if row.is_folder]
+    files = [f"{row.suffixes[0]} for {name}" for name, row in FORMATS.items() if not row.is_folder]
+    return f"a folder for {' and '.join(folders)}; a file for the others: {', '.join(files)}"
 
 
 def formats_with(option: str) -> list[str]:

@@ -35,7 +35,8 @@ _WRITTEN: Final = (MARK, "images", "labels", "data.yaml", "Annotations", "ImageS
 def check_file(out: Path, suffix: str, *, overwrite: bool) -> None:
     """Raise `OptionError` unless the file is of the format, and new or to be replaced."""
     if out.suffix.lower() != suffix or out.is_dir():
-        raise OptionError(f"--out {out}: expected a file ending in {suffix} for this format")
+        found = " is a folder" if out.is_dir() else ""
+        raise OptionError(f"--out {out}{found}: expected a file ending in {suffix} for this format")
     if out.exists() and not overwrite:
         raise OptionError(f"--out {out} is there already: give another file, or --overwrite")
     _check_outside(out)
@@ -87,8 +88,8 @@ def _earlier_parts(out: str, *, overwrite: bool) -> list[str]:
 
 def check_folder(out: Path, *, overwrite: bool) -> None:
     """Raise `OptionError` unless the folder may be written: it is new, empty, or nothing but an earlier export."""
-    if out.suffix.lower() in (".json", ".jsonl", ".csv", ".xml", ".yaml", ".yml", ".txt", ".zip"):
-        raise OptionError(f"--out {out}: expected a folder for this format")
+    if out.suffix.lower() in (".json", ".jsonl", ".csv", ".parquet", ".xml", ".yaml", ".yml", ".txt", ".zip"):
+        raise OptionError(f"--out {out} is named like a file: expected a folder for this format")
     if out.exists() and not out.is_dir():
         raise OptionError(f"--out {out} is a file: expected a folder for this format")
     if out.is_dir() and any(out.iterdir()):

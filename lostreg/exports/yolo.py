@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from lostreg.errors import LostregWarning
 from lostreg.exports.items import ExportBox, ExportImage, ExportSet
 from lostreg.exports.names import Names, escaped
-from lostreg.exports.pictures import Placing, Plan, Reader, place, plan_all
+from lostreg.exports.pictures import Placing, Reader, place, plan_all
 from lostreg.exports.writing import put
+from lostreg.images.masks import outlines
+from lostreg.images.rle import decode_rle
 from lostreg.progress import OnProgress, Progress
 
 READER: Final = Reader(kinds=("JPEG", "PNG", "WEBP", "BMP", "TIFF"), turns=True)
@@ -28,7 +32,12 @@ def write(
 ) -> int:
     """Fill a folder with ``images/train``, ``images/val``, ``labels/train``, ``labels/val`` and ``data.yaml``.
 
-    Folders of the images are kept below these.
+    Folders of the images are kept below these. Where an object has a mask, all rows are polygons, since Ultralytics
+    takes a data set either for segmentation or for detection: of the mask's outline or, without a mask, of the box. A
+    polygon is one piece without holes: that of the largest piece, see `lostreg.images.masks.outlines`.
+
+    Warns:
+        LostregWarning: if a polygon leaves out pieces of its mask.
 
     Args:
         folder: that is filled.
@@ -49,18 +58,18 @@ def write(
     names = Names(reserved="images")
     val = choose_val([str(image.image_id) for image in collection.images], val_share)
     plans = plan_all(collection.images, READER, files)
+    rows = _Rows(collection)
     for index, (image, what) in enumerate(zip(collection.images, plans, strict=True)):
         stem = f"{'val' if index in val else 'train'}/{names.stem(image.name)}"
-        _put_image(folder, stem, image, what, files)
+        if what:
+            place(what, folder / "images" / (stem + what.suffix), files)
+        put(folder / "labels" / f"{stem}.txt", "".join(rows.row(image, box) for box in image.boxes))
         on_progress(Progress(index + 1, len(plans)))
     put(folder / "data.yaml", _data(label, has_val=bool(val)))
+    if rows.cut:
+        message = f"{rows.cut} masks are of several pieces, of which a YOLO polygon holds the largest alone"
+        warnings.warn(message, LostregWarning, stacklevel=2)
     return sum(what.encode for what in plans if what)
-
-
-def _put_image(folder: Path, stem: str, image: ExportImage, what: Plan | None, files: Placing) -> None:
-    if what:
-        place(what, folder / "images" / (stem + what.suffix), files)
-    put(folder / "labels" / f"{stem}.txt", "".join(_row(image, box) for box in image.boxes))
 
 
 def choose_val(ids: Sequence[str], share: float) -> set[int]:
@@ -81,7 +90,34 @@ def choose_val(ids: Sequence[str], share: float) -> set[int]:
     return chosen if len(ids) > 1 else set()
 
 
-def _row(image: ExportImage, box: ExportBox) -> str:
+class _Rows:
+    """Rows of label files.
+
+    Args:
+        collection: what is exported.
+
+    Attributes:
+        cut: how many masks have lost pieces.
+    """
+
+    def __init__(self, collection: ExportSet) -> None:
+        self._has_masks = any(box.mask is not None for image in collection.images for box in image.boxes)
+        self.cut = 0
+
+    def row(self, image: ExportImage, box: ExportBox) -> str:
+        """One object: a box or, where there are masks, a polygon."""
+        if not self._has_masks:
+            return _box_row(image, box)
+        x1, y1, x2, y2 = box.xyxy
+        points = [(x1, y1), (x2, y1), (x2, y2), (x1, y2)]
+        if box.mask is not None and box.mask_area:
+            pieces = outlines(decode_rle(box.mask, max_pixels=image.width * image.height))
+            self.cut += len(pieces) > 1
+            points = pieces[0].tolist()
+        return "0 " + " ".join(f"{x / image.width:.6f} {y / image.height:.6f}" for x, y in points) + "\n"
+
+
+def _box_row(image: ExportImage, box: ExportBox) -> str:
     x1, y1, x2, y2 = box.xyxy
     centre_x, centre_y = (x1 + x2) / 2 / image.width, (y1 + y2) / 2 / image.height
     width, height = (max(side, _LEAST_SIDE) for side in ((x2 - x1) / image.width, (y2 - y1) / image.height))

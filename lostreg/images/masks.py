@@ -90,6 +90,23 @@ def largest_part(mask: Mask) -> Mask:
     return cast("Mask", parts == 1 + stats[1:, cv2.CC_STAT_AREA].argmax())
 
 
+def outlines(mask: Mask) -> list[NDArray[np.int32]]:
+    """The outlines of the 8-connected pieces of a mask, holes left out, the largest piece first.
+
+    A piece is filled by its polygon with its edges, as OpenCV's `fillPoly` has it.
+
+    Args:
+        mask: shape (h, w).
+
+    Returns:
+        Of each piece the corners (n, 2), x and y of outermost pixels, at least three.
+    """
+    found, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    ranked = sorted(found, key=lambda outline: (cv2.contourArea(outline), cv2.arcLength(outline, True)), reverse=True)
+    corners = [cast("NDArray[np.int32]", outline[:, 0]) for outline in ranked]
+    return [np.resize(outline, (max(3, len(outline)), 2)) for outline in corners]  # a pixel or a line has fewer
+
+
 def outline_distance(mask: Mask) -> NDArray[np.float32]:
     """How far each pixel of a mask lies from what is not of it, in pixels; zero outside, no end without an outside."""
     if mask.all():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import partial
@@ -25,6 +26,7 @@ from lostreg.models.backbone import Backbone, load_backbone, place_model, placed
 from lostreg.models.blocks import check_compiler
 from lostreg.models.registers import RegisterNeurons
 
+_LOG: Final = logging.getLogger(__name__)
 _DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _Keywords = ParamSpec("_Keywords")
 
@@ -136,6 +138,8 @@ class Discoverer:
         """Decide what is left open, and make what works."""
         self.backbone = backbone
         self.options = options.resolved(backbone)
+        place = (backbone.device, self.options.precision, self.options.batch_size)
+        _LOG.debug("%s on %s in %s, at most %d images together", backbone.title, *place)
         self.features = FeaturesJob(backbone, wanted_features(self.options), compiled=options.compile)
         self.stream = self.stream_of(self._objects_job())
 

@@ -1,5 +1,6 @@
 """Images in, outcomes out, in order: decoded ahead, packed with their neighbours, halved where memory runs out."""
 
+import logging
 import math
 import os
 import random
@@ -30,6 +31,7 @@ from lostreg.inference.memory import available_bytes, required_bytes
 from lostreg.models.backbone import Backbone
 from lostreg.models.pixels import pin
 
+_LOG: Final = logging.getLogger(__name__)
 _PACK_PATCHES: Final = {"cpu": 1 << 11, "cuda": 1 << 17}  # of several images: a CPU gains nothing from more
 _OTHER_PACK_PATCHES: Final = 1 << 14
 _DECODED_APART: Final = ("cuda",)  # devices that are quicker than what threads can decode
@@ -276,6 +278,7 @@ class ImageStream(Generic[Outcome]):
 
     def _try(self, indices: list[int], pictures: list[PatchedPicture]) -> "_Part | None":
         """A pack's work, or None where memory ran out: what was taken for it is free again by then."""
+        _LOG.debug("a pack of %d images, %d patches", len(pictures), sum(one.grid[0] * one.grid[1] for one in pictures))
         longest = max(picture.grid[0] * picture.grid[1] for picture in pictures)
         if longest > _LONG:
             _tell(f"an image of {longest:,} patches: {_SLOW}")

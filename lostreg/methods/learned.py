@@ -17,8 +17,6 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
-from scipy.special import expit
 from torch import Tensor
 
 from lostreg.errors import OptionError
@@ -144,6 +142,9 @@ def _logistic_regression(
 
     a_i are the weights, scaled so that those of either class add up to 1/2.
     """
+    from scipy.optimize import minimize  # a second, which searches that learn nothing do without
+    from scipy.special import expit
+
     signs = np.where(targets, 1.0, -1.0)
     shares = weights.copy()
     for side in (targets, ~targets):

@@ -1,7 +1,7 @@
 """How a row of the backbone table, or any other timm ViT, becomes a frozen model."""
 
 import copy
-import difflib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,8 @@ from lostreg.errors import BackboneError, OptionError
 from lostreg.models import checkpoints
 from lostreg.models.blocks import check_mlp
 from lostreg.models.registers import RegisterNeurons
-from lostreg.models.table import BACKBONES, BackboneSpec
+from lostreg.models.table import BACKBONES, BackboneSpec, check_name
+from lostreg.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Backbone:
         return next(self.model.parameters()).dtype
 
 
+_LOG: Final = logging.getLogger(__name__)
 _TIMM_MODULES: Final = ("vision_transformer", "deit", "eva")
 _BLOCKS: Final = (Block, ResPostBlock, EvaBlock, EvaBlockPostNorm)
 _ATTENTIONS: Final = (Attention, AttentionRope, EvaAttention)
@@ -136,31 +138,21 @@ def find_spec(name: str) -> BackboneSpec:
     """
     if name in BACKBONES:
         return BACKBONES[name]
-    if not name.startswith("timm:"):
-        raise BackboneError(
-            f"unknown backbone '{name}'{_nearest(name, list(BACKBONES))}; "
-            "`lostreg backbones` lists all, and any timm ViT works as timm:NAME"
-        )
+    check_name(name)
     timm_name = name.removeprefix("timm:")
     architecture = timm_name.partition(".")[0]
     if not timm.is_model(architecture):
         models = [model for module in _TIMM_MODULES for model in timm.list_models(module=module)]
-        raise BackboneError(f"timm has no model '{timm_name}'{_nearest(architecture, models)}")
+        raise BackboneError(f"timm has no model '{timm_name}'{did_you_mean(architecture, models)}")
     if timm_name != architecture and timm_name not in timm.list_models(f"{architecture}.*", pretrained=True):
-        raise BackboneError(
-            f"timm has no weights '{timm_name}'{_nearest(timm_name, timm.list_pretrained(f'{architecture}.*'))}"
-        )
+        tags = timm.list_pretrained(f"{architecture}.*")
+        raise BackboneError(f"timm has no weights '{timm_name}'{did_you_mean(timm_name, tags)}")
     if not timm.models.is_model_in_modules(architecture, _TIMM_MODULES):
         raise BackboneError(
             f"'{timm_name}' is not a plain Vision Transformer: expected a model of timm's "
             f"{', '.join(_TIMM_MODULES)} modules (VisionTransformer or Eva), with patch tokens on one grid"
         )
     return BackboneSpec(name, timm_name, 0, 0, "k", "see the model card", "see the model card")
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def build_backbone(spec: BackboneSpec, **timm_options: Any) -> Backbone:
@@ -261,6 +253,7 @@ def load_backbone(
     else:
         with checkpoints.hub_weights(spec.timm_name) as source:
             backbone = build_backbone(spec, pretrained=True)
+    _LOG.debug("%s: %d blocks, weights: %s", name, backbone.depth, source)
     backbone.model.to(dtype).to(device)  # a device never holds what is only to be rounded
     return replace(backbone, weights=source)
 

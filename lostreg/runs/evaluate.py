@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from lostreg.checks import shown
@@ -204,6 +204,61 @@ def _detection(predictions: Sequence[Prediction | None], examples: Sequence[Exam
             for one, example in zip(found, examples, strict=True)
         ]
     )
+
+
+def named_by_files(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Prediction] | None:
+    """Predictions whose ids are paths, as those of `lostreg.runs.discover` are, with the benchmark's ids.
+
+    An image is known by its file's name, whatever folder that is in and however it ends.
+
+    Args:
+        predictions: of one file.
+        benchmark: the ground truth.
+
+    Returns:
+        As many predictions; None where no id is the name of a file of the benchmark, or one is an id of it: then they
+        are no paths.
+
+    Raises:
+        PredictionsError: if two images have one name, or not all names are the benchmark's.
+    """
+    ids = {str(image_id): image_id for image_id in benchmark.left_out}
+    numbers = {name: image_id for name, image_id in ids.items() if isinstance(image_id, int)}
+    ids |= {example.path.stem: example.image_id for example in benchmark.examples}
+    names = [PurePath(str(one.image_id)).stem for one in predictions]
+    found = [ids.get(name, numbers.get(_number(name))) for name in names]
+    if not any(one is not None for one in found):
+        return None
+    if not {one.image_id for one in predictions}.isdisjoint(benchmark.left_out.union(ids.values())):
+        return None
+    _check_unambiguous([(one.path.stem, str(one.path)) for one in benchmark.examples])
+    _check_unambiguous([(name, str(one.image_id)) for name, one in zip(names, predictions, strict=True)])
+    strangers = [one.image_id for one, image_id in zip(predictions, found, strict=True) if image_id is None]
+    if strangers:
+        raise PredictionsError(
+            f"{len(strangers)} of {len(predictions)} predictions are for images that {benchmark.title} does not have, "
+            f"by the names of their files, such as {shown(strangers[0])}: expected all of them to be its images"
+        )
+    return [
+        replace(one, image_id=image_id)
+        for one, image_id in zip(predictions, found, strict=True)
+        if image_id is not None
+    ]
+
+
+def _number(name: str) -> str:
+    """The id of an image that COCO calls ``COCO_train2014_000000000009`` or ``000000000009``."""
+    return name.rpartition("_")[2].lstrip("0")
+
+
+def _check_unambiguous(files: Sequence[tuple[str, str]]) -> None:
+    """Raise `PredictionsError` if two files, each a name and a path, have one name."""
+    first: dict[str, str] = {}
+    for name, path in files:
+        if first.setdefault(name, path) is not path:
+            raise PredictionsError(
+                f"{shown(first[name])} and {shown(path)} have one file name: by names alone they cannot be scored"
+            )
 
 
 def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -> tuple[Corloc, int]:

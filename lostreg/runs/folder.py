@@ -5,6 +5,7 @@ compute for an image.
 """
 
 import json
+import logging
 import os
 import time
 import warnings
@@ -23,6 +24,7 @@ from lostreg.images.decode import ImageSource
 from lostreg.jsonio import count_lines, keep_lines, remove_left, whole_file, write_json
 from lostreg.runs.results import AFRESH, check_same_run, run_facts
 
+_LOG: Final = logging.getLogger(__name__)
 _FACTS: Final = ("run", "versions")
 _DEVICE: Final = "device"
 _EARLIER_DEVICES: Final = "earlier_devices"  # of results whose images were not all computed on one
@@ -189,6 +191,7 @@ class Run(Generic[AnyLine]):
         self._check_strangers(known - images, known & images)
         self.todo = [image_id for image_id in self.images if image_id not in done]
         self._missing = set(self.todo)
+        _LOG.debug("%s: %d of %d images are known, %d are missing", self.out, len(done), len(images), len(self.todo))
         self._devices = self._name_devices()
         resumed_after = self._choose_list(is_new=bool(dropped) or self._has_changed())
         self._marks = {_RESUMED_AFTER: resumed_after} if resumed_after else {}

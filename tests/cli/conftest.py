@@ -1,12 +1,23 @@
 """What tests of several commands share."""
 
 import copy
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+from lostreg.cli.terminal import told
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
+
+
+@pytest.fixture
+def on_terminal() -> Iterator[None]:
+    """What parts of commands tell stands on standard error, as it does within `main`."""
+    with told(logging.INFO):
+        yield
+
 
 _small: list[Backbone] = []
 

@@ -1,6 +1,9 @@
 import copy
 import json
+import logging
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +18,7 @@ from fabricate import encoded, turned_block, with_exif, write_voc
 from PIL import Image
 
 import lostreg
-from lostreg.cli.main import main
+from lostreg.cli.main import build_parser, main
 from lostreg.cli.sweep import bias_list
 from lostreg.datasets import BENCHMARKS
 from lostreg.inference.discovery import Discovery
@@ -595,7 +598,7 @@ def test_help_and_tables_import_no_model_library() -> None:
     commands = [["--help"], *([command, "--help"] for command in COMMANDS), ["backbones"], ["predict"]]
     program = f"""
 import sys
-from lostreg.cli.main import main
+from lostreg.cli.main import build_parser, main
 from lostreg.cli.sweep import bias_list
 for command in {commands!r}:
     try:
@@ -626,7 +629,107 @@ def test_an_interrupt_is_told_in_one_line(
 
     monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", interrupt)
     assert predict(images) == 130
-    assert capsys.readouterr().err == "\nlostreg: interrupted; what was written so far is kept\n"
+    kept = "\nlostreg: interrupted; what was written so far is kept"
+    assert capsys.readouterr().err == f"{kept}\n"
+    assert main(["discover", str(images), "--out", "my photos", "--overwrite", "--precision", "fp32"]) == 130
+    command = shlex.join(["lostreg", "discover", str(images), "--out", "my photos", "--precision", "fp32"])
+    assert capsys.readouterr().err == f"{kept}: `{command}` goes on\n"
+
+
+def test_a_file_that_is_not_there_costs_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing, found = tmp_path / "none.jpg", tmp_path / "found.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lostreg.inference.discoverer.load_backbone", None)
+        for command in ("predict", "calibrate", "learn", "artifacts", "attention"):
+            assert main([command, str(missing)]) == 2
+            assert f"error: {missing}: no such file\n" in capsys.readouterr().err
+        assert main(["predict", str(missing), "--json", str(found)]) == 2
+    (line,) = json_lines(found.read_text())
+    assert line["error"] == f"{missing}: no such file"
+
+
+def test_what_is_wrong_without_a_model_is_told_before_it_is_loaded(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lostreg.inference.discoverer.load_backbone", None)
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    for options, told in (
+        (["--test-time-registers", str(broken)], "broken.json"),
+        (["--objectness", str(broken), "--method", "parts"], "broken.json"),
+        (["--objectness", "self"], "add --method parts"),
+    ):
+        assert predict(images, *options) == 2
+        assert told in capsys.readouterr().err
+    for command in ("discover", "eval voc --root"):
+        assert main([*command.split(), str(images.parent), "--out", str(broken / "out")]) == 2
+        assert "broken.json is a file, expected a folder" in capsys.readouterr().err
+
+
+def test_the_environment_names_defaults_and_errors_name_it(
+    images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOSTREG_BACKBONE", "dino_vits61")
+    monkeypatch.setenv("LOSTREG_DEVICE", "gpu")
+    for argv, told in (
+        (["--device", "cpu"], "unknown backbone 'dino_vits61' .*LOSTREG_BACKBONE says so"),
+        (["--backbone", "dino_vits16"], "not 'gpu' .LOSTREG_DEVICE says so"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["predict", str(images), *argv])
+        assert re.search(told, capsys.readouterr().err)
+    assert main(["artifacts", str(images), "--device", "cpu"]) == 2
+    assert "LOSTREG_BACKBONE says so" in capsys.readouterr().err
+    monkeypatch.setenv("LOSTREG_BACKBONE", "imgfocus_vits14")
+    monkeypatch.setenv("LOSTREG_DEVICE", "cpu")
+    args = build_parser().parse_args(["predict", "a.jpg"])
+    assert (args.backbone, args.device) == ("imgfocus_vits14", "cpu")
+    assert build_parser().parse_args(["predict", "a.jpg", "--device", "cuda:1"]).device == "cuda:1"
+
+
+def test_quiet_leaves_errors_and_verbose_tells_what_the_library_does(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["discover", str(images), "--out", str(tmp_path / "out"), "--precision", "auto", "--overwrite"]
+    assert main(command) == 0
+    assert "img/s" in (usual := capsys.readouterr()).err
+    assert main([*command, "--quiet"]) == 0
+    assert capsys.readouterr() == (usual.out, "")
+    assert main([*command, "--verbose"]) == 0
+    told = capsys.readouterr().err
+    assert "lostreg.inference.stream: a pack of" in told
+    assert logging.getLogger("lostreg").handlers == []
+    assert main(["predict", str(tmp_path / "none.jpg"), "--quiet"]) == 2
+    assert capsys.readouterr().err == f"lostreg: error: {tmp_path / 'none.jpg'}: no such file\n"
+
+
+def test_the_package_is_run_as_the_command_is() -> None:
+    run = subprocess.run([sys.executable, "-m", "lostreg", "backbones"], capture_output=True, text=True, check=True)
+    assert "dinov2_vits14_reg" in run.stdout
+
+
+def test_bash_completes_options_backbones_and_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("shtab", reason="needs shtab: pip install shtab")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    (tmp_path / "photo.jpg").touch()
+    for words, wanted in (
+        (["pre"], "predict"),
+        (["predict", "--backb"], "--backbone"),
+        (["predict", "--backbone", "imgf"], "imgfocus_vits14"),
+        (["predict", "pho"], "photo.jpg"),
+        (["registers", "find", "a", "--out", "pho"], "photo.jpg"),
+    ):
+        line = (
+            f"COMP_WORDS=(lostreg {' '.join(words)}); COMP_CWORD={len(words)}; _shtab_lostreg; echo ${{COMPREPLY[@]}}"
+        )
+        done = subprocess.run(["bash", "-c", f"{script}\n{line}"], capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.split() == [wanted], done.stderr
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "zsh"]) == 2
+    assert "pip install shtab" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -652,7 +755,7 @@ def test_a_lack_of_memory_is_told_in_one_line(
 def test_a_mistake_costs_no_earlier_predictions(images: Path, tmp_path: Path) -> None:
     target = tmp_path / "found.jsonl"
     target.write_text("earlier\n")
-    assert main(["predict", str(images), "--json", str(target), "--device", "nonsense"]) == 2
+    assert main(["predict", str(images), "--json", str(target), "--layer", "99"]) == 2
     assert target.read_text() == "earlier\n"
     assert predict(images / "im00.jpg", "--json", target) == 0
     assert len(json_lines(target.read_text())) == 1

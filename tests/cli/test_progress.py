@@ -6,6 +6,8 @@ from lostreg.cli.progress import ProgressBar, judge_failures
 from lostreg.errors import ImageError, ImageUnavailableError
 from lostreg.progress import Progress
 
+pytestmark = pytest.mark.usefixtures("on_terminal")
+
 
 def last_line(text: str) -> str:
     return text.rpartition("\r")[2]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lostreg.datasets import BENCHMARKS, coco20k, find_benchmarks, load_benchmark, registry
+from lostreg.datasets import BENCHMARKS, FETCHABLE, coco20k, find_benchmarks, load_benchmark, registry
 from lostreg.errors import DatasetError, OptionError
 
 
@@ -148,6 +148,8 @@ def test_the_table_costs_no_heavy_import() -> None:
 @pytest.mark.parametrize("name", ["voc07", "coco20k", "sample", "voc"])
 def test_a_root_that_the_system_refuses_is_an_ordinary_error(name: str) -> None:
     root = Path("x" * 5000)  # longer than any file name may be
-    with pytest.raises(DatasetError, match="looked for"):
+    with pytest.raises(DatasetError, match="looked for") as caught:
         load_benchmark(name, root=root)
+    command = f"`lostreg datasets fetch {name} --root {root}` fetches it"
+    assert str(caught.value).endswith(command) == (name in FETCHABLE)
     assert all(found.path is None for found in find_benchmarks(root))

@@ -19,7 +19,7 @@ from pycocotools import mask as coco_masks
 from pycocotools.coco import COCO
 
 from lostreg.datasets.voc import load_voc
-from lostreg.errors import PredictionsError
+from lostreg.errors import LostregWarning, PredictionsError
 from lostreg.exports import parquet, voc, yolo
 from lostreg.exports.coco import as_coco
 from lostreg.exports.csv_table import COLUMNS, as_csv
@@ -213,6 +213,26 @@ def test_labels_belong_to_their_images(tmp_path: Path) -> None:
     for name, source in (("a.jpg", "a.jpg"), ("a-2.png", "a.png"), ("b/a.jpg", "b/a.jpg")):
         copied = tmp_path / "yolo/images/train" / name
         assert copied.read_bytes() == (tmp_path / "photos" / source).read_bytes()
+
+
+def test_masks_are_polygons_and_a_box_among_them_is_its_corners(tmp_path: Path) -> None:
+    bare, masked = line("a.jpg"), line("b.jpg", masks=masks())
+    with pytest.warns(LostregWarning, match="1 masks are of several pieces"):
+        yolo.write(tmp_path / "yolo", collection_of(tmp_path, bare, masked), files="none", val_share=0)
+    scale = np.array([WIDTH, HEIGHT])
+    polygons = {
+        name: [
+            np.array(row.split()[1:], float).reshape(-1, 2) * scale
+            for row in (tmp_path / f"yolo/labels/train/{name}.txt").read_text().splitlines()
+        ]
+        for name in ("a", "b")
+    }
+    for polygon, (x1, y1, x2, y2) in zip(polygons["a"], BOXES, strict=True):
+        assert np.abs(polygon - [[x1, y1], [x2, y1], [x2, y2], [x1, y2]]).max() < 1e-4
+    square, row = polygons["b"]  # of pixels 6 to 29 and 4 to 27; the other mask is every other row
+    assert {tuple(point) for point in square.round(3)} == {(6, 4), (29, 4), (29, 27), (6, 27)}
+    assert len(row) >= 3
+    assert np.ptp(row, axis=0).round(3).tolist() == [WIDTH - 1, 0]
 
 
 def test_supervision_reads_yolo(tmp_path: Path, collection: ExportSet) -> None:

