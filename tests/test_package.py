@@ -12,16 +12,22 @@ import lostreg
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    """Built from the files that git knows, so that nothing left in the checkout can help."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def clone(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """A folder ``lostreg`` with the files of the package that git knows, so that nothing else can help."""
+    source = tmp_path_factory.mktemp("parent") / "lostreg"
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=repository, capture_output=True)
     files = listed.stdout.decode().splitlines()
     for name in files:
         if name.split("/")[0] in ("lostreg", "pyproject.toml", "README.md", "LICENSE"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((repository / name).read_bytes())
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(source)]
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory, clone: Path) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(clone)]
     subprocess.run(command, check=True, capture_output=True)
     (built,) = target.glob("*.whl")
     return built
@@ -61,6 +67,18 @@ def test_the_sample_runs_outside_the_checkout(wheel: Path, installed: str, tmp_p
     code = "import lostreg; print(lostreg.__file__)"
     where = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert Path(where.stdout.strip()).is_relative_to(tmp_path if installed == "wheel" else repository)
+
+
+def test_an_editable_install_wins_over_the_clone_beside_a_script(clone: Path, tmp_path: Path) -> None:
+    build = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)
+    (built,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(built).extractall(tmp_path)
+    code = f"import site; site.addsitedir({str(tmp_path)!r}); import lostreg; print(lostreg.__file__)"
+    alone = [sys.executable, "-S", "-c", code]  # without what is installed here
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(alone, cwd=clone.parent, env=environment, capture_output=True, text=True)
+    assert Path(done.stdout.strip()) == clone / "lostreg" / "__init__.py"
 
 
 def test_importing_lostreg_loads_no_model_library() -> None:
