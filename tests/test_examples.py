@@ -16,26 +16,25 @@ from PIL import Image
 
 import lostreg
 from lostreg import artifacts, checks, metrics
-from lostreg.images.boxes import pairwise_iou, spread
+from lostreg.images.boxes import spread
 from lostreg.models.backbone import build_backbone, find_spec
 from lostreg.text import Unused, printable, spreadsheet_text
 
 PUBLIC = [
-    *[getattr(lostreg, name) for name in lostreg.__all__ if name not in ("LostregError", "artifacts")],
+    *[getattr(lostreg, name) for name in lostreg.__all__ if name not in ("LostregError", "artifacts", "metrics")],
     *[getattr(artifacts, name) for name in artifacts.__all__],
-    *[
-        getattr(metrics, name)
-        for name in ("corloc", "is_hit", "score_auc", "detection_scores", "class_overlaps", "root_mean_square")
-    ],
+    *[getattr(metrics, name) for name in ("is_hit", "class_overlaps", "root_mean_square")],
     checks.whole_number,
     checks.real_number,
-    pairwise_iou,
     spread,
     printable,
     spreadsheet_text,
     Unused,
 ]
-MADE_BY_OTHERS = {"AttentionMaps", "Backbone", "BackboneSpec", "LostResult", "Measurement", "Trained"}
+MADE_BY_OTHERS = {
+    *("AttentionMaps", "Backbone", "BackboneSpec", "Corloc", "DetectionScores", "LostResult", "Measurement", "Objects"),
+    *("Prediction", "Trained"),
+}
 EXPLAINED = [thing for thing in PUBLIC if callable(thing) and thing.__name__ not in MADE_BY_OTHERS]
 
 

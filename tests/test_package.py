@@ -1,6 +1,8 @@
 """The wheel: what is in it, and that it runs away from the checkout."""
 
+import ast
 import os
+import pydoc
 import subprocess
 import sys
 import zipfile
@@ -94,11 +96,21 @@ def test_every_public_name_is_there() -> None:
         lostreg.nonsense  # noqa: B018
 
 
-def test_public_names_are_those_that_are_loaded_when_asked_for_and_three_that_are_there() -> None:
-    # Constants, classes, functions, each in alphabetical order.
-    assert lostreg.__all__ == sorted(lostreg.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
-    assert set(lostreg.__all__) == {*lostreg._HOMES, "BACKBONES", "BackboneSpec", "LostregError", "artifacts"}
-    assert {"Calibration", "calibrate", "Discoverer", "lost_boxes"} <= set(lostreg.__all__)
+def test_dir_and_help_list_every_public_name_once_and_in_its_group() -> None:
+    assert len(set(lostreg.__all__)) == len(lostreg.__all__)
+    assert {name for name in dir(lostreg) if not name.startswith("_")} == {*lostreg.__all__, "errors"}
+    listed = [line.split()[0] for line in str(lostreg.__doc__).splitlines() if line.startswith("    ")]
+    assert listed == lostreg.__all__
+    assert {"Calibration", "calibrate", "Discoverer", "lost_boxes", "corloc", "read_predictions"} <= set(listed)
+    assert "Metrics:\n    corloc " in pydoc.plain(pydoc.render_doc(lostreg)).replace("    Metrics:\n    ", "Metrics:\n")
+
+
+def test_type_checkers_are_told_of_every_public_name() -> None:
+    tree = ast.parse(Path(str(lostreg.__file__)).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    told = [alias for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(alias.name for alias in told) == sorted(lostreg.__all__)
+    assert all(alias.asname == alias.name for alias in told)  # else mypy takes them for private
 
 
 def test_the_version_is_said_once() -> None:
