@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,6 +73,19 @@ def test_examples_do_what_they_say(name: str) -> None:
         runner.run(test, out=told.append)
     assert not runner.failures, "".join(told)
     assert runner.tries
+
+
+@pytest.mark.usefixtures("_a_place_for_examples", "one_thread")
+def test_the_page_of_the_api_runs(repository: Path) -> None:
+    page = (repository / "docs" / "python.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        exec(block.replace("pretrained=True", "depth=2"), names)
+    assert len(blocks) > 4
+    assert Path("found.png").is_file()
+    rows = [(name, what) for group in lostreg._PUBLIC.values() for name, (_, what) in group.items()]
+    assert re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE) == rows
 
 
 @pytest.mark.parametrize("thing", EXPLAINED, ids=lambda thing: thing.__name__)

@@ -50,7 +50,7 @@ def lost_objects(
 
     Example:
         >>> features = torch.eye(3).repeat_interleave(torch.tensor([4, 14, 2]), dim=0)  # 20 patches of three kinds
-        >>> (found,) = lostreg.lost_objects(features[None], grid=(4, 5), bias=-0.5, min_score=0)
+        >>> (found,) = lostreg.lost_objects(features[None], grid=(4, 5), bias=-0.5, max_objects=2, min_score=0)
         >>> found.xyxy.tolist()
         [[3, 3, 5, 4], [0, 0, 4, 1]]
     """
