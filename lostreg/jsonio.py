@@ -234,6 +234,12 @@ def as_line(fields: dict[str, Any]) -> str:
     return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def short_number(value: float) -> float | int:
+    """At most three decimals, and none where there is nothing behind the point: patches end on whole pixels."""
+    rounded = round(float(value), 3)
+    return int(rounded) if rounded.is_integer() else rounded
+
+
 def count_lines(path: Path) -> int:
     """How many whole lines a file has; none where there is no file."""
     if not path.is_file():

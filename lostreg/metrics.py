@@ -150,6 +150,11 @@ class Detections:
         scores: shape (n,).
         objects: ground truth, shape (m, 4).
         crowds: ground truth around groups, shape (c, 4): boxes that lie in one and hit no object do not count.
+
+    Example:
+        >>> image = lostreg.Detections([[0, 0, 10, 10]], scores=[0.9], objects=[[0, 0, 10, 6]], crowds=[])
+        >>> round(lostreg.detection_scores([image]).ap50)
+        100
     """
 
     boxes: ArrayLike

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,26 +17,25 @@ from PIL import Image
 
 import lostreg
 from lostreg import artifacts, checks, metrics
-from lostreg.images.boxes import pairwise_iou, spread
+from lostreg.images.boxes import spread
 from lostreg.models.backbone import build_backbone, find_spec
 from lostreg.text import Unused, printable, spreadsheet_text
 
 PUBLIC = [
-    *[getattr(lostreg, name) for name in lostreg.__all__ if name not in ("LostregError", "artifacts")],
+    *[getattr(lostreg, name) for name in lostreg.__all__ if name not in ("LostregError", "artifacts", "metrics")],
     *[getattr(artifacts, name) for name in artifacts.__all__],
-    *[
-        getattr(metrics, name)
-        for name in ("corloc", "is_hit", "score_auc", "detection_scores", "class_overlaps", "root_mean_square")
-    ],
+    *[getattr(metrics, name) for name in ("is_hit", "class_overlaps", "root_mean_square")],
     checks.whole_number,
     checks.real_number,
-    pairwise_iou,
     spread,
     printable,
     spreadsheet_text,
     Unused,
 ]
-MADE_BY_OTHERS = {"AttentionMaps", "Backbone", "BackboneSpec", "LostResult", "Measurement", "Trained"}
+MADE_BY_OTHERS = {
+    *("AttentionMaps", "Backbone", "BackboneSpec", "Corloc", "DetectionScores", "LostResult", "Measurement", "Objects"),
+    *("Prediction", "Trained"),
+}
 EXPLAINED = [thing for thing in PUBLIC if callable(thing) and thing.__name__ not in MADE_BY_OTHERS]
 
 
@@ -73,6 +73,19 @@ def test_examples_do_what_they_say(name: str) -> None:
         runner.run(test, out=told.append)
     assert not runner.failures, "".join(told)
     assert runner.tries
+
+
+@pytest.mark.usefixtures("_a_place_for_examples", "one_thread")
+def test_the_page_of_the_api_runs(repository: Path) -> None:
+    page = (repository / "docs" / "python.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        exec(block.replace("pretrained=True", "depth=2"), names)
+    assert len(blocks) > 4
+    assert Path("found.png").is_file()
+    rows = [(name, what) for group in lostreg._PUBLIC.values() for name, (_, what) in group.items()]
+    assert re.findall(r"^\| `(\w+)` \| (.*) \|$", page, re.MULTILINE) == rows
 
 
 @pytest.mark.parametrize("thing", EXPLAINED, ids=lambda thing: thing.__name__)

@@ -1,6 +1,8 @@
 """The wheel: what is in it, and that it runs away from the checkout."""
 
+import ast
 import os
+import pydoc
 import subprocess
 import sys
 import zipfile
@@ -12,16 +14,22 @@ import lostreg
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    """Built from the files that git knows, so that nothing left in the checkout can help."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def clone(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
+    """A folder ``lostreg`` with the files of the package that git knows, so that nothing else can help."""
+    source = tmp_path_factory.mktemp("parent") / "lostreg"
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=repository, capture_output=True)
     files = listed.stdout.decode().splitlines()
     for name in files:
         if name.split("/")[0] in ("lostreg", "pyproject.toml", "README.md", "LICENSE"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((repository / name).read_bytes())
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(source)]
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory, clone: Path) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(target), str(clone)]
     subprocess.run(command, check=True, capture_output=True)
     (built,) = target.glob("*.whl")
     return built
@@ -63,6 +71,18 @@ def test_the_sample_runs_outside_the_checkout(wheel: Path, installed: str, tmp_p
     assert Path(where.stdout.strip()).is_relative_to(tmp_path if installed == "wheel" else repository)
 
 
+def test_an_editable_install_wins_over_the_clone_beside_a_script(clone: Path, tmp_path: Path) -> None:
+    build = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)
+    (built,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(built).extractall(tmp_path)
+    code = f"import site; site.addsitedir({str(tmp_path)!r}); import lostreg; print(lostreg.__file__)"
+    alone = [sys.executable, "-S", "-c", code]  # without what is installed here
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(alone, cwd=clone.parent, env=environment, capture_output=True, text=True)
+    assert Path(done.stdout.strip()) == clone / "lostreg" / "__init__.py"
+
+
 def test_importing_lostreg_loads_no_model_library() -> None:
     code = "import lostreg, sys; print([name for name in ('torch', 'timm', 'cv2') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -76,11 +96,21 @@ def test_every_public_name_is_there() -> None:
         lostreg.nonsense  # noqa: B018
 
 
-def test_public_names_are_those_that_are_loaded_when_asked_for_and_three_that_are_there() -> None:
-    # Constants, classes, functions, each in alphabetical order.
-    assert lostreg.__all__ == sorted(lostreg.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
-    assert set(lostreg.__all__) == {*lostreg._HOMES, "BACKBONES", "BackboneSpec", "LostregError", "artifacts"}
-    assert {"Calibration", "calibrate", "Discoverer", "lost_boxes"} <= set(lostreg.__all__)
+def test_dir_and_help_list_every_public_name_once_and_in_its_group() -> None:
+    assert len(set(lostreg.__all__)) == len(lostreg.__all__)
+    assert {name for name in dir(lostreg) if not name.startswith("_")} == {*lostreg.__all__, "errors"}
+    listed = [line.split()[0] for line in str(lostreg.__doc__).splitlines() if line.startswith("    ")]
+    assert listed == lostreg.__all__
+    assert {"Calibration", "calibrate", "Discoverer", "lost_boxes", "corloc", "read_predictions"} <= set(listed)
+    assert "Metrics:\n    corloc " in pydoc.plain(pydoc.render_doc(lostreg)).replace("    Metrics:\n    ", "Metrics:\n")
+
+
+def test_type_checkers_are_told_of_every_public_name() -> None:
+    tree = ast.parse(Path(str(lostreg.__file__)).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    told = [alias for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(alias.name for alias in told) == sorted(lostreg.__all__)
+    assert all(alias.asname == alias.name for alias in told)  # else mypy takes them for private
 
 
 def test_the_version_is_said_once() -> None:

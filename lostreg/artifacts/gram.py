@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.methods.exact import exact_float32
-from lostreg.methods.lost import lost_boxes, prepare
+from lostreg.methods.lost import Bias, lost_boxes, prepare
 from lostreg.methods.similarity import Similarities
 
 EIGENVALUES: Final = 16
@@ -61,7 +61,7 @@ def view_gram(
     features: Tensor,
     grid: tuple[int, int],
     outliers: NDArray[np.bool_],
-    bias: float | Literal["auto"],
+    bias: Bias,
     k_patches: int,
     *,
     normalize: bool,

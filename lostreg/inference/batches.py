@@ -6,6 +6,7 @@ from lostreg.defaults import BACKBONE
 from lostreg.errors import ImageError, OptionError
 from lostreg.inference.discoverer import Discoverer
 from lostreg.models.backbone import Backbone
+from lostreg.models.own import OwnModel
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +44,7 @@ class MapBatches:
     """
 
     def __init__(
-        self, backbone: str | Backbone = BACKBONE, *, column: str = "bytes", prefix: str = "", **options: Any
+        self, backbone: str | Backbone | OwnModel = BACKBONE, *, column: str = "bytes", prefix: str = "", **options: Any
     ) -> None:
         self.column = column
         self.prefix = prefix

@@ -22,8 +22,9 @@ from lostreg.inference.objectness import Objectness
 from lostreg.inference.options import Options
 from lostreg.inference.postprocess import discoveries
 from lostreg.inference.stream import ImageStream, Job, Outcome
-from lostreg.models.backbone import Backbone, load_backbone, place_model, placed_copy
+from lostreg.models.backbone import Backbone, load_backbone, place_model
 from lostreg.models.blocks import check_compiler
+from lostreg.models.own import FunctionBackbone, OwnModel, own_backbone
 from lostreg.models.registers import RegisterNeurons
 
 _LOG: Final = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class Discoverer:
     """Finds the main objects of images with one backbone and one set of options.
 
     Args:
-        backbone: a name of the backbone table, ``timm:NAME``, or a `Backbone` that is already loaded.
+        backbone: a name of the backbone table, ``timm:NAME``, a `Backbone` that is already loaded, or a model of
+            one's own, timm's or any function from images to features: see `own_backbone`.
         options: the other fields of `lostreg.Options`, as keywords; they are told there.
 
     Attributes:
@@ -67,28 +69,33 @@ class Discoverer:
         (1, 4)
         >>> [found.scores.shape for found in discoverer.discover_many(["dog.jpg", "dog.jpg"])]
         [(1,), (1,)]
+
+    Note:
+        Arrays are taken as RGB, and one of OpenCV's, which is BGR, cannot be told from it: convert it first, by
+        ``cv2.cvtColor(array, cv2.COLOR_BGR2RGB)`` or ``array[..., ::-1]``.
     """
 
     @_keywords_of(Options)
-    def __init__(self, backbone: str | Backbone = BACKBONE, **options: Any) -> None:
+    def __init__(self, backbone: str | Backbone | OwnModel = BACKBONE, **options: Any) -> None:
         asked = Options(backbone, **options)
         device = resolve_device(asked.device)
+        if not isinstance(backbone, str | Backbone):
+            backbone = own_backbone(backbone, device=device)
         if asked.precision == "auto":
-            asked = dataclasses.replace(asked, precision="bf16" if _has_quick_bf16(device) else "fp32")
+            halves = _has_quick_bf16(device) and not isinstance(backbone, FunctionBackbone)
+            asked = dataclasses.replace(asked, precision="bf16" if halves else "fp32")
         elif device.type == "cpu" and asked.precision == "bf16" and _has_quick_bf16(device) is False:
             message = "this CPU has no instructions for bf16 (AVX512-BF16 or AMX): fp32 will be quicker"
             warnings.warn(message, LostregWarning, stacklevel=2)
         if asked.compile:
             check_compiler(device)
+        if not isinstance(backbone, str) and asked.weights is not None:
+            raise OptionError("weights are for a backbone that is named: this one is loaded already")
         if isinstance(backbone, str):
             backbone = load_backbone(backbone, weights=asked.weights)
             place_model(backbone.model, device, _DTYPES[asked.precision])  # nobody else holds it
-        elif not isinstance(backbone, Backbone):
-            raise OptionError(f"backbone must be a name or a Backbone, not {shown(backbone)}")
-        elif asked.weights is not None:
-            raise OptionError("weights are for a backbone that is named: this one is loaded already")
         else:
-            backbone = _place(backbone, device, _DTYPES[asked.precision])
+            backbone = backbone.on(device, _DTYPES[asked.precision])
         if asked.registers is not None:
             backbone = backbone.with_registers(asked.registers)
         self._start(backbone, asked)
@@ -123,7 +130,7 @@ class Discoverer:
             OptionError: if the device is not there.
         """
         other = type(self).__new__(type(self))
-        other._start(_place(self.backbone, resolve_device(device), self.backbone.dtype), self.options)
+        other._start(self.backbone.on(resolve_device(device), self.backbone.dtype), self.options)
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,7 +165,8 @@ class Discoverer:
 
         Args:
             image: a file's path, its content as bytes or an open file object, a PIL image, an RGB array (h, w, 3) or a
-                tensor (3, h, w) or (h, w, 3) of uint8.
+                tensor (3, h, w) or (h, w, 3) of uint8. What ``cv2.imread`` gives is BGR, which cannot be told from RGB:
+                ``array[..., ::-1]`` turns it.
 
         Raises:
             ImageUnavailableError: if the file cannot be had now, or memory does not suffice for it.
@@ -174,8 +182,8 @@ class Discoverer:
         """Find the main objects of each image: batched, streamed, in input order.
 
         Args:
-            images: as for `discover`; may be endless. Up to two batches of them are taken in advance, so an
-                array must not be changed until its discovery is there.
+            images: as for `discover`, arrays in RGB; may be endless. Up to two batches of them are taken in advance, so
+                an array must not be changed until its discovery is there.
             progress: whether to show a bar, in a notebook as in a terminal.
 
         Yields:
@@ -226,14 +234,6 @@ def _with_bar(outcomes: Iterator[Item], images: Iterable[ImageSource]) -> Iterat
 
     bar: Iterator[Item] = tqdm(outcomes, total=len(images) if isinstance(images, Sized) else None, unit="img")
     return bar
-
-
-def _place(backbone: Backbone, device: torch.device, dtype: torch.dtype) -> Backbone:
-    """The backbone on a device in a precision: never changed in place, since others may hold it too."""
-    same_device = backbone.device.type == device.type and device.index in (None, backbone.device.index)
-    if same_device and backbone.dtype == dtype:
-        return backbone
-    return dataclasses.replace(backbone, model=placed_copy(backbone.model, device, dtype))
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

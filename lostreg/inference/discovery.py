@@ -1,9 +1,12 @@
 """The result for one image."""
 
 import contextlib
+import os
 import sys
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,17 +14,22 @@ from numpy.typing import NDArray
 from lostreg.errors import ImageError, LostregError, OptionError
 from lostreg.images.boxes import spread
 from lostreg.images.decode import ImageSource, read_image
-from lostreg.images.draw import encoded, plot_objects
+from lostreg.images.draw import encoded, plot_objects, save_picture, score_text
 from lostreg.images.masks import MOST_OBJECTS
+from lostreg.images.rle import encode_rle
+from lostreg.images.stores import StoredImage
+from lostreg.jsonio import short_number
 
 if TYPE_CHECKING:
+    import pandas as pd
     import supervision
 
 _READ_SIDE: Final = 1024  # of sources, for pictures
 _GREY: Final = 200
+_COLUMNS: Final = ("image", "path", "width", "height", "x1", "y1", "x2", "y2", "score", "seed_row", "seed_col")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Discovery:
     """The objects found in one image, and the patch maps they come from.
 
@@ -49,6 +57,8 @@ class Discovery:
 
     Example:
         >>> found = lostreg.Discoverer("dinov2_vits14_reg", device="cpu").discover("dog.jpg")
+        >>> found  # doctest: +ELLIPSIS
+        Discovery('dog.jpg', 1 box, score 0..., 150x110)
         >>> found.xyxy.shape, found.pixel_mask(0).shape, found.plot().shape
         ((1, 4), (110, 150), (503, 1292, 3))
     """
@@ -64,7 +74,7 @@ class Discovery:
     patch_width: float
     patch_height: float
     refined: NDArray[np.bool_] | None = None
-    source: ImageSource | None = field(default=None, repr=False)
+    source: ImageSource | None = None
     exif: bool = True
     candidates: NDArray[np.float32] | None = None
     objectness: NDArray[np.float32] | None = None
@@ -88,6 +98,19 @@ class Discovery:
 
     def __len__(self) -> int:
         return len(self.xyxy)
+
+    def __repr__(self) -> str:
+        name = [] if self._name is None else [repr(Path(self._name).name)]
+        boxes = f"{len(self)} box{'es' * (len(self) != 1)}"
+        score = [f"{'best ' * (len(self) > 1)}score {score_text(self.scores.max())}"] if len(self) else []
+        return f"Discovery({', '.join([*name, boxes, *score, f'{self.width}x{self.height}'])})"
+
+    @property
+    def _name(self) -> str | None:
+        """The path of the source, or its name in a store; None of what has no name."""
+        if isinstance(self.source, StoredImage):
+            return self.source.name
+        return os.fsdecode(self.source) if isinstance(self.source, str | os.PathLike) else None
 
     @property
     def mask(self) -> NDArray[np.bool_]:
@@ -163,6 +186,49 @@ class Discovery:
                 return read_image(self.source, max_side=_READ_SIDE, exif=self.exif, max_pixels=sys.maxsize).pixels
         return np.full((1, 1, 3), _GREY, dtype=np.uint8)
 
+    def save(self, path: str | Path) -> None:
+        """Write the picture that `plot` makes: PNG, JPEG or WebP, as the suffix says.
+
+        Numbers are another matter: see `to_dict`, `to_pandas`.
+
+        Raises:
+            LostregError: if the suffix is another, or the file cannot be written.
+
+        Example:
+            >>> lostreg.Discoverer("dinov2_vits14_reg", device="cpu").discover("dog.jpg").save("found.png")
+        """
+        save_picture(Path(path), self.plot())
+
+    def to_dict(self, *, masks: bool = False) -> dict[str, Any]:
+        """What a line of a predictions file holds of the image, for JSON; with ``image_id`` in front it is one.
+
+        Args:
+            masks: whether masks go with it, of the image's size, in COCO's compressed run-length encoding.
+
+        Returns:
+            ``width`` and ``height``, ``boxes`` (``[x1, y1, x2, y2]``), ``scores``, ``seeds`` (``[row, column]``) and,
+            if asked for, ``masks``: plain numbers, of at most three decimals.
+
+        Example:
+            >>> found = lostreg.Discoverer("dinov2_vits14_reg", device="cpu").discover("dog.jpg")
+            >>> list({"image_id": "dog", **found.to_dict()})
+            ['image_id', 'width', 'height', 'boxes', 'scores', 'seeds']
+        """
+        fields: dict[str, Any] = {
+            "width": self.width,
+            "height": self.height,
+            "boxes": [[short_number(value) for value in box] for box in self.xyxy.tolist()],
+            "scores": [short_number(value) for value in self.scores.tolist()],
+            "seeds": self.seeds.tolist(),
+        }
+        if masks:
+            fields["masks"] = [encode_rle(self.pixel_mask(index)) for index in range(len(self))]
+        return fields
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """One row a box: see `lostreg.to_pandas`, which takes several images."""
+        return to_pandas([self])
+
     def to_supervision(self, *, masks: bool = True) -> "supervision.Detections":
         """What was found, for supervision's annotators, metrics and data sets.
 
@@ -196,3 +262,37 @@ class Discovery:
 
     def _repr_png_(self) -> bytes:
         return encoded(self.plot(), ".png")
+
+
+def to_pandas(discoveries: Iterable[Discovery]) -> "pd.DataFrame":
+    """What was found in several images as one table, a row a box.
+
+    Args:
+        discoveries: such as `Discoverer.discover_many` gives, taken one by one.
+
+    Returns:
+        Columns ``image`` (its place in the list, from 0), ``path`` (missing where there is none), ``width`` and
+        ``height``, ``x1``, ``y1``, ``x2``, ``y2`` in pixels, ``score``, ``seed_row`` and ``seed_col``.
+
+    Raises:
+        OptionError: if pandas is not installed.
+
+    Example:
+        >>> discoverer = lostreg.Discoverer("dinov2_vits14_reg", device="cpu")
+        >>> lostreg.to_pandas(discoverer.discover_many(["dog.jpg", "dog.jpg"]))[["image", "path", "width"]]
+           image     path  width
+        0      0  dog.jpg    150
+        1      1  dog.jpg    150
+    """
+    try:
+        import pandas as pd
+    except ModuleNotFoundError as error:
+        if error.name != "pandas":
+            raise
+        raise OptionError("pandas is not installed: pip install pandas") from error
+    rows = [
+        (image, found._name, found.width, found.height, *box, score, *seed)
+        for image, found in enumerate(discoveries)
+        for box, score, seed in zip(found.xyxy.tolist(), found.scores.tolist(), found.seeds.tolist(), strict=True)
+    ]
+    return pd.DataFrame(rows, columns=_COLUMNS)

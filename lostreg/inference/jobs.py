@@ -17,7 +17,7 @@ from torch import Tensor
 from lostreg.images.patches import PatchedPicture
 from lostreg.methods.lost import Maps, prepare
 from lostreg.models.backbone import Backbone
-from lostreg.models.features import FeatureExtractor, Wanted
+from lostreg.models.features import Wanted, feature_extractor
 from lostreg.models.forward import Forward
 from lostreg.models.pixels import normalised, transfer
 
@@ -39,7 +39,7 @@ class FeaturesJob:
 
     def __init__(self, backbone: Backbone, wanted: Wanted, *, compiled: bool = False) -> None:
         self.backbone = backbone
-        self._extract = FeatureExtractor(backbone, wanted, compiled=compiled)
+        self._extract = feature_extractor(backbone, wanted, compiled=compiled)
 
     def transfer(self, pictures: Sequence[PatchedPicture]) -> list[Tensor]:
         """Patches on the device, see `lostreg.models.pixels.transfer`."""

@@ -31,7 +31,7 @@ def required_bytes(backbone: Backbone, grid: tuple[int, int]) -> int:
     """
     count = grid[0] * grid[1]
     size = backbone.dtype.itemsize
-    width = int(backbone.model.embed_dim)  # type: ignore[arg-type]
+    width = backbone.width
     pixels = 3 * backbone.spec.patch_size**2
     # Decoded, padded and cut; in float32; in the model's precision.
     embedding = count * pixels * (3 + 4 + size)

@@ -23,9 +23,10 @@ from lostreg.defaults import (
 from lostreg.errors import OptionError
 from lostreg.inference.calibration import Calibration
 from lostreg.inference.objectness import Objectness
-from lostreg.methods.bias import TRIALS, check_bias, resolve_normalize
+from lostreg.methods.bias import TRIALS, BiasFunction, OwnBias, check_bias, resolve_normalize
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import resolve_layer
+from lostreg.models.own import OwnModel
 from lostreg.models.registers import RegisterNeurons
 from lostreg.models.table import FEATURES, Feature
 
@@ -40,8 +41,9 @@ class Options:
     """The options of a `Discoverer`, which takes them as keywords.
 
     Attributes:
-        backbone: a name of the backbone table, ``timm:NAME``, or a `Backbone` that is already loaded. It is
-            copied where it is on another device or in another precision, and shared otherwise.
+        backbone: a name of the backbone table, ``timm:NAME``, or a `Backbone` that is already loaded, which is
+            copied where it is on another device or in another precision, and shared otherwise. Or a model of one's
+            own: timm's ViT, which is copied, or a function from images to features, see `own_backbone`.
         weights: a weights file, see `load_backbone`.
         feature: ``q``, ``k``, ``v`` or ``out``; None takes the row's.
         layer: block index from 0, or from the end when negative.
@@ -49,9 +51,10 @@ class Options:
             trials; or a published one, ``tokencut``, ``maskcut`` or ``dinoseg``. See docs/objects.md.
         objectness: what a collection taught, see `learn`: ranks the candidates of ``parts``, instead of their score.
         bias: Gram bias, ``auto``, a `Calibration` of the same feature, or None for the row's, with ``parts`` for
-            ``auto``. The published ones have none.
-        normalize: whether features are L2-normalised; None takes the row's, or what ``auto`` needs. All methods
-            but LOST are defined on normalised features.
+            ``auto``. Or a function of one image's features, (N, D), normalised unless ``normalize`` is False, on the
+            device, that gives a finite number; results record its name. The published ones have none.
+        normalize: whether features are L2-normalised; None takes the row's, or what ``auto`` or a function needs. All
+            methods but LOST are defined on normalised features.
         k_patches: how many low-degree patches may join the seed, at least 1.
         device: ``auto`` (CUDA, then MPS, then CPU), or a PyTorch device.
         precision: of the backbone's products; tokens are added up, normalised and scaled, and similarities taken, in
@@ -80,14 +83,14 @@ class Options:
         ('k', 1, 'auto', 448)
     """
 
-    backbone: str | Backbone = BACKBONE
+    backbone: str | Backbone | OwnModel = BACKBONE
     _: KW_ONLY
     weights: str | Path | None = None
     feature: Feature | None = None
     layer: int = -1
     method: str = "lost"
     objectness: Objectness | None = None
-    bias: float | Literal["auto"] | Calibration | None = None
+    bias: float | Literal["auto"] | Calibration | BiasFunction | OwnBias | None = None
     normalize: bool | None = None
     k_patches: int = K_PATCHES
     device: str | torch.device = "auto"
@@ -109,7 +112,9 @@ class Options:
             if getattr(self, name) not in allowed:
                 listed = ", ".join(str(choice) for choice in allowed if choice is not None)
                 raise OptionError(f"{name} must be one of {listed}, not {getattr(self, name)!r}")
-        if not (self.bias is None or isinstance(self.bias, Calibration)):
+        if callable(self.bias):
+            self._set("bias", self.bias if isinstance(self.bias, OwnBias) else OwnBias(self.bias))
+        elif not (self.bias is None or isinstance(self.bias, Calibration)):
             self._set("bias", check_bias(self.bias))
         for name in ("k_patches", "batch_size", "max_side", "max_pixels", "max_objects"):
             if getattr(self, name) is not None or name not in ("batch_size", "max_side"):
@@ -157,14 +162,14 @@ class Options:
         if self.method == "dinoseg" and not spec.class_token:
             raise OptionError(f"dinoseg reads the attention of the CLS token, which {spec.name} does not have")
         if self.objectness is not None:
-            self.objectness.require(spec.name, backbone.weights, int(backbone.model.num_features))  # type: ignore[arg-type]
+            self.objectness.require(spec.name, backbone.weights, backbone.width)
         decided = {
             "backbone": spec.name,
             "weights": backbone.weights,
             "feature": feature,
             "layer": layer,
             "bias": bias,
-            "normalize": resolve_normalize(bias, normalize, default=spec.normalize),
+            "normalize": resolve_normalize(bias, normalize, default=spec.normalize or isinstance(bias, OwnBias)),
             "device": backbone.device.type,
             "batch_size": self.batch_size or (CUDA_BATCH_SIZE if backbone.device.type == "cuda" else BATCH_SIZE),
             "registers": backbone.registers,
@@ -179,7 +184,7 @@ class ResolvedOptions(Options):
     backbone: str
     weights: str
     feature: Feature
-    bias: float | Literal["auto"]
+    bias: float | Literal["auto"] | OwnBias
     normalize: bool
     device: str
     precision: Literal["fp32", "bf16", "fp16"]
@@ -188,7 +193,8 @@ class ResolvedOptions(Options):
     def with_changes(self, changes: Mapping[str, Any]) -> "ResolvedOptions":
         """The same with other options that need no other forward (`AFTER_FORWARD`); those that are None stay.
 
-        Features are then normalised where the method or ``auto`` needs it, and an objectness goes with ``parts`` alone.
+        Features are then normalised where the method, ``auto`` or a function needs it, and an objectness goes with
+        ``parts`` alone.
 
         Raises:
             OptionError: if one needs another forward or does not exist, or is out of its range.
@@ -201,7 +207,8 @@ class ResolvedOptions(Options):
         given = {"method": self.method, **{name: value for name, value in changes.items() if value is not None}}
         if given["method"] != "parts":
             given["objectness"] = None
-        if given["method"] != "lost" or given.get("bias", self.bias) == "auto":
+        bias = given.get("bias", self.bias)
+        if given["method"] != "lost" or bias == "auto" or callable(bias):
             given["normalize"] = True
         return replace(self, **given)
 
@@ -214,6 +221,8 @@ class ResolvedOptions(Options):
                 values["test_time_registers"] = value.describe() if value else None
             elif name == "objectness":
                 values["objectness"] = value.describe() if value else None
+            elif isinstance(value, OwnBias):
+                values["bias"] = value.name
             else:
                 values[name] = value
         return {**values, "min_score": self.min_score if self.max_objects > 1 else None}

@@ -23,7 +23,7 @@ class Study:
 
     Args:
         discoverer: the backbone, the feature, and how images are read.
-        image: a file, a PIL image, or an RGB array (h, w, 3) of uint8.
+        image: a file, a PIL image, or an RGB array (h, w, 3) of uint8 (not OpenCV's BGR).
 
     Raises:
         ImageError: if the image cannot be read, or memory does not suffice for it.

@@ -5,7 +5,8 @@ label, no other image and no number that belongs to a backbone takes part: docs/
 measurements.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
 
@@ -22,6 +23,29 @@ TRIALS: Final = (0.0, -0.25, -0.5, -0.75, -1.0, -1.25)
 _EQUAL: Final = 1e-6  # cosines as close to 1 as this are those of equal features, rounded
 
 
+BiasFunction = Callable[[Tensor], float]
+"""The features of one image, (N, D), float32, to its Gram bias."""
+
+
+@dataclass(frozen=True)
+class OwnBias:
+    """A bias that a function makes of each image's features."""
+
+    function: BiasFunction
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        function = self.function
+        return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+    def __call__(self, similarities: Similarities) -> Tensor:
+        """One bias an image, shape (B, 1); raises `OptionError` where the function gives no finite number."""
+        whose = f"the bias that {self.name} gives"
+        biases = [fixed_bias(self.function(image), name=whose) for image in similarities.features]
+        return similarities.features.new_tensor(biases)[:, None]
+
+
 def check_bias(bias: object) -> float | Literal["auto"]:
     """A bias as a plain number, or ``auto``.
 
@@ -33,11 +57,11 @@ def check_bias(bias: object) -> float | Literal["auto"]:
     return fixed_bias(bias, expected="a finite number or 'auto'")
 
 
-def fixed_bias(bias: object, *, expected: str = "a finite number") -> float:
+def fixed_bias(bias: object, *, name: str = "bias", expected: str = "a finite number") -> float:
     """A bias as a plain number; raises `OptionError` unless it is one, and float32 holds it."""
-    number = real_number(bias, "bias", expected=expected)
+    number = real_number(bias, name, expected=expected)
     limit = f"within ±{LARGEST_FLOAT32:.4g}, what float32 holds"
-    return real_number(number, "bias", least=-LARGEST_FLOAT32, most=LARGEST_FLOAT32, expected=limit)
+    return real_number(number, name, least=-LARGEST_FLOAT32, most=LARGEST_FLOAT32, expected=limit)
 
 
 def resolve_normalize(bias: object, normalize: bool | None, *, default: bool) -> bool:

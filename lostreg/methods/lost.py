@@ -122,7 +122,17 @@ def lost_boxes(
         >>> found = lostreg.lost_boxes(features[None], grid=(4, 5), bias=-0.5)
         >>> found.xyxy.shape, found.seeds.tolist()
         (torch.Size([1, 4]), [[3, 3]])
+
+    See Also:
+        `lost_objects` for several objects an image.
     """
+    return searched(features, grid, bias, k_patches, normalize).best()
+
+
+def searched(
+    features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: int, normalize: bool | None
+) -> "Candidates":
+    """What `lost_boxes` chooses from; takes and raises what it does."""
     if not isinstance(features, Tensor):
         raise OptionError(f"features must be a PyTorch tensor, not {type(features).__name__}")
     if features.ndim != 3:
@@ -131,7 +141,7 @@ def lost_boxes(
     if not callable(bias) and not (isinstance(bias, Tensor) and bias.ndim):
         bias = check_bias(bias)
     normalize = resolve_normalize(bias, normalize, default=False)
-    return find_candidates(prepare(features, normalize=normalize), grid, bias, k_patches).best()
+    return find_candidates(prepare(features, normalize=normalize), grid, bias, k_patches)
 
 
 def find_candidates(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: int) -> "Candidates":

@@ -12,11 +12,50 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lostreg.defaults import OVERLAP
+from lostreg.checks import share, whole_number
+from lostreg.defaults import CLEAR_SCORE, K_PATCHES, OVERLAP
 from lostreg.images.boxes import pairwise_iou
 from lostreg.methods.exact import exact_float32
-from lostreg.methods.lost import Candidates, LostMaps, LostResult, Objects, expand_seed, lowest_degrees
+from lostreg.methods.lost import Bias, Candidates, LostMaps, LostResult, Objects, expand_seed, lowest_degrees, searched
 from lostreg.methods.similarity import connections_to
+
+
+@torch.no_grad()
+def lost_objects(
+    features: Tensor,
+    grid: tuple[int, int],
+    bias: Bias = 0.0,
+    k_patches: int = K_PATCHES,
+    *,
+    max_objects: int = 5,
+    min_score: float = CLEAR_SCORE,
+    normalize: bool | None = None,
+) -> list[Objects]:
+    """Find several objects of each image from its patch features: see `find_objects` for how.
+
+    Args:
+        features: shape (B, N, D), any floating dtype, finite.
+        grid: (h, w), rows and columns of patches; N = h * w.
+        bias: as for `lost_boxes`.
+        k_patches: as there.
+        max_objects: of an image, at least 1.
+        min_score: further objects with a lower score are left out and end the search, in [0, 1].
+        normalize: as for `lost_boxes`.
+
+    Returns:
+        One `Objects` an image, in units of patches, the object of `lost_boxes` first.
+
+    Raises:
+        OptionError: as `lost_boxes`.
+
+    Example:
+        >>> features = torch.eye(3).repeat_interleave(torch.tensor([4, 14, 2]), dim=0)  # 20 patches of three kinds
+        >>> (found,) = lostreg.lost_objects(features[None], grid=(4, 5), bias=-0.5, max_objects=2, min_score=0)
+        >>> found.xyxy.tolist()
+        [[3, 3, 5, 4], [0, 0, 4, 1]]
+    """
+    max_objects, min_score = whole_number(max_objects, "max_objects"), share(min_score, "min_score")
+    return find_objects(searched(features, grid, bias, k_patches, normalize), k_patches, max_objects, min_score)
 
 
 @torch.no_grad()

@@ -51,6 +51,11 @@ class Backbone:
         return len(self.model.blocks)  # type: ignore[arg-type]
 
     @property
+    def width(self) -> int:
+        """Dimensions of a token."""
+        return int(self.model.embed_dim)  # type: ignore[arg-type]
+
+    @property
     def own_prefix_tokens(self) -> int:
         """Tokens in front of the patches, as the model itself counts them."""
         return int(self.model.num_prefix_tokens)  # type: ignore[arg-type]
@@ -119,6 +124,13 @@ class Backbone:
         """Precision of the model's parameters."""
         return next(self.model.parameters()).dtype
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> "Backbone":
+        """The same on a device in a precision: never changed in place, since others may hold it too."""
+        same_device = self.device.type == device.type and device.index in (None, self.device.index)
+        if same_device and self.dtype == dtype:
+            return self
+        return replace(self, model=placed_copy(self.model, device, dtype))
+
 
 _LOG: Final = logging.getLogger(__name__)
 _TIMM_MODULES: Final = ("vision_transformer", "deit", "eva")
@@ -169,15 +181,15 @@ def build_backbone(spec: BackboneSpec, **timm_options: Any) -> Backbone:
         model = timm.create_model(spec.timm_name, dynamic_img_size=True, **timm_options)
     except TypeError as error:
         raise BackboneError(f"'{spec.timm_name}' does not take images of any size: {error}") from error
-    _check_supported(spec, model)
+    check_supported(spec, model)
     # A classifier is no part of a backbone. It goes only now, since timm loads hub weights strictly only with it.
     model.reset_classifier(0)  # type: ignore[operator]
     model.eval().requires_grad_(False)
     config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    return Backbone(_fill(spec, model), model, tuple(config["mean"]), tuple(config["std"]), "random")
+    return Backbone(fill_row(spec, model), model, tuple(config["mean"]), tuple(config["std"]), "random")
 
 
-def _check_supported(spec: BackboneSpec, model: nn.Module) -> None:
+def check_supported(spec: BackboneSpec, model: nn.Module) -> None:
     """Refuse what would silently give other tensors than the model's own queries, keys and values."""
     if not isinstance(model, VisionTransformer | Eva) or type(model.patch_embed) is not PatchEmbed:
         embedding = type(getattr(model, "patch_embed", None)).__name__
@@ -197,7 +209,7 @@ def _check_supported(spec: BackboneSpec, model: nn.Module) -> None:
         raise BackboneError(f"'{spec.timm_name}' has {height}x{width} patches: expected square ones")
 
 
-def _fill(spec: BackboneSpec, model: nn.Module) -> BackboneSpec:
+def fill_row(spec: BackboneSpec, model: nn.Module) -> BackboneSpec:
     """Complete a ``timm:`` row from its model; a row of the table comes back as it is."""
     if spec.patch_size:
         return spec

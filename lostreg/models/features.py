@@ -19,6 +19,7 @@ from lostreg.checks import LARGEST, whole_number
 from lostreg.errors import OptionError
 from lostreg.models.backbone import Backbone
 from lostreg.models.forward import Forward
+from lostreg.models.own import FunctionBackbone, FunctionFeatures
 from lostreg.models.table import FEATURES, Feature
 
 Inside = Literal["cls"]
@@ -68,7 +69,7 @@ def collect_features(backbone: Backbone, images: Tensor, wanted: Wanted) -> list
     Raises:
         OptionError: as for `patch_features`, and if nothing is wanted.
     """
-    extractor = FeatureExtractor(backbone, wanted)
+    extractor = feature_extractor(backbone, wanted)
     _check_images(backbone, images)
     patch = backbone.spec.patch_size
     grid = (images.shape[2] // patch, images.shape[3] // patch)
@@ -76,6 +77,15 @@ def collect_features(backbone: Backbone, images: Tensor, wanted: Wanted) -> list
     pixels = rows.reshape(len(images), grid[0] * grid[1], patch * patch * 3).to(backbone.device)
     found = extractor(list(pixels), [grid] * len(images))
     return [packed.view(len(images), -1, packed.shape[1]) for packed in found]
+
+
+def feature_extractor(
+    backbone: Backbone, wanted: Wanted, *, compiled: bool = False
+) -> "FeatureExtractor | FunctionFeatures":
+    """What reads features of a backbone: see `FeatureExtractor`, and `FunctionFeatures` for one without blocks."""
+    if isinstance(backbone, FunctionBackbone):
+        return FunctionFeatures(backbone, wanted, compiled=compiled)
+    return FeatureExtractor(backbone, wanted, compiled=compiled)
 
 
 class FeatureExtractor:

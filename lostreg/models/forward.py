@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lostreg.models.backbone import Backbone
 from lostreg.models.blocks import BlockRunner, Move, Packing, Watch, attention_rows, normed, pack_ropes, project
+from lostreg.models.own import FunctionBackbone, no_blocks
 from lostreg.models.table import Feature, Interpolation
 
 _CACHED_TOKENS: Final = 1 << 15  # of position embeddings that are kept for the next images of the same grid
@@ -72,9 +73,14 @@ class Forward:
     Args:
         backbone: a frozen model.
         compiled: whether the blocks are compiled, see `BlockRunner`.
+
+    Raises:
+        BackboneError: if it is a function, which has no blocks.
     """
 
     def __init__(self, backbone: Backbone, *, compiled: bool = False) -> None:
+        if isinstance(backbone, FunctionBackbone):
+            raise no_blocks(backbone)
         self.backbone = backbone
         self._run_block = BlockRunner(backbone.dtype, compiled=compiled)
         self._frames: OrderedDict[Grid, Frame] = OrderedDict()

@@ -9,10 +9,10 @@ from typing import Any
 from lostreg.checks import FARTHEST, shown
 from lostreg.datasets.base import ImageId
 from lostreg.errors import ImageUnavailableError, PredictionsError
-from lostreg.images.rle import Rle, encode_rle
+from lostreg.images.rle import Rle
 from lostreg.images.stores import StoredImage
 from lostreg.inference.discovery import Discovery
-from lostreg.jsonio import as_line, is_box, is_finite_number, is_id
+from lostreg.jsonio import as_line, is_box, is_finite_number, is_id, short_number
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Prediction:
             "image_id": self.image_id,
             "width": self.width,
             "height": self.height,
-            "boxes": [[_short(value) for value in box] for box in self.boxes],
-            "scores": [_short(value) for value in self.scores],
+            "boxes": [[short_number(value) for value in box] for box in self.boxes],
+            "scores": [short_number(value) for value in self.scores],
             "seeds": [list(seed) for seed in self.seeds],
         }
         if self.masks is not None:
@@ -67,15 +67,7 @@ class Prediction:
 
 def from_discovery(image_id: ImageId, found: Discovery, *, masks: bool = False) -> Prediction:
     """The line for one image's discovery, its numbers rounded as the file holds them; with masks if asked for."""
-    return Prediction(
-        image_id,
-        [[_short(value) for value in box] for box in found.xyxy.tolist()],
-        found.width,
-        found.height,
-        [_short(value) for value in found.scores.tolist()],
-        found.seeds.tolist(),
-        [encode_rle(found.pixel_mask(index)) for index in range(len(found))] if masks else None,
-    )
+    return Prediction(image_id, **found.to_dict(masks=masks))
 
 
 def from_error(image_id: ImageId, error: Exception, source: Path | StoredImage | None = None) -> Prediction:
@@ -88,18 +80,19 @@ def from_error(image_id: ImageId, error: Exception, source: Path | StoredImage |
     return Prediction(image_id, (), error=reason, unavailable=isinstance(error, ImageUnavailableError))
 
 
-def _short(value: float) -> float | int:
-    """At most three decimals, and none where there is nothing behind the point: patches end on whole pixels."""
-    rounded = round(float(value), 3)
-    return int(rounded) if rounded.is_integer() else rounded
-
-
-def read_predictions(path: Path) -> list[Prediction]:
-    """All predictions of a file.
+def read_predictions(path: str | Path) -> list[Prediction]:
+    """All predictions of a file, such as the ``predictions.jsonl`` of a run, checked.
 
     Raises:
         PredictionsError: if the file is missing or empty, or a line is cut or malformed; it names the line.
+
+    Example:
+        >>> line = '{"image_id": "000005", "width": 500, "height": 375, "boxes": [[13, 7, 99, 80]], "scores": [0.8]}'
+        >>> _ = Path("predictions.jsonl").write_text(line)
+        >>> [(one.image_id, one.boxes, one.scores) for one in lostreg.read_predictions("predictions.jsonl")]
+        [('000005', [[13, 7, 99, 80]], [0.8])]
     """
+    path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import os
+import pickle
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
@@ -263,7 +264,7 @@ def test_options_out_of_range_say_what_is_in_it(backbone: Backbone, options: dic
 
 
 def test_a_backbone_is_a_name_or_one() -> None:
-    with pytest.raises(OptionError, match="backbone must be a name or a Backbone, not None"):
+    with pytest.raises(OptionError, match=r"backbone must be a name, a Backbone, .* or a function, not None"):
         Discoverer(None)  # type: ignore[arg-type]
 
 
@@ -439,3 +440,33 @@ def test_a_named_backbone_is_loaded_on_the_host_and_placed_once(monkeypatch: pyt
     assert placed == [(loaded[0].model, torch.device("meta"), torch.bfloat16)]
     assert given.get("device", "cpu") == "cpu"
     assert given.get("dtype", torch.float32) == torch.float32
+
+
+def _minus_mean(features: torch.Tensor) -> float:
+    """What makes similarities have a mean of about zero."""
+    assert torch.allclose(features.norm(dim=1), torch.ones(len(features)))
+    return -float(features.mean(dim=0).square().sum())
+
+
+@pytest.mark.parametrize("method", ["lost", "parts"])
+def test_a_function_is_the_bias_of_each_image_and_results_record_its_name(backbone: Backbone, method: str) -> None:
+    told: list[float] = []
+    discoverer = Discoverer(backbone, bias=lambda one: told.append(_minus_mean(one)) or told[-1], method=method)
+    named = Discoverer(backbone, bias=_minus_mean, method=method, device="cpu")
+    for image in (scene(1), scene(3)):
+        found = discoverer.discover(image)
+        fixed = Discoverer(backbone, bias=told[-1], normalize=True, method=method, device="cpu")
+        assert same(found, fixed.discover(image))
+        assert same(found, pickle.loads(pickle.dumps(named)).discover(image))
+        study = Study(Discoverer(backbone, device="cpu", normalize=False, bias=0.0), image)
+        assert same(found, study.discover(bias=_minus_mean, method=method))
+    assert len(set(told)) == 2
+    record = json.loads(json.dumps(named.options.record()))
+    assert record["bias"].endswith("._minus_mean")
+    assert record["normalize"] is True
+
+
+@pytest.mark.parametrize("answer", ["0.5", float("nan"), None, torch.zeros(2), 1e39])
+def test_a_bias_function_has_to_give_a_number(backbone: Backbone, answer: Any) -> None:
+    with pytest.raises(OptionError, match=r"the bias that .*<lambda> gives must be"):
+        Discoverer(backbone, bias=lambda _: answer, device="cpu").discover(scene(0))
