@@ -1,7 +1,8 @@
 """Draw what lostreg does: photos with boxes and masks in one row, their degree maps below.
 
     python scripts/example_picture.py
-    python scripts/example_picture.py --method parts --max-objects 3 --out docs/example-parts.jpg
+    python scripts/example_picture.py --method parts --max-objects 3 --images datasets/sample/JPEGImages/*.jpg \
+        --out docs/example-parts.jpg
 
 The first is the picture of README.md, the second that of docs/gallery.md.
 """

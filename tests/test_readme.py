@@ -169,7 +169,7 @@ def test_the_python_code_runs(repository: Path) -> None:
 
 
 @pytest.mark.usefixtures("_in_folder")
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", PAGES[1:])
 def test_the_python_code_of_every_page_runs(repository: Path, page: str) -> None:
     names: dict[str, object] = {"__name__": "__main__"}
     for code in blocks(repository, "python", page):
