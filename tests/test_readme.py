@@ -1,5 +1,6 @@
 """Every command and the Python code that README.md and docs/ show, run in a folder laid out as they say."""
 
+import inspect
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import timm
 from random_models import NARROW
 
+import lostreg
 from lostreg.cli.main import build_parser, main
 
 BLOCKS = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -38,6 +40,8 @@ NOT_RUN = {
     "ray.data": "test_the_pipeline_of_ray_data_runs does",
     "mapInArrow": "takes Spark",
     "s3://": "takes a store: tests/datasets",
+    "dog.jpg": "docs/python.md, of which tests/test_examples.py runs everything",
+    "lost_objects": "the same",
     "find_registers": "takes a model with outliers: tests/artifacts",
 }
 
@@ -199,6 +203,13 @@ def test_generated_documentation_is_up_to_date(repository: Path) -> None:
     command = [sys.executable, "scripts/update_docs.py", "--check"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_reference_holds_all_that_is_public(repository: Path) -> None:
+    shown = re.findall("^::: (.*)$", (repository / "docs/reference.md").read_text(encoding="utf-8"), re.MULTILINE)
+    for thing in (getattr(lostreg, name) for name in lostreg.__all__):
+        if inspect.isclass(thing) or inspect.isfunction(thing):
+            assert {thing.__module__, f"{thing.__module__}.{thing.__name__}"} & set(shown), thing
 
 
 def test_every_relative_link_leads_somewhere(repository: Path) -> None:
