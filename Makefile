@@ -12,7 +12,7 @@ RUN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed-offline
 DEVELOPED = $(VENV)/.installed-dev
 
-.PHONY: demo test test-lowest fuzz soak lint format docs clean
+.PHONY: demo test test-lowest fuzz soak lint format docs site wheel clean
 
 demo: $(INSTALLED)
 	$(RUN)/lostreg eval sample --root datasets/sample --backbone imgfocus_vits14 --out $(OUT) --plots --overwrite
@@ -41,8 +41,16 @@ format: $(DEVELOPED)
 docs: $(INSTALLED)
 	$(RUN)/python scripts/update_docs.py
 
+# The variable silences an announcement of Material's; links that lead nowhere, and other warnings, are errors.
+site: $(DEVELOPED)
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+
+wheel: $(DEVELOPED)
+	$(RUN)/python -m build
+	$(RUN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) $(LOWEST) $(OUT) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(OUT) build dist site *.egg-info
 
 $(INSTALLED): pyproject.toml | $(VENV)/bin/python
 	$(RUN)/python -m pip install --quiet -e ".[offline]"

