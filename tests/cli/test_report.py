@@ -16,6 +16,8 @@ from lostreg.cli.options import Parser
 from lostreg.errors import LostregError
 from lostreg.gallery import build
 
+pytestmark = pytest.mark.usefixtures("on_terminal")
+
 
 def run(command: str, place: Path) -> int:
     parser = Parser(prog="lostreg")
