@@ -1,6 +1,7 @@
 """``lostreg registers``: find the neurons that write a backbone's outliers, or train registers into it."""
 
 import argparse
+import logging
 from pathlib import Path
 
 from lostreg import defaults
@@ -19,6 +20,7 @@ from lostreg.cli.options import (
     count,
     local_place,
     positive_int,
+    tell,
 )
 from lostreg.cli.progress import ProgressBar
 
@@ -171,5 +173,11 @@ def train(args: argparse.Namespace) -> int:
         f"{args.backbone} with {trained.registers} new registers, from {trained.images} images: the loss on "
         f"{trained.held_out} others fell from {before.held_out:.4f} to {best.held_out:.4f} in {best.step} steps"
     )
+    if not best.step:
+        tell(
+            "no step made it lower: these are the weights as given, with registers that learned nothing; a lower "
+            "--learning-rate may help",
+            logging.WARNING,
+        )
     print(f"written to {trained.weights}: use it as --backbone {args.backbone} --weights {trained.weights}")
     return 2 if trained.unreadable else 0

@@ -49,6 +49,15 @@ def test_a_training_ends_with_how_its_file_is_used(
     assert (tmp_path / "checkpoint.pt").is_file()
 
 
+def test_a_training_that_made_nothing_better_says_so(
+    weights: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(weights, images, "--out", tmp_path, "--learning-rate", "0.5") == 0
+    said = capsys.readouterr()
+    assert "in 0 steps" in said.out
+    assert "no step made it lower: these are the weights as given" in said.err
+
+
 @pytest.mark.parametrize("command", ["predict", "artifacts", "attention"])
 def test_other_commands_take_it_for_a_backbone_with_registers(
     command: str, trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
