@@ -130,7 +130,8 @@ def test_the_readme_shows_commands(commands: list[str]) -> None:
 def test_the_make_targets_are_those_that_ci_runs(repository: Path, commands: list[str]) -> None:
     others = [line for line in commands if line not in of_lostreg(commands)]
     install = 'pip install "lostreg[offline] @ git+URL_OF_THIS_REPOSITORY"'
-    assert others == [install, "make demo", "make test", "source .venv/bin/activate"]
+    export = "export LOSTREG_BACKBONE=imgfocus_vits14"
+    assert others == [install, export, "make demo", "make test", "source .venv/bin/activate", export]
     script = (repository / ".ci" / "run").read_text().splitlines()
     assert {"make demo", "make test", "make lint", "make site"} <= set(script)
 
@@ -138,9 +139,13 @@ def test_the_make_targets_are_those_that_ci_runs(repository: Path, commands: lis
 @pytest.mark.usefixtures("_in_folder")
 @pytest.mark.parametrize("page", PAGES)
 def test_every_lostreg_command_runs_in_the_order_shown(
-    repository: Path, page: str, capfd: pytest.CaptureFixture[str]
+    repository: Path, page: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for line in of_lostreg(commands_of(repository, page)):
+    commands = commands_of(repository, page)
+    for line in commands:
+        if line.startswith("export "):
+            monkeypatch.setenv(*line.removeprefix("export ").split("="))
+    for line in of_lostreg(commands):
         words = words_of(line.partition("  #")[0])[1:]
         if any(part in line for part in ELSEWHERE):
             Path("registers.json").touch()  # which options ask for
