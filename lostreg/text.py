@@ -70,7 +70,7 @@ def did_you_mean(name: str, names: Collection[str]) -> str:
     """`` (did you mean A or B?)``, to put behind a name that is not among these; empty where none is near.
 
     Example:
-        >>> lostreg.text.did_you_mean("dino_vits61", ["dino_vits16", "clip_vitb16"])
+        >>> lostreg.text.did_you_mean("dino_vits61", ["dino_vits16", "registers"])
         ' (did you mean dino_vits16?)'
     """
     near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)

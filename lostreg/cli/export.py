@@ -183,6 +183,7 @@ def _gather(
         raise OptionError(
             f"nothing to export: of {len(predictions)} images {len(chosen.unreadable)} could not be read, and "
             f"{chosen.empty} have no box with a score of at least {args.min_score:g}"
+            f"{' that was not rejected' if args.decisions else ''}"
         )
     return chosen
 

@@ -16,6 +16,7 @@ from lostreg.models.table import BACKBONES
 
 TABLE: Final = "table"  # of OUT/RECIPE, as .json and .md
 _OTHER_TRUTH: Final = ("--split", "--no-hard")  # options that change what published figures are of
+_ROW: Final = frozenset(("title", "benchmark", "folder", "command", "with", "measured", "fault", "note"))
 _HEADINGS: Final = (
     "row",
     "benchmark",
@@ -262,7 +263,7 @@ def _told(folder: Path) -> dict[str, dict[str, Any]]:
     measured = [
         row
         for row in (rows if isinstance(rows, list) else [])
-        if isinstance(row, dict) and isinstance(row.get("measured"), dict) and "folder" in row
+        if isinstance(row, dict) and row.keys() >= _ROW and isinstance(row["measured"], dict) and row["measured"]
     ]
     return {row["folder"]: row for row in measured}
 
@@ -271,7 +272,12 @@ def _write(folder: Path, recipe: Recipe, passed: Sequence[str], rows: Sequence[d
     """Write the table of these rows, and of those that earlier calls have measured."""
     from lostreg.jsonio import write_json, write_whole
 
-    known = _told(folder) | {row["folder"]: row for row in rows}
+    known = _told(folder)
+    known |= {
+        row["folder"]: row
+        for row in rows
+        if row["measured"] or row["folder"] not in known or known[row["folder"]]["command"] != row["command"]
+    }
     table = [known[place] for place in map(_folder, recipe.jobs(folder.parent)) if place in known]
     document = {"recipe": recipe.name, "source": recipe.source, "method": recipe.method, "rows": table}
     text = _as_text(recipe, passed, table)

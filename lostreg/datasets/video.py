@@ -158,7 +158,7 @@ class _Player:
     def __init__(self, file: str) -> None:
         self._lock = threading.Lock()
         self._file = file
-        self._container: Any
+        self._container: Any = None
         self._stream: Any
         self._frames: Iterator[Any]
         self._open()
@@ -172,7 +172,7 @@ class _Player:
             if passed is not None:
                 return passed
             number, self._number = self._number, None  # unless it is found
-            if number is None or not number < wanted.number <= number + _AHEAD:
+            if self._is_counted or number is None or not number < wanted.number <= number + _AHEAD:
                 number = None
                 self._container.seek(wanted.time, stream=self._stream)
                 self._decode()
@@ -200,10 +200,18 @@ class _Player:
                 self._keep(frame.pts, _upright(frame))
         return None
 
+    def __del__(self) -> None:
+        if self._container is not None:
+            self._container.close()  # it is part of a cycle
+
     def _open(self) -> None:
+        if self._container is not None:
+            self._container.close()
         self._container = _opened(_av(self._file), self._file)
         self._stream = _stream(self._container, self._file)
         self._stream.thread_type = "AUTO"
+        # Where frames are counted instead of being told their time, those behind damage are right after seeking alone.
+        self._is_counted = self._container.format.name == "avi"
         self._decode()
 
     def _decode(self) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from lostreg.errors import LostregWarning
 from lostreg.exports.items import ExportBox, ExportImage, ExportSet
 from lostreg.exports.names import Names, escaped
@@ -113,7 +115,8 @@ class _Rows:
         if box.mask is not None and box.mask_area:
             pieces = outlines(decode_rle(box.mask, max_pixels=image.width * image.height))
             self.cut += len(pieces) > 1
-            points = pieces[0].tolist()
+            if np.ptp(pieces[0], axis=0).all():  # readers drop what has no area
+                points = pieces[0].tolist()
         return "0 " + " ".join(f"{x / image.width:.6f} {y / image.height:.6f}" for x, y in points) + "\n"
 
 

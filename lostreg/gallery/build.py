@@ -96,7 +96,7 @@ def write_gallery(
             beside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
         ):
             file.writelines(render_page(run, survey, left_out, _WORDS[choose], entries, facts))
-            if facts["gone"] and len(chosen) - facts["gone"] < pictures:
+            if facts["gone"] and len(chosen) - facts["gone"] < pictures <= len(chosen):
                 raise OptionError(
                     f"{facts['gone']} of {len(chosen)} image files are not there or cannot be read, and {target} shows "
                     f"{pictures}, so it stays as it is: --images DIR says where they are now, --out FILE writes "

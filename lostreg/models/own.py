@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -224,8 +225,8 @@ def _of_timm(
     return Backbone(
         fill_row(spec, own),
         own,
-        _channels(mean or config.get("mean") or _IMAGENET_MEAN, "mean"),
-        _channels(std or config.get("std") or _IMAGENET_STD, "std"),
+        _channels(config.get("mean") or _IMAGENET_MEAN if mean is None else mean, "mean"),
+        _channels(config.get("std") or _IMAGENET_STD if std is None else std, "std", above=0.0),
         f"given sha256:{_fingerprint(own)}",
     )
 
@@ -255,9 +256,9 @@ def _of_function(
     return FunctionBackbone(
         spec,
         _Called(function),
-        _channels(mean or _IMAGENET_MEAN, "mean"),
-        _channels(std or _IMAGENET_STD, "std"),
-        f"given sha256:{_fingerprint(function)}" if isinstance(function, nn.Module) else "given",
+        _channels(_IMAGENET_MEAN if mean is None else mean, "mean"),
+        _channels(_IMAGENET_STD if std is None else std, "std", above=0.0),
+        f"given sha256:{_fingerprint(function)}" if isinstance(function, nn.Module) else _plain(spec, features),
         dimensions=features.shape[2],
         place=device,
     )
@@ -289,20 +290,31 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
 
 
-def _channels(values: Sequence[float], name: str) -> tuple[float, float, float]:
+def _channels(values: Sequence[float], name: str, above: float = -math.inf) -> tuple[float, float, float]:
     try:
         red, green, blue = (float(value) for value in values)
     except (TypeError, ValueError) as error:
         raise OptionError(f"{name} must be three numbers, not {shown(values)}") from error
+    if not all(above < value < math.inf for value in (red, green, blue)):
+        kind = "finite numbers" if above else "numbers above 0"
+        raise OptionError(f"{name} must be three {kind}, not {shown(values)}")
     return red, green, blue
+
+
+def _plain(spec: BackboneSpec, features: Tensor) -> str:
+    """What there is to tell one function from another."""
+    return f"given, patches of {spec.patch_size} pixels, {features.shape[2]} dimensions"
 
 
 def _fingerprint(model: nn.Module) -> str:
     """SHA-256 of all its weights and their names."""
     total = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):  # whatever else a module keeps
+            total.update(f"{name} {tensor!r}".encode())
+            continue
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(tensor.detach().to_dense().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

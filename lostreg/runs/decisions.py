@@ -1,6 +1,7 @@
 """What people decided on a run's boxes: the file that the page of ``lostreg report`` saves."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from lostreg.checks import cut, shown
 from lostreg.datasets.base import ImageId, name_some
-from lostreg.errors import OptionError, PredictionsError
+from lostreg.errors import LostregWarning, OptionError, PredictionsError
 from lostreg.jsonio import as_line, is_id, load_document
 from lostreg.runs.predictions import Prediction
 
@@ -88,7 +89,7 @@ def choose_boxes(
 
     Raises:
         OptionError: if boxes are to be left out by scores that the predictions do not have.
-        PredictionsError: if decisions are on other boxes, or on an image that has no prediction.
+        PredictionsError: if decisions are on other boxes, or on no image that has a prediction.
     """
     unmet = dict(decided or {})
     for line in predictions:
@@ -106,9 +107,12 @@ def choose_boxes(
         ]
         yield line if len(places) == len(line.boxes) else _with_boxes(line, places)
     if unmet:
-        raise PredictionsError(
+        message = (
             f"{len(unmet)} images were decided on that the predictions do not have: {name_some([*map(cut, unmet)])}"
         )
+        if len(unmet) == len(decided or {}):
+            raise PredictionsError(message)
+        warnings.warn(message, LostregWarning, stacklevel=2)
 
 
 def _check_same_boxes(line: Prediction, of_image: ImageDecisions) -> None:

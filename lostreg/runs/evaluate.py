@@ -1,5 +1,6 @@
 """The run that scores a benchmark, and the scoring of predictions files."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -248,7 +249,7 @@ def named_by_files(predictions: Sequence[Prediction], benchmark: Benchmark) -> l
 
 def _number(name: str) -> str:
     """The id of an image that COCO calls ``COCO_train2014_000000000009`` or ``000000000009``."""
-    return name.rpartition("_")[2].lstrip("0")
+    return name[-12:].lstrip("0") if re.fullmatch(r"(COCO_\w+_)?\d{12}", name) else ""
 
 
 def _check_unambiguous(files: Sequence[tuple[str, str]]) -> None:

@@ -228,6 +228,11 @@ class Run(Generic[AnyLine]):
         roots = [_root_of(settings) for settings in (self._earlier, self._settings)]
         if not strangers:
             if known and roots[0] not in (None, roots[1]):
+                if _are_apart(roots[0], roots[1]):  # cameras name their photos alike
+                    raise PredictionsError(
+                        f"{self.out} holds a run over the images of {roots[0]}, which are still there: those of the "
+                        f"same names in {roots[1]} may be others; {AFRESH}"
+                    )
                 message = f"the images that were in {roots[0]} are taken for those of the same names in {roots[1]}"
                 warnings.warn(message, LostregWarning, stacklevel=4)
             return
@@ -436,6 +441,11 @@ def _ids_of(path: Path) -> Iterator[ImageId | None]:
         with path.open("rb") as file:
             for raw in file:
                 yield _image_id_of(raw) if raw.endswith(b"\n") else None
+
+
+def _are_apart(before: Any, now: Any) -> bool:
+    """Whether two places of a collection are there at the same time, on this machine."""
+    return os.path.exists(before) and not (os.path.exists(now) and os.path.samefile(before, now))  # noqa: PTH110, PTH121
 
 
 def _root_of(settings: dict[str, Any]) -> Any:

@@ -22,7 +22,8 @@ _PATIENCE: Final = timedelta(seconds=10)  # with the launcher
 
 def launched() -> int:
     """How many processes a launcher has started for this command; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    count = os.environ.get("WORLD_SIZE", "")
+    return int(count) if "LOCAL_RANK" in os.environ and count.isdecimal() else 1
 
 
 def is_main() -> bool:

@@ -139,6 +139,12 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_table(
     ):
         again, whole = (Path(out, "mine", name).read_text() for out in ("out", "whole"))
         assert again == whole.replace("whole/", "out/"), name
+    measured = [row for row in table() if row["measured"]]
+    with monkeypatch.context() as patch:
+        patch.setattr("lostreg.cli.reproduce._outcome", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reproduce(recipe)
+    assert [row for row in table() if row["measured"]] == measured
     swept_facts = json.loads(Path("out/mine/dinov2_vits14/voc-sweep/sweep.json").read_text())["run"]
     assert swept_facts["computed"] == 2
 

@@ -220,10 +220,11 @@ def test_what_is_exact_already_is_not_touched(monkeypatch: pytest.MonkeyPatch) -
     def fail(*_: object) -> None:
         pytest.fail("set")
 
-    monkeypatch.setattr("lostreg.methods.exact._set_precision", fail)
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", fail)
-    with exact_float32(CPU):
-        pass
+    with monkeypatch.context() as patch:  # undone before `reset` sets them
+        patch.setattr("lostreg.methods.exact._set_precision", fail)
+        patch.setattr(torch, "set_float32_matmul_precision", fail)
+        with exact_float32(CPU):
+            pass
 
 
 def test_autocast_is_off_within() -> None:

@@ -105,7 +105,8 @@ def test_a_function_of_a_model_finds_what_the_model_finds(backbone: Backbone) ->
         assert np.array_equal(one.xyxy, other.xyxy)
         assert np.abs(one.degrees - other.degrees).max() <= 1  # rounding
     record = function.options.record()
-    assert (record["backbone"], record["weights"], record["feature"]) == ("mine", "given", "out")
+    weights = f"given, patches of 14 pixels, {backbone.model.embed_dim} dimensions"
+    assert (record["backbone"], record["weights"], record["feature"]) == ("mine", weights, "out")
     assert same(Study(function, images[0]).discover(), function.discover(images[0]))
 
 
@@ -172,3 +173,17 @@ def test_a_module_in_training_mode_is_refused() -> None:
     with pytest.raises(BackboneError, match=r"Mine is in training mode: call its eval\(\) first"):
         Discoverer(Mine(), device="cpu")
     assert Discoverer(Mine().eval(), device="cpu").options.backbone == "Mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"mean": ()}, "mean must be three numbers, not"),
+        ({"mean": (0.5, float("nan"), 0.5)}, "mean must be three finite numbers"),
+        ({"std": (0.5, 0.0, 0.5)}, "std must be three numbers above 0"),
+    ],
+)
+def test_mean_and_deviation_are_checked(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(OptionError, match=told):
+        own_backbone(_patches, **options)
+    assert own_backbone(_patches, mean=torch.full((3,), 0.5)).mean == (0.5, 0.5, 0.5)

@@ -165,6 +165,9 @@ def test_other_options_are_refused_and_a_moved_folder_is_not(
         assert discover_collection(find_collection(str(moved)), discoverer, out).known == 7
     fresh = tmp_path / "fresh"
     discover_collection(find_collection(str(moved)), discoverer, fresh)
+    shutil.copytree(moved, tmp_path / "others")  # of the same names, while the photos are where they were
+    with pytest.raises(PredictionsError, match=r"images of .*moved, which are still there: .* may be others"):
+        discover_collection(find_collection(str(tmp_path / "others")), discoverer, out)
     assert contents(out) == contents(fresh)  # the places of the images among them
     assert settings(out)["collection"] == settings(fresh)["collection"]
     assert discover_collection(find_collection(str(moved)), other, out, overwrite=True).known == 0
