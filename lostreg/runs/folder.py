@@ -445,7 +445,8 @@ def _ids_of(path: Path) -> Iterator[ImageId | None]:
 
 def _are_apart(before: Any, now: Any) -> bool:
     """Whether two places of a collection are there at the same time, on this machine."""
-    return os.path.exists(before) and not (os.path.exists(now) and os.path.samefile(before, now))  # noqa: PTH110, PTH121
+    first, second = (place.parent if place.is_file() else place for place in (Path(before), Path(now)))  # of a shard
+    return first.exists() and not (second.exists() and first.samefile(second))
 
 
 def _root_of(settings: dict[str, Any]) -> Any:
