@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import Eva, VisionTransformer
 from torch import Tensor, nn
 
 from lostreg.checks import shown
 from lostreg.errors import BackboneError, OptionError
 from lostreg.models.backbone import Backbone, check_supported, fill_row
+from lostreg.models.pixels import joined
 from lostreg.models.registers import RegisterNeurons
 from lostreg.models.table import BackboneSpec
 
@@ -22,8 +24,6 @@ FeatureFunction = Callable[[Tensor], tuple[Tensor, Grid]]
 """Normalised images (B, 3, H, W), float32, to features (B, N, D) and the grid (h, w) of their patches, row by row."""
 OwnModel = nn.Module | FeatureFunction
 
-_IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
-_IMAGENET_STD: Final = (0.229, 0.224, 0.225)
 _BLANK: Final = 448  # pixels: a multiple of 7, 8, 14, 16, 28 and 32
 
 
@@ -147,10 +147,8 @@ class FunctionFeatures:
         parts: list[Tensor] = []
         image = 0
         for values in pixels:
-            rows, columns = grids[image]
-            patches = values.view(-1, rows, columns, patch, patch, 3)
-            images = patches.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), 3, rows * patch, columns * patch)
-            parts.append(self.backbone.features(images, (rows, columns)).flatten(0, 1))
+            images = joined(values, grids[image], patch)
+            parts.append(self.backbone.features(images, grids[image]).flatten(0, 1))
             image += len(images)
         return [torch.cat(parts)] * self._count
 
@@ -225,8 +223,8 @@ def _of_timm(
     return Backbone(
         fill_row(spec, own),
         own,
-        _channels(config.get("mean") or _IMAGENET_MEAN if mean is None else mean, "mean"),
-        _channels(config.get("std") or _IMAGENET_STD if std is None else std, "std", above=0.0),
+        _channels(config.get("mean") or IMAGENET_DEFAULT_MEAN if mean is None else mean, "mean"),
+        _channels(config.get("std") or IMAGENET_DEFAULT_STD if std is None else std, "std", above=0.0),
         f"given sha256:{_fingerprint(own)}",
     )
 
@@ -256,8 +254,8 @@ def _of_function(
     return FunctionBackbone(
         spec,
         _Called(function),
-        _channels(_IMAGENET_MEAN if mean is None else mean, "mean"),
-        _channels(_IMAGENET_STD if std is None else std, "std", above=0.0),
+        _channels(IMAGENET_DEFAULT_MEAN if mean is None else mean, "mean"),
+        _channels(IMAGENET_DEFAULT_STD if std is None else std, "std", above=0.0),
         f"given sha256:{_fingerprint(function)}" if isinstance(function, nn.Module) else _plain(spec, features),
         dimensions=features.shape[2],
         place=device,

@@ -118,3 +118,10 @@ def normalise_patches(
 def _patch_row(channels: tuple[float, ...], patch: int, device: torch.device) -> Tensor:
     """One number a channel, for each number of a patch: over a last dimension of three, arithmetic is slow."""
     return torch.tensor(channels * patch**2, device=device)
+
+
+def joined(pixels: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Images of their patches: (B, N, patch * patch * 3), or the same in more dimensions, to (B, 3, H, W)."""
+    rows, columns = grid
+    cut = pixels.view(-1, rows, columns, patch, patch, 3)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(cut), 3, rows * patch, columns * patch)

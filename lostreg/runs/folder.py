@@ -445,6 +445,8 @@ def _ids_of(path: Path) -> Iterator[ImageId | None]:
 
 def _are_apart(before: Any, now: Any) -> bool:
     """Whether two places of a collection are there at the same time, on this machine."""
+    if not (isinstance(before, str) and isinstance(now, str)):
+        return False
     first, second = (place.parent if place.is_file() else place for place in (Path(before), Path(now)))  # of a shard
     return first.exists() and not (second.exists() and first.samefile(second))
 

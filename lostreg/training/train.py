@@ -27,7 +27,7 @@ from lostreg.inference.stream import draw_sample
 from lostreg.jsonio import whole_file, write_json
 from lostreg.models.backbone import Backbone
 from lostreg.models.checkpoints import save_with_registers
-from lostreg.models.forward import Grid
+from lostreg.models.pixels import joined
 from lostreg.progress import OnProgress, Progress, telling
 from lostreg.runs.folder import locked
 from lostreg.runs.results import check_same_run, describe_device, run_facts
@@ -296,7 +296,7 @@ class _Training:
         targets = targets_of(self._teacher.look(pixels, batch.shape), agreed, self._norms[1], processes)
         loss, is_short = 0.0, False
         try:
-            loss = self._backward(self._as_images(pixels, batch.shape), targets)
+            loss = self._backward(joined(pixels, batch.shape, self._layout.patch), targets)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -351,12 +351,6 @@ class _Training:
             agreed.append(crop(torch.from_numpy(lesson.features), view, batch.shape).flatten(0, 1).to(device))
         return torch.cat(pixels), torch.stack(agreed)
 
-    def _as_images(self, pixels: Tensor, shape: Grid) -> Tensor:
-        """(B, rows * columns, patch * patch * 3) to (B, 3, H, W)."""
-        (rows, columns), patch = shape, self._layout.patch
-        cut = pixels.view(len(pixels), rows, columns, patch, patch, 3)
-        return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(pixels), 3, rows * patch, columns * patch)
-
     @torch.no_grad()
     def _look(self, held_out: Sequence[int], recent: Sequence[float]) -> None:
         """Measure the held-out loss, and keep the parameters where it is the lowest so far."""
@@ -366,7 +360,7 @@ class _Training:
             pixels, agreed = self._see(Batch(numbers, [self._layout.middle] * len(numbers), shape))
             if start not in self._held_out:
                 self._held_out[start] = targets_of(self._teacher.look(pixels, shape), agreed, self._norms[1])
-            parts = self._losses(self._as_images(pixels, shape), self._held_out[start])
+            parts = self._losses(joined(pixels, shape, self._layout.patch), self._held_out[start])
             sums += [len(numbers) * float(part) for part in parts]
         cosine, square = (total / len(held_out) for total in self._processes.total(sums.tolist()))
         if not math.isfinite(cosine + square):
