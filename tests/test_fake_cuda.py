@@ -23,7 +23,7 @@ from lostreg.inference.methods import METHODS, wanted_features
 from lostreg.inference.objectness import Facts, Objectness
 from lostreg.inference.options import Options
 from lostreg.methods.learned import LinearObjectness
-from lostreg.methods.lost import Bias, Candidates, Lost, lost_boxes, lost_maps, prepare
+from lostreg.methods.lost import Bias, Candidates, Lost, _tensors, lost_boxes, lost_maps, prepare
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.objectness import score_factors
 from lostreg.methods.similarity import Similarities, connections_to
@@ -150,7 +150,7 @@ def test_objects_mix_no_devices(bias: Bias, monkeypatch: pytest.MonkeyPatch) -> 
     with fake_gpu(monkeypatch):
         job = ObjectsJob(FeaturesJob(backbone, [("k", 1)]), Lost(bias, 10), normalize=True, convert=objects_of)
         search = job.start(pack)
-        on_host = [tensor for (maps,) in search.maps for tensor in vars(maps).values()]
+        on_host = [tensor for (maps,) in search.maps for tensor in _tensors(maps).values()]
         outcomes = job.finish(search, pack)
     assert {found.device for (found,) in search.features} == {DEVICE}
     assert {tensor.device.type for tensor in on_host} == {"cpu"}
@@ -199,7 +199,7 @@ def test_lost_on_features_of_the_gpu_mixes_no_devices(bias: Any, kept: int, monk
         if isinstance(bias, str) and bias != "auto":
             bias = torch.zeros(3) if bias == "one an image" else torch.zeros(3, 2, device=DEVICE)
         maps = lost_maps(features, (15, 20), bias, 100)
-        assert {tensor.device for tensor in vars(maps).values()} == {DEVICE}
+        assert {tensor.device for tensor in _tensors(maps).values()} == {DEVICE}
         scored = score_factors(features, np.ones((3, 2, 15, 20), dtype=bool))
         result = lost_boxes(features, (15, 20), bias)
     assert all(isinstance(factor, np.ndarray) for factor in scored)

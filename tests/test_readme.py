@@ -40,6 +40,7 @@ NOT_RUN = {
     "ray.data": "test_the_pipeline_of_ray_data_runs does",
     "mapInArrow": "takes Spark",
     "s3://": "takes a store: tests/datasets",
+    "fiftyone": "takes FiftyOne's database: tests/inference/test_discovery.py",
     "dog.jpg": "docs/python.md, of which tests/test_examples.py runs everything",
     "lost_objects": "the same",
     "find_registers": "takes a model with outliers: tests/artifacts",

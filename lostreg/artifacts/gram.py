@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.methods.exact import exact_float32
-from lostreg.methods.lost import Bias, lost_boxes, prepare
+from lostreg.methods.lost import Bias, find_candidates, prepare
 from lostreg.methods.similarity import Similarities
 
 EIGENVALUES: Final = 16
@@ -76,7 +76,7 @@ def view_gram(
         k_patches: low-degree patches that may join the seed, which matters to ``auto``.
         normalize: whether the degrees are of L2-normalised features; everything else is.
     """
-    found = lost_boxes(features[None], grid, bias, k_patches, normalize=normalize)
+    found = find_candidates(prepare(features[None], normalize=normalize), grid, bias, k_patches).best()
     degrees = found.degrees.flatten().numpy()
     unit = prepare(features, normalize=True)
     with exact_float32(unit.device):

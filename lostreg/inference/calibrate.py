@@ -64,7 +64,9 @@ def calibrate(
     """
     sources, seed = draw_sample(images, sample, seed), whole_seed(seed)
     options = discoverer.options
-    job = ObjectsJob(discoverer.features, Lost(_ladder, options.k_patches), normalize=True, convert=_convert)
+    job = ObjectsJob(
+        discoverer.features, Lost(_ladder, options.k_patches, options.scorer), normalize=True, convert=_convert
+    )
     outcomes = telling(discoverer.stream_of(job).outcomes(sources), len(sources), on_progress)
     found = [outcome for outcome in outcomes if not isinstance(outcome, ImageError)]
     if not found:

@@ -1,6 +1,7 @@
 """The result for one image."""
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from lostreg.images.stores import StoredImage
 from lostreg.jsonio import short_number
 
 if TYPE_CHECKING:
+    import fiftyone
     import pandas as pd
     import supervision
 
@@ -241,24 +243,47 @@ class Discovery:
         Raises:
             OptionError: if supervision is not installed.
         """
-        try:
-            from supervision import Detections
-        except ModuleNotFoundError as error:
-            if error.name != "supervision":
-                raise
-            raise OptionError('supervision is not installed: pip install "lostreg[supervision]"') from error
+        library = _optional("supervision", "lostreg[supervision]")
         count = len(self)
         pixels = np.zeros((count, self.height, self.width), dtype=bool) if masks else None
         if pixels is not None:
             for index in range(count):
                 pixels[index] = self.pixel_mask(index)
-        return Detections(
+        detections: supervision.Detections = library.Detections(
             xyxy=self.xyxy.astype(np.float32),
             mask=pixels,
             confidence=self.scores.astype(np.float32),
             class_id=np.zeros(count, dtype=int),
             data={"class_name": np.full(count, "object"), "seeds": self.seeds.copy()},
         )
+        return detections
+
+    def to_fiftyone(self, *, masks: bool = True) -> "fiftyone.Detections":
+        """What was found, as a label of a FiftyOne sample: ``sample["lostreg"] = found.to_fiftyone()``.
+
+        Args:
+            masks: whether masks go with the boxes: what of each lies in its box, as FiftyOne keeps it. Of one that was
+                refined that may not be all, unless the box was taken from it.
+
+        Returns:
+            Boxes as shares of the image's sides, scores as ``confidence``, label "object".
+
+        Raises:
+            OptionError: if FiftyOne is not installed.
+        """
+        library = _optional("fiftyone", "lostreg[fiftyone]")
+        sides = np.array([self.width, self.height] * 2)
+        corners = self.xyxy.round().astype(int)
+        labels = []
+        for index, (score, (x1, y1, x2, y2)) in enumerate(zip(self.scores.tolist(), corners.tolist(), strict=True)):
+            left, top, right, bottom = (self.xyxy[index] / sides).tolist()
+            label = library.Detection(label="object", confidence=score)
+            label.bounding_box = [left, top, right - left, bottom - top]
+            if masks:
+                label.mask = self.pixel_mask(index)[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)].copy()
+            labels.append(label)
+        detections: fiftyone.Detections = library.Detections(detections=labels)
+        return detections
 
     def _repr_png_(self) -> bytes:
         return encoded(self.plot(), ".png")
@@ -284,15 +309,21 @@ def to_pandas(discoveries: Iterable[Discovery]) -> "pd.DataFrame":
         0      0  dog.jpg    150
         1      1  dog.jpg    150
     """
-    try:
-        import pandas as pd
-    except ModuleNotFoundError as error:
-        if error.name != "pandas":
-            raise
-        raise OptionError("pandas is not installed: pip install pandas") from error
+    pandas = _optional("pandas", "pandas")
     rows = [
         (image, found._name, found.width, found.height, *box, score, *seed)
         for image, found in enumerate(discoveries)
         for box, score, seed in zip(found.xyxy.tolist(), found.scores.tolist(), found.seeds.tolist(), strict=True)
     ]
-    return pd.DataFrame(rows, columns=_COLUMNS)
+    table: pd.DataFrame = pandas.DataFrame(rows, columns=_COLUMNS)
+    return table
+
+
+def _optional(library: str, requirement: str) -> Any:
+    """A library that is not always there."""
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        if error.name != library:
+            raise
+        raise OptionError(f'{library} is not installed: pip install "{requirement}"') from error

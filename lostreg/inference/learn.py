@@ -54,7 +54,8 @@ def learn(
     options = discoverer.options
     features = FeaturesJob(discoverer.backbone, [(options.feature, options.layer), TOKENS], compiled=options.compile)
     bias = "auto" if options.method == "lost" else options.bias
-    job = ObjectsJob(features, parts(bias, options.k_patches), normalize=True, beside=1, convert=_lessons)
+    method = parts(bias, options.k_patches, scorer=options.scorer)
+    job = ObjectsJob(features, method, normalize=True, beside=1, convert=_lessons)
     errors: list[ImageError] = []
 
     def lessons() -> Iterator[Lesson]:

@@ -13,6 +13,7 @@ from lostreg.methods.dinoseg import attended_maps, dinoseg_objects
 from lostreg.methods.learned import LinearObjectness
 from lostreg.methods.lost import Bias, Lost, LostMaps, Maps, Objects, lost_maps
 from lostreg.methods.multi_object import find_objects
+from lostreg.methods.objectness import Scorer, object_scores
 from lostreg.methods.parts import find_parts, labels_of_pack
 from lostreg.methods.spectral import (
     MASKCUT_TAU,
@@ -46,7 +47,14 @@ class PartsMaps(Maps):
     tokens: tuple[Tensor, ...]
 
 
-def parts(bias: Bias, k_patches: int, head: LinearObjectness | None = None, *, several: bool = False) -> Method:
+def parts(
+    bias: Bias,
+    k_patches: int,
+    head: LinearObjectness | None = None,
+    *,
+    several: bool = False,
+    scorer: Scorer = object_scores,
+) -> Method:
     """Parts beside LOST's trials, see `lostreg.methods.parts`.
 
     Args:
@@ -54,6 +62,7 @@ def parts(bias: Bias, k_patches: int, head: LinearObjectness | None = None, *, s
         k_patches: as for `lost_boxes`.
         head: what a collection taught, if it ranks the candidates.
         several: whether several objects are wanted.
+        scorer: what scores objects and parts.
 
     Returns:
         What takes normalised features and, behind them, the output tokens of the last layer if they are wanted.
@@ -64,7 +73,8 @@ def parts(bias: Bias, k_patches: int, head: LinearObjectness | None = None, *, s
         clusters = labels_of_pack([features for features, *_ in runs], several=several)
         for (features, *tokens), labels, grid in zip(runs, clusters, grids, strict=True):
             chances = head.probabilities(tokens[0]) if head is not None else None
-            maps.append([PartsMaps(lost_maps(features, grid, bias, k_patches), labels, chances, tuple(tokens))])
+            lost = lost_maps(features, grid, bias, k_patches, scorer)
+            maps.append([PartsMaps(lost, labels, chances, tuple(tokens))])
         return maps
 
     return search
@@ -90,7 +100,8 @@ class Row:
 
 def _parts(options: ResolvedOptions, device: torch.device) -> Method:
     head = None if options.objectness is None else options.objectness.head.to(device)
-    return parts(options.bias, options.k_patches, head, several=options.max_objects > 1)
+    several = options.max_objects > 1
+    return parts(options.bias, options.k_patches, head, several=several, scorer=options.scorer)
 
 
 def _objects_of_parts(found: tuple[PartsMaps, Tensor, Grid], options: ResolvedOptions) -> list[Objects]:
@@ -101,18 +112,22 @@ def _objects_of_parts(found: tuple[PartsMaps, Tensor, Grid], options: ResolvedOp
 
 
 def _objects_of_maskcut(found: tuple[SpectralMaps, Tensor, Grid], options: ResolvedOptions) -> list[Objects]:
-    return maskcut_objects(*found, options.max_objects, options.min_score)
+    return maskcut_objects(*found, options.max_objects, options.min_score, options.scorer)
+
+
+def _of_one_object(objects: Callable[..., list[Objects]]) -> Callable[[Any, ResolvedOptions], list[Objects]]:
+    return lambda found, options: objects(*found, options.scorer)
 
 
 METHODS: Final = {
     "lost": Row(
-        lambda options, _: Lost(options.bias, options.k_patches),
+        lambda options, _: Lost(options.bias, options.k_patches, options.scorer),
         lambda found, options: find_objects(found, options.k_patches, options.max_objects, options.min_score),
     ),
     "parts": Row(_parts, _objects_of_parts),
     "tokencut": Row(
         lambda *_: _by_grid(lambda run, grid: spectral_maps(run[0], grid, TOKENCUT_TAU)),
-        lambda found, _: tokencut_objects(*found),
+        _of_one_object(tokencut_objects),
     ),
     "maskcut": Row(
         lambda *_: _by_grid(lambda run, grid: spectral_maps(run[0], grid, MASKCUT_TAU)),
@@ -120,7 +135,7 @@ METHODS: Final = {
     ),
     "dinoseg": Row(
         lambda *_: _by_grid(lambda run, grid: attended_maps(run[1].mT, grid)),  # the heads' attention is behind them
-        lambda found, _: dinoseg_objects(*found),
+        _of_one_object(dinoseg_objects),
     ),
 }
 

@@ -23,7 +23,9 @@ from lostreg.defaults import (
 from lostreg.errors import OptionError
 from lostreg.inference.calibration import Calibration
 from lostreg.inference.objectness import Objectness
-from lostreg.methods.bias import TRIALS, BiasFunction, OwnBias, check_bias, resolve_normalize
+from lostreg.methods.bias import TRIALS, check_bias, resolve_normalize
+from lostreg.methods.objectness import Scorer, object_scores
+from lostreg.methods.own import BiasFunction, OwnBias, OwnScore, ScoreFunction
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import resolve_layer
 from lostreg.models.own import OwnModel
@@ -32,7 +34,7 @@ from lostreg.models.table import FEATURES, Feature
 
 BoxFrom = Literal["patches", "mask"]
 BOX_SOURCES: Final[tuple[BoxFrom, ...]] = get_args(BoxFrom)
-AFTER_FORWARD: Final = ("method", "bias", "k_patches", "max_objects", "min_score", "refine", "box_from")
+AFTER_FORWARD: Final = ("method", "bias", "k_patches", "max_objects", "min_score", "score", "refine", "box_from")
 """The options that can be tried again on the same features."""
 
 
@@ -71,6 +73,9 @@ class Options:
         max_objects: how many objects of an image are looked for at most, at least 1, see
             `lostreg.methods.multi_object`. The first is the same whatever the number.
         min_score: further objects with a lower score are left out and end the search, in [0, 1]. The first is kept.
+        score: a function in the place of lostreg's own score, see docs/python.md: of one image's features, as for a
+            function as ``bias``, and K masks, (K, h, w), bool, on the device, it gives K numbers in [0, 1]. It chooses
+            among LOST's trials and the candidates of ``parts``, and is what results tell; they record its name.
         refine: whether masks are sharpened on the pixels, see `lostreg.images.masks`.
         box_from: ``patches``, or ``mask`` for boxes around the refined masks.
 
@@ -103,6 +108,7 @@ class Options:
     registers: RegisterNeurons | None = None
     max_objects: int = 1
     min_score: float = CLEAR_SCORE
+    score: ScoreFunction | OwnScore | None = None
     refine: bool = False
     box_from: BoxFrom = "patches"
 
@@ -112,10 +118,7 @@ class Options:
             if getattr(self, name) not in allowed:
                 listed = ", ".join(str(choice) for choice in allowed if choice is not None)
                 raise OptionError(f"{name} must be one of {listed}, not {getattr(self, name)!r}")
-        if callable(self.bias):
-            self._set("bias", self.bias if isinstance(self.bias, OwnBias) else OwnBias(self.bias))
-        elif not (self.bias is None or isinstance(self.bias, Calibration)):
-            self._set("bias", check_bias(self.bias))
+        self._take_functions()
         for name in ("k_patches", "batch_size", "max_side", "max_pixels", "max_objects"):
             if getattr(self, name) is not None or name not in ("batch_size", "max_side"):
                 self._set(name, whole_number(getattr(self, name), name))
@@ -128,10 +131,23 @@ class Options:
             raise OptionError(f"objectness must be an Objectness, such as a file's, not {shown(self.objectness)}")
         self._check_together()
 
+    def _take_functions(self) -> None:
+        """Name a bias and a score of the user's own; raise `OptionError` where they are neither that nor allowed."""
+        if callable(self.bias):
+            self._set("bias", self.bias if isinstance(self.bias, OwnBias) else OwnBias(self.bias))
+        elif not (self.bias is None or isinstance(self.bias, Calibration)):
+            self._set("bias", check_bias(self.bias))
+        if callable(self.score):
+            self._set("score", self.score if isinstance(self.score, OwnScore) else OwnScore(self.score))
+        elif self.score is not None:
+            raise OptionError(f"score must be a function of features and masks, not {shown(self.score)}")
+
     def _check_together(self) -> None:
         """Raise `OptionError` where options contradict each other."""
         if self.objectness is not None and self.method != "parts":
             raise OptionError(f"an objectness ranks the candidates of method 'parts', not of '{self.method}'")
+        if self.objectness is not None and self.score is not None:
+            raise OptionError("an objectness ranks candidates instead of a score: give one of the two")
         if self.box_from == "mask" and not self.refine:
             raise OptionError("boxes can be taken from masks that are refined: ask for refined masks, too")
 
@@ -189,6 +205,12 @@ class ResolvedOptions(Options):
     device: str
     precision: Literal["fp32", "bf16", "fp16"]
     batch_size: int
+    score: OwnScore | None = None
+
+    @property
+    def scorer(self) -> Scorer:
+        """What scores masks."""
+        return self.score or object_scores
 
     def with_changes(self, changes: Mapping[str, Any]) -> "ResolvedOptions":
         """The same with other options that need no other forward (`AFTER_FORWARD`); those that are None stay.
@@ -221,8 +243,8 @@ class ResolvedOptions(Options):
                 values["test_time_registers"] = value.describe() if value else None
             elif name == "objectness":
                 values["objectness"] = value.describe() if value else None
-            elif isinstance(value, OwnBias):
-                values["bias"] = value.name
+            elif isinstance(value, OwnBias | OwnScore):
+                values[name] = value.name
             else:
                 values[name] = value
         return {**values, "min_score": self.min_score if self.max_objects > 1 else None}

@@ -45,9 +45,10 @@ class Study:
 
         Args:
             changes: options in place of the discoverer's, as its keywords: ``method``, ``bias``, ``k_patches``,
-                ``max_objects``, ``min_score``, ``refine`` and ``box_from``. What is None is as the discoverer has it.
-                Features are normalised where the method or the bias ``auto`` needs it, whatever the discoverer does.
-                The first ``dinoseg`` of a discoverer with another method takes one more forward, as it reads attention.
+                ``max_objects``, ``min_score``, ``score``, ``refine`` and ``box_from``. What is None is as the
+                discoverer has it. Features are normalised where the method or the bias ``auto`` needs it, whatever the
+                discoverer does. The first ``dinoseg`` of a discoverer with another method takes one more forward, as it
+                reads attention.
 
         Raises:
             OptionError: if an option is out of its range, or needs another forward, or the method cannot be had of this

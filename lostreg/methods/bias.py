@@ -5,8 +5,7 @@ label, no other image and no number that belongs to a backbone takes part: docs/
 measurements.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final, Literal
 
@@ -21,29 +20,6 @@ TRIALS: Final = (0.0, -0.25, -0.5, -0.75, -1.0, -1.25)
 """Where ``auto`` draws the line between similar and not: standard deviations from an image's mean similarity."""
 
 _EQUAL: Final = 1e-6  # cosines as close to 1 as this are those of equal features, rounded
-
-
-BiasFunction = Callable[[Tensor], float]
-"""The features of one image, (N, D), float32, to its Gram bias."""
-
-
-@dataclass(frozen=True)
-class OwnBias:
-    """A bias that a function makes of each image's features."""
-
-    function: BiasFunction
-
-    @property
-    def name(self) -> str:
-        """What results call it."""
-        function = self.function
-        return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
-
-    def __call__(self, similarities: Similarities) -> Tensor:
-        """One bias an image, shape (B, 1); raises `OptionError` where the function gives no finite number."""
-        whose = f"the bias that {self.name} gives"
-        biases = [fixed_bias(self.function(image), name=whose) for image in similarities.features]
-        return similarities.features.new_tensor(biases)[:, None]
 
 
 def check_bias(bias: object) -> float | Literal["auto"]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lostreg.errors import OptionError
 from lostreg.methods.lost import Maps, Objects, main_objects, require_finite
+from lostreg.methods.objectness import Scorer, object_scores
 
 HEAD: Final = 4  # the fifth: what LOST's published code takes, of the six of a ViT-S
 
@@ -71,13 +72,16 @@ def attended_maps(attention: Tensor, grid: tuple[int, int], head: int = HEAD) ->
     )
 
 
-def dinoseg_objects(maps: AttendedMaps, features: Tensor, grid: tuple[int, int]) -> list[Objects]:
+def dinoseg_objects(
+    maps: AttendedMaps, features: Tensor, grid: tuple[int, int], scorer: Scorer = object_scores
+) -> list[Objects]:
     """DINO-seg's object of each image: the largest part, of equal ones the first in reading order.
 
     Args:
         maps: on the CPU.
         features: what the score compares, shape (B, N, D), float32, on any device, which is waited for.
         grid: (h, w), rows and columns of patches.
+        scorer: what scores the objects.
 
     Returns:
         One `Objects` an image, of one object each: its seed is its patch that is attended to most, its bias is 0, as
@@ -92,7 +96,7 @@ def dinoseg_objects(maps: AttendedMaps, features: Tensor, grid: tuple[int, int])
         ranks.shape
     )
     seeds = np.where(masks, ranks, grid[0] * grid[1]).reshape(-1, grid[0] * grid[1]).argmin(axis=1)
-    return main_objects(features, masks, seeds, ranks, 0.0)
+    return main_objects(features, masks, seeds, ranks, 0.0, scorer)
 
 
 def _largest_part(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -24,7 +24,8 @@ from lostreg.checks import shown, whole_number
 from lostreg.errors import OptionError
 from lostreg.methods.bias import check_bias, resolve_normalize, trial_biases
 from lostreg.methods.exact import exact_float32
-from lostreg.methods.objectness import near_one, object_scores
+from lostreg.methods.objectness import Scorer, near_one, object_scores
+from lostreg.methods.own import BiasFunction, OwnBias, OwnScore, ScoreFunction
 from lostreg.methods.similarity import Similarities
 
 OfMethod = TypeVar("OfMethod", bound="Maps")
@@ -92,10 +93,11 @@ class LostResult:
 def lost_boxes(
     features: Tensor,
     grid: tuple[int, int],
-    bias: Bias = 0.0,
+    bias: float | Literal["auto"] | Tensor | BiasFunction = 0.0,
     k_patches: int = 100,
     *,
     normalize: bool | None = None,
+    score: ScoreFunction | None = None,
 ) -> LostResult:
     """Find the main object of each image from its patch features.
 
@@ -103,19 +105,21 @@ def lost_boxes(
         features: shape (B, N, D), any floating dtype, finite.
         grid: (h, w), rows and columns of patches; N = h * w.
         bias: added to every similarity: one number, a tensor (B,) with one number an image, a tensor (B, K) with
-            several, a function that makes (B, K) of the images' `Similarities`, or ``auto``, which is
+            several, a function that makes the number of one image's features, (N, D), or ``auto``, which is
             `lostreg.methods.bias.trial_biases`. Of several, the one whose object has the highest score is kept.
         k_patches: how many patches of lowest degree may join the seed, at least 1; images with fewer patches
             use all of them.
         normalize: whether to scale every feature vector to length 1 first. None does so for ``auto`` alone,
             which is defined on cosine similarities.
+        score: a function in the place of lostreg's score: of one image's features, (N, D), and K masks, (K, h, w),
+            bool, it gives K numbers in [0, 1].
 
     Returns:
         A `LostResult` on the CPU.
 
     Raises:
         OptionError: if the shapes disagree, a number is of another kind or out of its range, ``auto`` meets
-            ``normalize=False``, or a feature is not finite.
+            ``normalize=False``, a feature is not finite, or a function answers with something else.
 
     Example:
         >>> features = torch.eye(3).repeat_interleave(torch.tensor([4, 14, 2]), dim=0)  # 20 patches of three kinds
@@ -126,11 +130,16 @@ def lost_boxes(
     See Also:
         `lost_objects` for several objects an image.
     """
-    return searched(features, grid, bias, k_patches, normalize).best()
+    return searched(features, grid, bias, k_patches, normalize, score).best()
 
 
 def searched(
-    features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: int, normalize: bool | None
+    features: Tensor,
+    grid: tuple[int, int],
+    bias: float | Literal["auto"] | Tensor | BiasFunction,
+    k_patches: int,
+    normalize: bool | None,
+    score: ScoreFunction | None,
 ) -> "Candidates":
     """What `lost_boxes` chooses from; takes and raises what it does."""
     if not isinstance(features, Tensor):
@@ -138,22 +147,26 @@ def searched(
     if features.ndim != 3:
         raise OptionError(f"features must have shape (B, N, D), not {tuple(features.shape)}")
     grid = _checked_grid(grid)
-    if not callable(bias) and not (isinstance(bias, Tensor) and bias.ndim):
-        bias = check_bias(bias)
-    normalize = resolve_normalize(bias, normalize, default=False)
-    return find_candidates(prepare(features, normalize=normalize), grid, bias, k_patches)
+    fixed = bias if callable(bias) or (isinstance(bias, Tensor) and bias.ndim) else check_bias(bias)
+    normalize = resolve_normalize(fixed, normalize, default=False)
+    added = OwnBias(fixed) if callable(fixed) else fixed
+    scorer = object_scores if score is None else OwnScore(score)
+    return find_candidates(prepare(features, normalize=normalize), grid, added, k_patches, scorer)
 
 
-def find_candidates(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: int) -> "Candidates":
+def find_candidates(
+    features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: int, scorer: Scorer = object_scores
+) -> "Candidates":
     """The object of each image at each bias; waits for the device.
 
     Args:
         features: shape (B, N, D), as `prepare` gives them.
-        grid: as for `lost_boxes`, like the rest.
-        bias: as there.
+        grid: as for `lost_boxes`.
+        bias: as for `lost_maps`, like the rest.
         k_patches: as there.
+        scorer: as there.
     """
-    return lost_maps(features, grid, bias, k_patches).to_host().candidates(features, grid)
+    return lost_maps(features, grid, bias, k_patches, scorer).to_host().candidates(features, grid)
 
 
 def prepare(features: Tensor, *, normalize: bool) -> Tensor:
@@ -177,17 +190,19 @@ class Lost:
     """LOST with its options.
 
     Attributes:
-        bias: as for `lost_boxes`.
+        bias: as for `lost_maps`.
         k_patches: as there.
+        scorer: as there.
     """
 
     bias: Bias
     k_patches: int
+    scorer: Scorer = object_scores
 
     def __call__(self, runs: Sequence[Sequence[Tensor]], grids: Sequence[tuple[int, int]]) -> list[list["LostMaps"]]:
         """`lost_maps` of several features of images of several grids."""
         return [
-            [lost_maps(features, grid, self.bias, self.k_patches) for features in run]
+            [lost_maps(features, grid, self.bias, self.k_patches, self.scorer) for features in run]
             for run, grid in zip(runs, grids, strict=True)
         ]
 
@@ -264,6 +279,7 @@ class LostMaps(Maps):
         seeds: patch index of each seed, shape (B, K), int64.
         bias: what was added to each image's similarities, shape (B, K), float32.
         finite: whether each image's features were, shape (B,), bool.
+        scorer: what scores the objects.
     """
 
     masks: Tensor
@@ -271,6 +287,7 @@ class LostMaps(Maps):
     seeds: Tensor
     bias: Tensor
     finite: Tensor
+    scorer: Scorer = object_scores
 
     def candidates(self, features: Tensor, grid: tuple[int, int]) -> Candidates:
         """The connected components around the seeds (LOST, section 3.4), and their scores. Takes maps on the CPU.
@@ -291,7 +308,7 @@ class LostMaps(Maps):
         components[seeds] = True  # an unsuitable bias: the seed itself is the answer, with no confidence
         components = components.reshape(*shape, *grid)
         with exact_float32(features.device):
-            scores = object_scores(features, components)
+            scores = self.scorer(features, components)
         return Candidates(components, np.where(connected, scores, np.float32(0)), connected, self, features)
 
 
@@ -315,14 +332,17 @@ def _copy_to_host(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def lost_maps(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: int) -> LostMaps:
+def lost_maps(
+    features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: int, scorer: Scorer = object_scores
+) -> LostMaps:
     """LOST up to the connected components, in memory that grows with the number of patches and not its square.
 
     Args:
         features: shape (B, N, D), as `prepare` gives them; of length 1 for ``auto``.
         grid: (h, w), rows and columns of patches; N = h * w.
-        bias: as for `lost_boxes`.
+        bias: as for `lost_boxes`, but a function makes (B, K) of the images' `Similarities`.
         k_patches: as for `lost_boxes`.
+        scorer: scores the objects that come of the maps.
 
     Returns:
         `LostMaps` on the device of the features. Whether these were finite is noted, not raised: asking would
@@ -339,7 +359,7 @@ def lost_maps(features: Tensor, grid: tuple[int, int], bias: Bias, k_patches: in
         part = slice(start, start + at_once)
         part_bias = bias[part] if isinstance(bias, Tensor) else bias
         with exact_float32(features.device):
-            parts.append(_maps_of_part(features[part], part_bias, k_patches))
+            parts.append(_maps_of_part(features[part], part_bias, k_patches, scorer))
     return joined_maps(parts)
 
 
@@ -431,7 +451,12 @@ def tight_boxes(masks: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def main_objects(
-    features: Tensor, masks: NDArray[np.bool_], seeds: NDArray[np.int64], heat: NDArray[np.int64], bias: float
+    features: Tensor,
+    masks: NDArray[np.bool_],
+    seeds: NDArray[np.int64],
+    heat: NDArray[np.int64],
+    bias: float,
+    scorer: Scorer,
 ) -> list[Objects]:
     """One object an image, and its score.
 
@@ -441,9 +466,10 @@ def main_objects(
         seeds: the patch index of each object's seed, shape (B,).
         heat: shape (B, h, w), int64.
         bias: that the objects were found with.
+        scorer: what scores them.
     """
     with exact_float32(features.device):
-        scores = object_scores(features, masks[:, None])
+        scores = scorer(features, masks[:, None])
     boxes, biases = tight_boxes(masks), np.full(len(masks), bias, dtype=np.float32)
     places = np.stack(np.divmod(seeds, masks.shape[2]), axis=1)
     images = [slice(image, image + 1) for image in range(len(masks))]
@@ -491,7 +517,7 @@ def _check_input(features: Tensor, grid: tuple[int, int], bias: Bias) -> None:
         raise OptionError("every bias must be a finite number, in float32 too")
 
 
-def _maps_of_part(features: Tensor, bias: Bias, k_patches: int) -> LostMaps:
+def _maps_of_part(features: Tensor, bias: Bias, k_patches: int, scorer: Scorer) -> LostMaps:
     batch, count, _ = features.shape
     finite = features.sum(dim=2).isfinite().all(dim=1)
     similarities = Similarities(features)
@@ -500,8 +526,6 @@ def _maps_of_part(features: Tensor, bias: Bias, k_patches: int) -> LostMaps:
         biases = biases[:, None] if biases.ndim == 1 else biases
     elif callable(bias):
         biases = bias(similarities)
-        if biases.ndim != 2 or len(biases) != batch or not biases.shape[1]:
-            raise OptionError(f"a bias function must give shape ({batch}, K), not {tuple(biases.shape)}")
     elif bias == "auto":
         biases = trial_biases(similarities)
     else:
@@ -509,4 +533,5 @@ def _maps_of_part(features: Tensor, bias: Bias, k_patches: int) -> LostMaps:
     # d_i = #{j ≠ i : F[i] · F[j] > -b}: the bias is the register paper's addition to LOST's section 3.2.
     degrees = similarities.counts_above(-biases)
     candidates = lowest_degrees(degrees, min(k_patches, count))  # the first is the seed p*
-    return LostMaps(expand_seed(features, candidates, biases), degrees, candidates[..., 0], biases, finite)
+    masks = expand_seed(features, candidates, biases)
+    return LostMaps(masks, degrees, candidates[..., 0], biases, finite, scorer)

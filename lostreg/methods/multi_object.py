@@ -7,6 +7,7 @@ first search, and a score still compares an object with all the rest of the imag
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from lostreg.checks import share, whole_number
 from lostreg.defaults import CLEAR_SCORE, K_PATCHES, OVERLAP
 from lostreg.images.boxes import pairwise_iou
 from lostreg.methods.exact import exact_float32
-from lostreg.methods.lost import Bias, Candidates, LostMaps, LostResult, Objects, expand_seed, lowest_degrees, searched
+from lostreg.methods.lost import Candidates, LostMaps, LostResult, Objects, expand_seed, lowest_degrees, searched
+from lostreg.methods.objectness import Scorer
+from lostreg.methods.own import BiasFunction, ScoreFunction
 from lostreg.methods.similarity import connections_to
 
 
@@ -24,12 +27,13 @@ from lostreg.methods.similarity import connections_to
 def lost_objects(
     features: Tensor,
     grid: tuple[int, int],
-    bias: Bias = 0.0,
+    bias: float | Literal["auto"] | Tensor | BiasFunction = 0.0,
     k_patches: int = K_PATCHES,
     *,
     max_objects: int = 5,
     min_score: float = CLEAR_SCORE,
     normalize: bool | None = None,
+    score: ScoreFunction | None = None,
 ) -> list[Objects]:
     """Find several objects of each image from its patch features: see `find_objects` for how.
 
@@ -41,6 +45,7 @@ def lost_objects(
         max_objects: of an image, at least 1.
         min_score: further objects with a lower score are left out and end the search, in [0, 1].
         normalize: as for `lost_boxes`.
+        score: as there.
 
     Returns:
         One `Objects` an image, in units of patches, the object of `lost_boxes` first.
@@ -55,7 +60,7 @@ def lost_objects(
         [[3, 3, 5, 4], [0, 0, 4, 1]]
     """
     max_objects, min_score = whole_number(max_objects, "max_objects"), share(min_score, "min_score")
-    return find_objects(searched(features, grid, bias, k_patches, normalize), k_patches, max_objects, min_score)
+    return find_objects(searched(features, grid, bias, k_patches, normalize, score), k_patches, max_objects, min_score)
 
 
 @torch.no_grad()
@@ -121,14 +126,24 @@ class _Rest:
         bias: shape (B, K), float32.
         degrees: connections of each patch to those that remain, shape (B, K, N), int64.
         among: the patches that remain, shape (B, N), bool.
+        scorer: what scores objects.
     """
 
-    def __init__(self, features: Tensor, grid: tuple[int, int], bias: Tensor, degrees: Tensor, among: Tensor) -> None:
+    def __init__(
+        self,
+        features: Tensor,
+        grid: tuple[int, int],
+        bias: Tensor,
+        degrees: Tensor,
+        among: Tensor,
+        scorer: Scorer,
+    ) -> None:
         self.features = features
         self.grid = grid
         self.bias = bias
         self.degrees = degrees
         self.among = among
+        self.scorer = scorer
 
     @classmethod
     def after(cls, candidates: Candidates, first: LostResult) -> "_Rest":
@@ -137,7 +152,7 @@ class _Rest:
         bias, degrees = maps.bias.to(features.device), maps.degrees.to(features.device)
         everything = torch.ones(degrees.shape[0], degrees.shape[2], dtype=torch.bool, device=features.device)
         height, width = candidates.masks.shape[2:]
-        rest = cls(features, (height, width), bias, degrees, everything)
+        rest = cls(features, (height, width), bias, degrees, everything, maps.scorer)
         rest.remove(first.masks)
         return rest
 
@@ -146,7 +161,8 @@ class _Rest:
         if len(images) == len(self.features):
             return self
         picked = torch.tensor(images, device=self.features.device)
-        return _Rest(self.features[picked], self.grid, self.bias[picked], self.degrees[picked], self.among[picked])
+        bias, degrees, among = self.bias[picked], self.degrees[picked], self.among[picked]
+        return _Rest(self.features[picked], self.grid, bias, degrees, among, self.scorer)
 
     def remove(self, masks: Tensor) -> None:
         """Take an object out of each graph; masks (B, h, w), bool, on any device."""
@@ -164,5 +180,5 @@ class _Rest:
         with exact_float32(self.features.device):
             masks = expand_seed(self.features, lowest, self.bias, self.among)
         finite = self.among.new_ones(len(self.features))
-        maps = LostMaps(masks, degrees, lowest[..., 0], self.bias, finite)
+        maps = LostMaps(masks, degrees, lowest[..., 0], self.bias, finite, self.scorer)
         return maps.to_host().candidates(self.features, self.grid)

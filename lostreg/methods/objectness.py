@@ -10,12 +10,16 @@ It takes no label and no knob of the data's. Three questions, each answered in [
   image's border.
 """
 
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+Scorer = Callable[[Tensor, NDArray[np.bool_]], NDArray[np.float32]]
+"""Scores masks, as `object_scores` gives them."""
 
 _SIZE_POWER: Final = 0.25
 _BORDER_POWER: Final = 4
@@ -28,7 +32,7 @@ _RESOLUTION: Final = 1e-6  # of float32: variance below this share of the featur
 def object_scores(features: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Score K masks of each image.
 
-    Scores do not change when all features are scaled or the map is mirrored. They are 0 for a mask that covers
+    Scorer do not change when all features are scaled or the map is mirrored. They are 0 for a mask that covers
     everything or nothing, and close to 0 for features that are all the same.
 
     Args:

@@ -29,7 +29,7 @@ from lostreg.methods.bias import on_device
 from lostreg.methods.exact import exact_float32
 from lostreg.methods.learned import taught_ranks
 from lostreg.methods.lost import Candidates, Objects, tight_boxes
-from lostreg.methods.objectness import Contrasts, contrasts, object_scores, size_factor
+from lostreg.methods.objectness import Contrasts, Scorer, contrasts, object_scores, size_factor
 
 CLUSTERS: Final = (2, 3, 4)
 FINE_CLUSTERS: Final = (6, 8)  # whose pieces are further objects alone: small ones win too often
@@ -208,18 +208,28 @@ class Parted(NamedTuple):
     Attributes:
         masks: shape (P, h, w), bool, each once: what LOST found with each bias, then coarse parts, then fine ones.
         scores: of each, shape (P,), float32, see `lostreg.methods.objectness`.
-        contrasts: of each, shape (P,).
+        contrasts: of each, shape (P,); None where a score of a user's own stands alone.
         leading: how many of the first ones may be the main object.
     """
 
     masks: Mask
     scores: NDArray[np.float32]
-    contrasts: Contrasts
+    contrasts: Contrasts | None
     leading: int
 
     def ranks(self) -> NDArray[np.float32]:
         """By what they are chosen where nothing was taught: score times local contrast, shape (P,)."""
-        return self.scores * self.contrasts.local
+        return self.scores if self.contrasts is None else self.scores * self.contrasts.local
+
+    def clear(self, taught: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """What holds between images, shape (P,); taught ranks as for `ranked_objects`.
+
+        score · apart / size^(1/2)        or, taught, rank · apart
+        """
+        if self.contrasts is None:
+            return self.scores
+        of_patches = self.scores / np.sqrt(size_factor(self.masks).clip(_LEAST_SIZE)) if taught is None else taught
+        return (of_patches * self.contrasts.apart).astype(np.float32)
 
 
 def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[Parted]:
@@ -240,7 +250,7 @@ def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[P
         leading.append(len(trials) + int((new < len(trials) + len(coarse)).sum()))
     masks = [np.concatenate(pair) for pair in zip(candidates.masks, parts, strict=True)]
     with exact_float32(candidates.features.device):
-        compared = _compare(candidates.features, masks)
+        compared = _compare(candidates.features, masks, candidates.maps.scorer)
     return [
         Parted(of_image, np.concatenate([of_trials, scores[len(of_trials) :]]), of_masks, count)
         for of_image, of_trials, (scores, of_masks), count in zip(
@@ -249,8 +259,16 @@ def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[P
     ]
 
 
-def _compare(features: Tensor, images: Sequence[Mask]) -> list[tuple[NDArray[np.float32], Contrasts]]:
-    """Scores and contrasts of each image's masks; of all images at once on a GPU, which would wait for the host."""
+def _compare(
+    features: Tensor, images: Sequence[Mask], scorer: Scorer
+) -> list[tuple[NDArray[np.float32], Contrasts | None]]:
+    """Scores and contrasts of each image's masks; of all images at once on a GPU, which would wait for the host.
+
+    A score of a user's own has no contrasts beside it.
+    """
+    if scorer is not object_scores:
+        images_alone = zip(features, images, strict=True)
+        return [(scorer(one[None], masks[None])[0], None) for one, masks in images_alone]
     if features.device.type == "cpu":
         batches = [(one[None], masks[None]) for one, masks in zip(features, images, strict=True)]
     else:
@@ -310,11 +328,8 @@ def ranked_objects(
 
     Overlap is an intersection over union of `lostreg.defaults.OVERLAP` or more. The main object is the best of those
     that may lead, by what was taught if anything was; further ones are chosen by `Parted.ranks`. What an object's own
-    score says has to hold between images, too. It is
-
-        score · apart / size^(1/2)        or, taught, rank · apart
-
-    and at most that of the main object, so that scores never rise from one object to the next; likewise a candidate's.
+    score says has to hold between images, too: it is `Parted.clear`, and at most that of the main object, so that
+    scores never rise from one object to the next; likewise a candidate's.
 
     Args:
         candidates: what LOST found.
@@ -333,8 +348,7 @@ def ranked_objects(
     ranks = parted.ranks()
     lead = ranks if taught is None else taught
     main = int(lead[:leading].argmax())
-    of_patches = parted.scores / np.sqrt(size_factor(masks).clip(_LEAST_SIZE)) if taught is None else taught
-    clear = (of_patches * parted.contrasts.apart).astype(np.float32)
+    clear = parted.clear(taught)
     kept = _suppress(boxes, ranks, main, max_objects)
     told = _told(boxes, lead, kept)
     clear = np.minimum(clear, clear[main])

@@ -40,6 +40,7 @@ from lostreg.methods.lost import (
     seed_components,
 )
 from lostreg.methods.multi_object import joined, may_count
+from lostreg.methods.objectness import Scorer, object_scores
 from lostreg.methods.similarity import Similarities, Tile
 
 TOKENCUT_TAU: Final = 0.2
@@ -98,7 +99,9 @@ def spectral_maps(features: Tensor, grid: tuple[int, int], tau: float) -> Spectr
         return joined_maps([_maps_of_part(part, tau) for part in torch.split(features, at_once)])
 
 
-def tokencut_objects(maps: SpectralMaps, features: Tensor, grid: tuple[int, int]) -> list[Objects]:
+def tokencut_objects(
+    maps: SpectralMaps, features: Tensor, grid: tuple[int, int], scorer: Scorer = object_scores
+) -> list[Objects]:
     """TokenCut's object of each image.
 
     Where there is nothing to cut, as all patches are similar to each other, that is all of them, with score 0.
@@ -107,6 +110,7 @@ def tokencut_objects(maps: SpectralMaps, features: Tensor, grid: tuple[int, int]
         maps: on the CPU.
         features: what they were made of, shape (B, N, D), on any device.
         grid: (h, w), rows and columns of patches.
+        scorer: what scores the objects.
 
     Returns:
         One `Objects` an image, of one object each: its seed is the patch of the largest |y|, its bias is minus tau, and
@@ -116,11 +120,16 @@ def tokencut_objects(maps: SpectralMaps, features: Tensor, grid: tuple[int, int]
         OptionError: if a feature was not finite.
     """
     require_finite(maps.finite)
-    return _as_objects(*_cut(maps, grid, corners=False), maps, features)
+    return _as_objects(*_cut(maps, grid, corners=False), maps, features, scorer)
 
 
 def maskcut_objects(
-    maps: SpectralMaps, features: Tensor, grid: tuple[int, int], max_objects: int, min_score: float
+    maps: SpectralMaps,
+    features: Tensor,
+    grid: tuple[int, int],
+    max_objects: int,
+    min_score: float,
+    scorer: Scorer = object_scores,
 ) -> list[Objects]:
     """MaskCut's objects of each image.
 
@@ -138,6 +147,7 @@ def maskcut_objects(
         grid: (h, w), rows and columns of patches.
         max_objects: at least 1.
         min_score: in [0, 1].
+        scorer: what scores the objects.
 
     Returns:
         One `Objects` an image, as those of `tokencut_objects`, with one object at least; the heat is that of the
@@ -148,7 +158,7 @@ def maskcut_objects(
     """
     require_finite(maps.finite)
     masks, values = _cut(maps, grid, corners=True)
-    objects = _as_objects(masks, values, maps, features)
+    objects = _as_objects(masks, values, maps, features, scorer)
     images = [image for image, one in enumerate(objects) if may_count(one, min_score)]
     latest, taken = masks.copy(), masks.copy()
     for _ in range(max_objects - 1):
@@ -158,7 +168,7 @@ def maskcut_objects(
         left = torch.from_numpy(~taken[images]).to(vectors).flatten(1)
         rest = spectral_maps(vectors * left[..., None], grid, maps.tau).to_host()
         masks, values = _cut(rest, grid, corners=True)
-        further = _as_objects(masks & ~taken[images], values, rest, vectors)
+        further = _as_objects(masks & ~taken[images], values, rest, vectors, scorer)
         goes_on = [
             may_count(one, min_score) and not repeated
             for one, repeated in zip(further, _repeats(masks, latest[images]), strict=True)
@@ -211,11 +221,11 @@ def _strongest(values: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def _as_objects(
-    masks: NDArray[np.bool_], values: NDArray[np.float64], maps: SpectralMaps, features: Tensor
+    masks: NDArray[np.bool_], values: NDArray[np.float64], maps: SpectralMaps, features: Tensor, scorer: Scorer
 ) -> list[Objects]:
     """One object an image; masks and values as `_cut` gives them."""
     seeds = _strongest(np.where(masks, values, -np.inf).reshape(maps.vectors.shape))
-    return main_objects(features, masks, seeds, maps.degrees.numpy().reshape(masks.shape), -maps.tau)
+    return main_objects(features, masks, seeds, maps.degrees.numpy().reshape(masks.shape), -maps.tau, scorer)
 
 
 def _maps_of_part(features: Tensor, tau: float) -> SpectralMaps:

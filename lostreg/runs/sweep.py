@@ -239,7 +239,7 @@ def _job(discoverer: Discoverer, pairs: Wanted, values: tuple[float, ...]) -> Ob
     other = METHODS[options.method].make(options, discoverer.backbone.device) if is_other else None
     return ObjectsJob(
         FeaturesJob(discoverer.backbone, wanted, compiled=options.compile),
-        _Both(Lost(with_trials(values), options.k_patches), other, len(pairs)),
+        _Both(Lost(with_trials(values), options.k_patches, options.scorer), other, len(pairs)),
         normalize=True,
         beside=0 if options.objectness is None else 1,
         convert=partial(_convert, patch_size=discoverer.backbone.spec.patch_size, count=len(pairs), options=options),

@@ -16,14 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lostreg.defaults import METHODS
 from lostreg.errors import BackboneError, ImageError, LostregWarning, OptionError
 from lostreg.images.decode import read_image
 from lostreg.inference.discoverer import Discoverer, _has_quick_bf16, resolve_device
 from lostreg.inference.options import Options
 from lostreg.inference.study import Study
+from lostreg.methods.objectness import object_scores
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.table import BACKBONES
 
+PUBLISHED = ("tokencut", "maskcut", "dinoseg")
 _cached: dict[str, Discoverer] = {}
 
 
@@ -221,6 +224,7 @@ def test_options_are_plain_values_that_say_what_was_chosen(backbone: Backbone) -
         "test_time_registers": None,
         "max_objects": 1,
         "min_score": None,
+        "score": None,
         "refine": False,
         "box_from": "patches",
     }
@@ -464,6 +468,76 @@ def test_a_function_is_the_bias_of_each_image_and_results_record_its_name(backbo
     record = json.loads(json.dumps(named.options.record()))
     assert record["bias"].endswith("._minus_mean")
     assert record["normalize"] is True
+
+
+def _smallest(features: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """The smaller, the better; it checks what it is given."""
+    assert torch.allclose(features.norm(dim=1), torch.ones(len(features)))
+    assert masks.dtype == torch.bool
+    assert masks.shape[1] * masks.shape[2] == len(features)
+    return 1 - masks.float().mean(dim=(1, 2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_function_is_the_score_of_each_method(backbone: Backbone, method: str) -> None:
+    options = {"device": "cpu", "method": method, "bias": None if method in PUBLISHED else "auto"}
+    own = Discoverer(backbone, score=_smallest, max_objects=3, min_score=0.0, **options)
+    for image in (scene(1), scene(3)):
+        found = own.discover(image)
+        sizes = found.masks.mean(axis=(1, 2), dtype=np.float64)
+        assert found.scores[0] == pytest.approx(1 - sizes[0], abs=1e-6)
+        if method in PUBLISHED:
+            assert (found.masks[0] == Discoverer(backbone, **options).discover(image).masks[0]).all()
+        assert same(found, pickle.loads(pickle.dumps(own)).discover(image))
+        study = Study(Discoverer(backbone, **options, max_objects=3, min_score=0.0), image)
+        assert same(found, study.discover(score=_smallest))
+        assert not same(found, study.discover())
+    record = json.loads(json.dumps(own.options.record()))
+    assert record["score"].endswith("._smallest")
+    assert Discoverer(backbone, **options).options.record()["score"] is None
+
+
+def test_a_function_ranks_lost_and_parts_alone(backbone: Backbone) -> None:
+    for image in (scene(number) for number in range(4)):
+        lost, parts = (
+            Discoverer(backbone, device="cpu", bias="auto", method=method, score=_smallest).discover(image)
+            for method in ("lost", "parts")
+        )
+        assert parts.mask.sum() <= lost.mask.sum()  # LOST's trials are among the candidates
+        assert parts.candidates is not None
+        assert parts.candidates[:, 4].max() == parts.scores[0]
+
+
+def test_the_score_of_ones_own_that_is_ours_changes_nothing(backbone: Backbone) -> None:
+    def ours(features: torch.Tensor, masks: torch.Tensor) -> np.ndarray:
+        return object_scores(features[None], masks[None].numpy())[0]
+
+    for method in ("lost", *PUBLISHED):
+        options = {"device": "cpu", "method": method, "max_objects": 3, "min_score": 0.1}
+        plain, own = Discoverer(backbone, **options), Discoverer(backbone, score=ours, **options)
+        assert all(same(plain.discover(image), own.discover(image)) for image in (scene(1), scene(3)))
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (None, "not NoneType"),
+        ("0.5", "not str"),
+        (0.5, r"not shape \(\)"),
+        (torch.zeros(2, 2), r"not shape \(2, 2\)"),
+        ([0.5] * 6 + [0.5], r"not shape \(7,\)"),
+        ([0.5] * 5 + [float("nan")], "not nan"),
+        ([0.5] * 5 + [1.5], "not 1.5"),
+    ],
+)
+def test_a_score_function_has_to_give_a_share_for_each_mask(backbone: Backbone, answer: Any, told: str) -> None:
+    with pytest.raises(OptionError, match=rf"score .*<lambda> must give 6 numbers in \[0, 1\], one a mask, {told}"):
+        Discoverer(backbone, bias="auto", score=lambda _, __: answer, device="cpu").discover(scene(0))
+
+
+def test_what_is_no_function_is_no_score(backbone: Backbone) -> None:
+    with pytest.raises(OptionError, match=r"score must be a function of features and masks, not 0\.5"):
+        Discoverer(backbone, score=0.5)
 
 
 @pytest.mark.parametrize("answer", ["0.5", float("nan"), None, torch.zeros(2), 1e39])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from lostreg.errors import LostregError, OptionError
 from lostreg.images.draw import score_text
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery, to_pandas
+from lostreg.inference.options import BoxFrom
 from lostreg.models.backbone import Backbone
 from lostreg.runs.predictions import from_discovery, read_predictions
 
@@ -47,10 +49,36 @@ def test_what_objects_were_chosen_from_has_its_shape(found: Discovery, unfit: di
         dataclasses.replace(found, **unfit)  # type: ignore[arg-type]
 
 
-def test_without_supervision_the_way_to_it_is_named(found: Discovery, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(OptionError, match=r'pip install "lostreg\[supervision\]"'):
-        found.to_supervision()
+@pytest.mark.parametrize("library", ["supervision", "fiftyone"])
+def test_without_a_library_the_way_to_it_is_named(
+    found: Discovery, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(OptionError, match=rf'pip install "lostreg\[{library}\]"'):
+        getattr(found, f"to_{library}")()
+
+
+@pytest.mark.parametrize("box_from", ["patches", "mask"])
+def test_fiftyone_gets_shares_of_the_image_and_masks_of_the_boxes(
+    backbone: Backbone, box_from: BoxFrom, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FiftyOne spreads a mask over its box."""
+    stands_in = SimpleNamespace(Detection=SimpleNamespace, Detections=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "fiftyone", stands_in)
+    options = {"max_objects": 3, "min_score": 0.0, "refine": True, "box_from": box_from}
+    found = Discoverer(backbone, device="cpu", max_side=99, **options).discover(disc_picture())
+    labels = found.to_fiftyone().detections
+    assert len(labels) == len(found) > 1
+    for index, label in enumerate(labels):
+        left, top, width, height = np.multiply(label.bounding_box, [150, 110, 150, 110])
+        np.testing.assert_allclose([left, top, left + width, top + height], found.xyxy[index], atol=1e-4)
+        assert (label.label, label.confidence) == ("object", found.scores[index])
+        x, y = round(left), round(top)
+        assert label.mask.shape == (round(top + height) - y, round(left + width) - x)
+        expected = found.pixel_mask(index)
+        assert np.array_equal(expected[y : y + label.mask.shape[0], x : x + label.mask.shape[1]], label.mask)
+        assert box_from == "patches" or label.mask.sum() == expected.sum()
+    assert not any(hasattr(label, "mask") for label in found.to_fiftyone(masks=False).detections)
 
 
 def test_the_repr_is_one_short_line(found: Discovery) -> None:
@@ -94,5 +122,5 @@ def test_the_picture_is_saved_in_the_format_of_its_suffix(found: Discovery, tmp_
 
 def test_without_pandas_the_way_to_it_is_named(found: Discovery, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(OptionError, match="pip install pandas"):
+    with pytest.raises(OptionError, match=r"pip install .pandas"):
         found.to_pandas()

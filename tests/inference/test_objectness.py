@@ -181,6 +181,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         ({"method": "parts", "normalize": False}, "'parts' is defined on normalised features"),
         ({"objectness": "self", "method": "parts"}, "objectness must be an Objectness, such as a file's, not 'self'"),
         ({"objectness": objectness()}, "ranks the candidates of method 'parts', not of 'lost'"),
+        ({"objectness": objectness(), "method": "parts", "score": max}, "instead of a score: give one of the two"),
         ({"objectness": objectness(backbone="dinov2_vits14"), "method": "parts"}, "learned on dinov2_vits14, not on"),
         (
             {"objectness": objectness(weights="others"), "method": "parts"},

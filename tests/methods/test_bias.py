@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lostreg.errors import OptionError
 from lostreg.methods.bias import check_bias, limits, resolve_normalize, trial_biases
-from lostreg.methods.lost import lost_boxes, lost_maps, prepare
+from lostreg.methods.lost import find_candidates, lost_boxes, lost_maps, prepare
 from lostreg.methods.similarity import Similarities
 
 STEPS = [0, -0.25, -0.5, -0.75, -1, -1.25]
@@ -146,9 +146,10 @@ def test_auto_keeps_the_first_of_the_highest_scores_of_its_trials() -> None:
 
 def test_auto_is_a_function_of_the_similarities_like_any_other() -> None:
     features = torch.randn(3, 42, 6) + 0.5
-    biases = trial_biases(Similarities(prepare(features, normalize=True)))
+    vectors = prepare(features, normalize=True)
+    biases = trial_biases(Similarities(vectors))
     automatic = lost_boxes(features, (6, 7), "auto")
     for same in (trial_biases, biases):
-        result = lost_boxes(features, (6, 7), same, normalize=True)
+        result = find_candidates(vectors, (6, 7), same, 100).best()
         for name in ("xyxy", "scores", "seeds", "degrees", "masks", "bias"):
             assert torch.equal(getattr(result, name), getattr(automatic, name))
