@@ -23,7 +23,7 @@ from lostreg.inference.methods import METHODS, wanted_features
 from lostreg.inference.objectness import Facts, Objectness
 from lostreg.inference.options import Options
 from lostreg.methods.learned import LinearObjectness
-from lostreg.methods.lost import Bias, Candidates, Lost, _tensors, lost_boxes, lost_maps, prepare
+from lostreg.methods.lost import Bias, Candidates, Lost, _tensors, find_candidates, lost_maps, prepare
 from lostreg.methods.multi_object import find_objects
 from lostreg.methods.objectness import score_factors
 from lostreg.methods.similarity import Similarities, connections_to
@@ -201,7 +201,7 @@ def test_lost_on_features_of_the_gpu_mixes_no_devices(bias: Any, kept: int, monk
         maps = lost_maps(features, (15, 20), bias, 100)
         assert {tensor.device for tensor in _tensors(maps).values()} == {DEVICE}
         scored = score_factors(features, np.ones((3, 2, 15, 20), dtype=bool))
-        result = lost_boxes(features, (15, 20), bias)
+        result = find_candidates(features, (15, 20), bias, 100).best()
     assert all(isinstance(factor, np.ndarray) for factor in scored)
     assert {tensor.device.type for tensor in vars(result).values()} == {"cpu"}
 

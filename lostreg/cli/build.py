@@ -120,6 +120,18 @@ def with_objectness(
     return discoverer.with_objectness(found)
 
 
+def transductive(args: argparse.Namespace, discoverer: "Discoverer", images: "Sequence[ImageSource]") -> int:
+    """How many of the images that are evaluated taught what ranks their candidates; told where that is not known."""
+    objectness = discoverer.options.objectness
+    if objectness is None:
+        return 0
+    shared = objectness.shared_with(images)
+    if shared is None and args.objectness != "self":
+        tell(f"{args.objectness} does not know which images taught it: if these did, figures are transductive")
+        return 0
+    return objectness.facts.images if shared is None else shared
+
+
 def _earlier(kept: Path, wanted: int) -> "RegisterNeurons | None":
     """The neurons that an earlier run into the same folder found; None where there was none.
 

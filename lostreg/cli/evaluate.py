@@ -13,6 +13,7 @@ from lostreg.cli.build import (
     chosen_backbones,
     make_discoverer,
     open_benchmark,
+    transductive,
     with_objectness,
     with_registers,
 )
@@ -117,6 +118,7 @@ def _evaluate(
     paths = [example.source for example in benchmark.examples]
     discoverer = with_registers(args, discoverer, paths, kept=out / REGISTERS_FILE)
     discoverer = with_objectness(args, discoverer, paths, kept=out / OBJECTNESS_FILE)
+    taught = transductive(args, discoverer, paths)
     plots: list[Path] = []
     workers = asked_workers(args, session, discoverer)
     with ProgressBar(backbone) as bar:
@@ -130,7 +132,7 @@ def _evaluate(
             extra={
                 "limit": args.limit,
                 "no_hard": args.no_hard,
-                **({"transductive": True} if args.objectness == "self" else {}),
+                **({"transductive": True} if taught else {}),
             },
             workers=workers,
             on_progress=bar,
@@ -141,7 +143,7 @@ def _evaluate(
     check_written(plots)
     low, high = evaluation.score.wilson_interval()
     how = "" if args.method == "lost" else f", {args.method}"
-    how += ", ranked by what its own images taught (transductive)" if args.objectness == "self" else ""
+    how += f", ranked by what {taught} of its images taught (transductive)" if taught else ""
     print(f"{backbone}{how} on {benchmark.title}: 95 % interval {low:.2f} to {high:.2f}")
     if evaluation.auc is not None:
         print(f"a hit has the higher score than a miss in {100 * evaluation.auc:.0f} % of pairs (AUC)")

@@ -10,6 +10,7 @@ from lostreg.cli.build import (
     REGISTERS_FILE,
     make_discoverer,
     open_benchmark,
+    transductive,
     with_objectness,
     with_registers,
 )
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
     with folder_of(args.out) as folder:
         discoverer = with_registers(args, discoverer, paths, kept=folder / REGISTERS_FILE)
         discoverer = with_objectness(args, discoverer, paths, kept=folder / OBJECTNESS_FILE)
+        marks = {"transductive": True} if transductive(args, discoverer, paths) else {}
         with ProgressBar(args.backbone) as bar:
             rows = sweep(
                 benchmark,
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
                 args.biases,
                 folder,
                 overwrite=args.overwrite,
-                extra={"limit": args.limit, "no_hard": args.no_hard},
+                extra={"limit": args.limit, "no_hard": args.no_hard, **marks},
                 on_progress=bar,
             )
         plot_sweep(folder / _PLOT, rows, f"{args.backbone} on {benchmark.title}, {len(benchmark)} images")

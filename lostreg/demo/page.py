@@ -406,7 +406,7 @@ class Page:
         found = visitor.discover(
             max_objects=int(objects),
             method=method,
-            bias="auto" if automatic else float(bias),
+            bias=float(bias) if METHODS[method].has_bias and not automatic else "auto",
             refine=masks == "refined",
         )
         assert visitor.study is not None  # noqa: S101 - discover saw to it

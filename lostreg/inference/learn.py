@@ -14,7 +14,7 @@ from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob, Grid, ObjectsJob
 from lostreg.inference.methods import TOKENS, PartsMaps, parts
-from lostreg.inference.objectness import Facts, Objectness
+from lostreg.inference.objectness import Facts, Objectness, fingerprints
 from lostreg.inference.stream import draw_sample
 from lostreg.methods.learned import fit
 from lostreg.methods.parts import candidate_masks
@@ -79,6 +79,7 @@ def learn(
             images=len(sources) - len(errors),
             unreadable=len(errors),
             seed=seed,
+            names=fingerprints(sources),
         ),
     )
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +15,9 @@ from safetensors.torch import save
 
 from lostreg.checks import whole_number, whole_seed
 from lostreg.errors import ObjectnessError, OptionError
+from lostreg.images.decode import ImageSource, name_of
+from lostreg.images.files import ImageFile
+from lostreg.images.stores import StoredImage
 from lostreg.jsonio import as_dataclass, read_json, whole_file
 from lostreg.methods.learned import LinearObjectness
 
@@ -30,6 +35,8 @@ class Facts:
         images: how many unlabelled images taught it.
         unreadable: how many more could not be read.
         seed: of the sample of images.
+        names: fingerprints of the names of these images' files, without folders, as `fingerprints` gives them; None of
+            a file that does not know them.
     """
 
     backbone: str
@@ -37,10 +44,18 @@ class Facts:
     images: int
     unreadable: int
     seed: int
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         plain: dict[str, Any] = {name: whole_number(getattr(self, name), name, least=0) for name in _COUNTS}
         vars(self).update(plain | {"seed": whole_seed(self.seed)})
+
+
+def fingerprints(images: Iterable[ImageSource]) -> tuple[str, ...]:
+    """Of each image's file name, without its folder, the first 16 digits of SHA-256; sorted. No name, none."""
+    named = (name_of(image) for image in images if isinstance(image, str | os.PathLike | ImageFile | StoredImage))
+    digests = {hashlib.sha256(os.fsencode(PurePath(name).name)).hexdigest()[:16] for name in named}
+    return tuple(sorted(digests))
 
 
 _COUNTS: Final = ("images", "unreadable")
@@ -50,7 +65,8 @@ _COUNTS: Final = ("images", "unreadable")
 class Objectness:
     """How likely a patch is part of an object, learned from unlabelled images of one backbone: see `learn`.
 
-    A figure that was measured with it on the images that taught it is transductive: say so beside it.
+    A figure that was measured with it on the images that taught it is transductive: say so beside it, see
+    `shared_with`.
 
     Attributes:
         head: the linear map on the output tokens of the last layer.
@@ -82,6 +98,11 @@ class Objectness:
         if len(self.head.weight) != width:
             raise OptionError(f"the objectness is of tokens of {len(self.head.weight)} dimensions, not of {width}")
 
+    def shared_with(self, images: Iterable[ImageSource]) -> int | None:
+        """How many of these images are, by the names of their files, among those that taught; None if unknown."""
+        names = self.facts.names
+        return None if names is None else len(set(names) & set(fingerprints(images)))
+
     def save(self, path: str | Path) -> None:
         """Write the safetensors file that ``--objectness FILE`` takes.
 
@@ -111,7 +132,7 @@ class Objectness:
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"its format is {metadata.get('format')!r}")
                 weight, bias = file.get_tensor("weight"), file.get_tensor("bias")
-                facts = as_dataclass(Facts, read_json(metadata["facts"]))
+                facts = as_dataclass(Facts, {"names": None} | read_json(metadata["facts"]))
             if weight.ndim != 1 or bias.shape != (1,) or {weight.dtype, bias.dtype} != {torch.float32}:
                 shapes = f"{tuple(weight.shape)} and {tuple(bias.shape)}"
                 raise ValueError(f"expected a weight (D,) and a bias (1,) of float32, not {shapes}")

@@ -18,6 +18,7 @@ from lostreg.defaults import (
     MAX_SIDE,
     METHODS,
     PRECISIONS,
+    PUBLISHED_METHODS,
     Precision,
 )
 from lostreg.errors import OptionError
@@ -146,6 +147,13 @@ class Options:
         """Raise `OptionError` where options contradict each other."""
         if self.objectness is not None and self.method != "parts":
             raise OptionError(f"an objectness ranks the candidates of method 'parts', not of '{self.method}'")
+        if self.method in PUBLISHED_METHODS and not (self.bias is None or self.bias == "auto"):
+            raise OptionError(f"method '{self.method}' has no bias: leave it out, or use 'lost' or 'parts'")
+        if self.method != "lost" and self.normalize is False:
+            raise OptionError(f"method '{self.method}' is defined on normalised features: normalise, or use 'lost'")
+        if isinstance(self.bias, Calibration) and self.normalize is False:
+            raise OptionError("a calibrated bias is defined on normalised features: give a number, or normalise")
+        resolve_normalize(self.bias, self.normalize, default=False)
         if self.objectness is not None and self.score is not None:
             raise OptionError("an objectness ranks candidates instead of a score: give one of the two")
         if self.box_from == "mask" and not self.refine:
@@ -166,14 +174,10 @@ class Options:
         bias, normalize = self.bias, self.normalize
         if isinstance(bias, Calibration):
             bias.require(spec.name, backbone.weights, feature, layer)
-            if normalize is False:
-                raise OptionError("a calibrated bias is defined on normalised features: give a number, or normalise")
             bias, normalize = bias.bias, True
         if bias is None:
             bias = spec.bias if self.method == "lost" else "auto"
         if self.method != "lost":
-            if normalize is False:
-                raise OptionError(f"method '{self.method}' is defined on normalised features: normalise, or use 'lost'")
             normalize = True
         if self.method == "dinoseg" and not spec.class_token:
             raise OptionError(f"dinoseg reads the attention of the CLS token, which {spec.name} does not have")
@@ -215,8 +219,8 @@ class ResolvedOptions(Options):
     def with_changes(self, changes: Mapping[str, Any]) -> "ResolvedOptions":
         """The same with other options that need no other forward (`AFTER_FORWARD`); those that are None stay.
 
-        Features are then normalised where the method, ``auto`` or a function needs it, and an objectness goes with
-        ``parts`` alone.
+        Features are then normalised where the method, ``auto`` or a function needs it. An objectness goes with
+        ``parts`` alone, and a published method has no bias.
 
         Raises:
             OptionError: if one needs another forward or does not exist, or is out of its range.
@@ -229,6 +233,8 @@ class ResolvedOptions(Options):
         given = {"method": self.method, **{name: value for name, value in changes.items() if value is not None}}
         if given["method"] != "parts":
             given["objectness"] = None
+        if given["method"] in PUBLISHED_METHODS:
+            given.setdefault("bias", "auto")
         bias = given.get("bias", self.bias)
         if given["method"] != "lost" or bias == "auto" or callable(bias):
             given["normalize"] = True

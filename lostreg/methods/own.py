@@ -1,4 +1,7 @@
-"""A bias and a score of a user's own: functions of one image's features, checked each time they answer."""
+"""A bias and a score of a user's own: functions of one image's features, checked each time they answer.
+
+They get copies: what they change in place changes no result.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,7 +41,7 @@ class OwnBias(_Own):
     def __call__(self, similarities: Similarities) -> Tensor:
         """One bias an image, shape (B, 1); raises `OptionError` where the function gives no finite number."""
         whose = f"the bias that {self.name} gives"
-        biases = [fixed_bias(self.function(image), name=whose) for image in similarities.features]
+        biases = [fixed_bias(self.function(image.clone()), name=whose) for image in similarities.features]
         return similarities.features.new_tensor(biases)[:, None]
 
 
@@ -53,7 +56,7 @@ class OwnScore(_Own):
         return np.array(scores, dtype=np.float32).reshape(masks.shape[:2])
 
     def _scores(self, features: Tensor, masks: Tensor) -> NDArray[np.float32]:
-        given = self.function(features, masks)
+        given = self.function(features.clone(), masks.clone())
         try:
             scores = torch.as_tensor(given).detach().to("cpu", torch.float32).numpy()
         except (RuntimeError, TypeError, ValueError) as error:

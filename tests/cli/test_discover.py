@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -422,15 +424,42 @@ def test_eval_says_where_what_ranks_comes_from(tmp_path: Path, capsys: pytest.Ca
         return main(["eval", "voc", "--root", str(root), "--out", str(to), *what])
 
     assert evaluate(out, "self") == 0
-    assert ", parts, ranked by what its own images taught (transductive) on " in capsys.readouterr().out
+    assert ", parts, ranked by what 6 of its images taught (transductive) on " in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert results["benchmark"]["transductive"] is True
     kept = (out / "predictions.jsonl").read_bytes()
     assert evaluate(out, "self") == 0
     assert (out / "predictions.jsonl").read_bytes() == kept
     assert evaluate(tmp_path / "file", str(out / "objectness.safetensors")) == 0
-    assert "transductive" not in json.loads((tmp_path / "file" / "results.json").read_text())["benchmark"]
+    assert json.loads((tmp_path / "file" / "results.json").read_text())["benchmark"] == results["benchmark"]
     assert (tmp_path / "file" / "predictions.jsonl").read_bytes() == kept
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("shared", [0, 2, None])
+def test_figures_on_images_that_taught_are_called_transductive(
+    tmp_path: Path, shared: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, file, out = write_voc(tmp_path / "voc", 6), tmp_path / "o.safetensors", tmp_path / "out"
+    teachers = tmp_path / "teachers"
+    teachers.mkdir()
+    for place, photo in enumerate(sorted((root / "JPEGImages").iterdir())):
+        is_same = shared is not None and place < shared
+        shutil.copy(photo, teachers / (photo.name if is_same else f"other{photo.name}"))
+    assert main(["learn", str(teachers), "--out", str(file), *FAST]) == 0
+    if shared is None:  # as files were before they knew
+        learned = Objectness.load(file)
+        replace(learned, facts=replace(learned.facts, names=None)).save(file)
+    for command, results in (("eval", "results.json"), ("sweep", "sweep.json")):
+        capsys.readouterr()
+        to, what = str(out / command), ["--method", "parts", "--objectness", str(file), *FAST]
+        assert main([command, "voc", "--root", str(root), "--out", to, *what]) == 0
+        told = capsys.readouterr()
+        assert ("does not know which images taught it" in told.err) == (shared is None)
+        if command == "eval":
+            assert ("ranked by what 2 of its images taught (transductive)" in told.out) == bool(shared)
+        marks = json.loads((out / command / results).read_text())["benchmark"]
+        assert marks.get("transductive", False) is bool(shared)
 
 
 def test_frames_of_a_film_are_photos(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lostreg.defaults import METHODS
+from lostreg.defaults import METHODS, PUBLISHED_METHODS
 from lostreg.errors import BackboneError, ImageError, LostregWarning, OptionError
 from lostreg.images.decode import read_image
 from lostreg.inference.discoverer import Discoverer, _has_quick_bf16, resolve_device
@@ -26,7 +26,6 @@ from lostreg.methods.objectness import object_scores
 from lostreg.models.backbone import Backbone, build_backbone, find_spec
 from lostreg.models.table import BACKBONES
 
-PUBLISHED = ("tokencut", "maskcut", "dinoseg")
 _cached: dict[str, Discoverer] = {}
 
 
@@ -480,13 +479,13 @@ def _smallest(features: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_function_is_the_score_of_each_method(backbone: Backbone, method: str) -> None:
-    options = {"device": "cpu", "method": method, "bias": None if method in PUBLISHED else "auto"}
+    options = {"device": "cpu", "method": method, "bias": None if method in PUBLISHED_METHODS else "auto"}
     own = Discoverer(backbone, score=_smallest, max_objects=3, min_score=0.0, **options)
     for image in (scene(1), scene(3)):
         found = own.discover(image)
         sizes = found.masks.mean(axis=(1, 2), dtype=np.float64)
         assert found.scores[0] == pytest.approx(1 - sizes[0], abs=1e-6)
-        if method in PUBLISHED:
+        if method in PUBLISHED_METHODS:
             assert (found.masks[0] == Discoverer(backbone, **options).discover(image).masks[0]).all()
         assert same(found, pickle.loads(pickle.dumps(own)).discover(image))
         study = Study(Discoverer(backbone, **options, max_objects=3, min_score=0.0), image)
@@ -512,7 +511,7 @@ def test_the_score_of_ones_own_that_is_ours_changes_nothing(backbone: Backbone) 
     def ours(features: torch.Tensor, masks: torch.Tensor) -> np.ndarray:
         return object_scores(features[None], masks[None].numpy())[0]
 
-    for method in ("lost", *PUBLISHED):
+    for method in ("lost", *PUBLISHED_METHODS):
         options = {"device": "cpu", "method": method, "max_objects": 3, "min_score": 0.1}
         plain, own = Discoverer(backbone, **options), Discoverer(backbone, score=ours, **options)
         assert all(same(plain.discover(image), own.discover(image)) for image in (scene(1), scene(3)))

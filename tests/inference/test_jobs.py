@@ -16,7 +16,7 @@ from lostreg.inference.discovery import Discovery
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.inference.options import Options
 from lostreg.inference.postprocess import discoveries as as_discoveries
-from lostreg.methods.lost import Bias, Candidates, Lost, lost_boxes
+from lostreg.methods.lost import Bias, Candidates, Lost, find_candidates, lost_boxes
 from lostreg.methods.similarity import Similarities
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import patch_features
@@ -167,6 +167,6 @@ def test_neighbours_of_one_grid_are_one_run(backbone: Backbone) -> None:
     found = job.candidates(search)
     assert [run[0].masks.shape for run in found] == [(3, 3, 8, 11), (1, 3, 2, 2), (1, 3, 1, 1)]
     for batch, grid, (candidates,) in zip(search.features, search.grids, found, strict=True):
-        expected = lost_boxes(batch[0], grid, biases)
+        expected = find_candidates(batch[0], grid, biases, 100).best()
         assert torch.equal(candidates.best().xyxy, expected.xyxy)
         assert torch.equal(candidates.best().scores, expected.scores)

@@ -1,6 +1,7 @@
 """What a collection taught: learned, kept in a file, ranking candidates; and methods that a discoverer is told."""
 
 import dataclasses
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -85,7 +86,9 @@ def test_learning_sees_every_image_once_and_says_where_it_comes_from(backbone: B
     found = learn([*pictures, tmp_path / "none.jpg"], discoverer, on_progress=seen.append)
     assert [progress.done for progress in seen] == [1, 2, 3, 4, 5, 6]
     assert [progress.error is not None for progress in seen] == [False] * 5 + [True]
-    assert found.facts == dataclasses.replace(FACTS, images=5, unreadable=1)
+    digest = hashlib.sha256(b"none.jpg").hexdigest()[:16]  # the others have no names
+    assert found.facts == dataclasses.replace(FACTS, images=5, unreadable=1, names=(digest,))
+    assert found.shared_with(["a/none.jpg", Path("none.jpg"), "none.png", pictures[0]]) == 1
     lessons = []
     for picture in pictures:
         keys, tokens, grid = features_of(backbone, picture)
@@ -178,6 +181,9 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     ("options", "told"),
     [
         ({"method": "best"}, "method must be one of lost, parts"),
+        ({"method": "tokencut", "bias": -0.5}, "'tokencut' has no bias: leave it out"),
+        ({"method": "maskcut", "bias": lambda _: 0.0}, "'maskcut' has no bias"),
+        ({"bias": "auto", "normalize": False}, "defined on normalised features"),
         ({"method": "parts", "normalize": False}, "'parts' is defined on normalised features"),
         ({"objectness": "self", "method": "parts"}, "objectness must be an Objectness, such as a file's, not 'self'"),
         ({"objectness": objectness()}, "ranks the candidates of method 'parts', not of 'lost'"),

@@ -59,3 +59,15 @@ def test_functions_are_checked() -> None:
         lostreg.lost_boxes(FEATURES, GRID, lambda _: float("nan"))
     with pytest.raises(OptionError, match=r"the score .*lambda> must give 1 numbers in \[0, 1\], one a mask, not 2.0"):
         lostreg.lost_boxes(FEATURES, GRID, score=lambda *_: [2])
+
+
+def test_what_a_function_changes_changes_nothing() -> None:
+    def spoil(features: torch.Tensor, masks: torch.Tensor) -> list[float]:
+        scores = _large(features, masks)
+        features.zero_()
+        masks.zero_()
+        return scores
+
+    expected = lostreg.lost_boxes(FEATURES, GRID, _median, score=_large)
+    found = lostreg.lost_boxes(FEATURES, GRID, lambda one: (_median(one), one.zero_())[0], score=spoil)
+    assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in vars(found))
