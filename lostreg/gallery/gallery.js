@@ -205,19 +205,47 @@
   let isKept = true;
 
   function recall() {
-    const byImage = new Map(items.map((item) => [idOf(item), item]));
-    let entries = [];
     try {
-      entries = JSON.parse(localStorage.getItem(storage))?.images ?? [];
+      return take(JSON.parse(localStorage.getItem(storage))?.images ?? []).known;
     } catch {
       isKept = false;
+      return [];
     }
-    for (const entry of entries) {
+  }
+
+  // Decisions of a file or of the browser: the images that they are on, and how many have other boxes by now.
+  function take(entries) {
+    const byImage = new Map(items.map((item) => [idOf(item), item]));
+    const ids = new Set(entries.map((entry) => entry.image_id)), known = [];
+    const others = elsewhere.filter((entry) => !ids.has(entry.image_id));
+    elsewhere.splice(0, Infinity, ...others, ...entries.filter((entry) => !byImage.has(entry.image_id)));
+    const here = entries.filter((entry) => byImage.has(entry.image_id));
+    for (const entry of here) {
       const item = byImage.get(entry.image_id);
-      if (!item) elsewhere.push(entry);
-      else if (item.fingerprint === entry.fingerprint) decided.set(item, entry.decisions);
+      if (item.fingerprint !== entry.fingerprint || item.boxes.length !== entry.decisions.length) continue;
+      decided.set(item, entry.decisions);
+      known.push(item);
     }
-    return [...decided.keys()];
+    return { known, changed: here.length - known.length };
+  }
+
+  async function load(file) {
+    let told = "no file of decisions that this page saves";
+    try {
+      const { format, images } = JSON.parse(await file.text());
+      if (format === facts.decisions.format) {
+        const { known, changed } = take(images);
+        past.length = 0;
+        known.forEach(update);
+        if (open) mark();
+        keep();
+        told = `decisions on ${counted(known.length, "image")}`
+          + (changed ? `; ${counted(changed, "image")} left out, which by now has other boxes` : "");
+      }
+    } catch {
+      // told as it is
+    }
+    byId("loaded").textContent = `${file.name}: ${told}`;
   }
 
   function record() {
@@ -503,6 +531,11 @@
     arrange();
   });
   byId("save").addEventListener("click", save);
+  byId("load").addEventListener("click", () => byId("file").click());
+  byId("file").addEventListener("change", async ({ target }) => {
+    for (const file of target.files) await load(file);
+    target.value = "";  // so that the same file can be chosen again
+  });
   byId("undo").addEventListener("click", undo);
   byId("forget").addEventListener("click", forget);
   byId("grid").addEventListener("keydown", (event) => {

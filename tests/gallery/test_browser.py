@@ -329,6 +329,14 @@ def saved(driver: Any, folder: Path) -> dict[str, Any]:
     return found
 
 
+def loaded(driver: Any, file: Path) -> str:
+    """What the page says of a file of decisions that it is given."""
+    find(driver, "#file")[0].send_keys(str(file))
+    until(driver, f"document.querySelector('#loaded').textContent.startsWith('{file.name}')")
+    told: str = find(driver, "#loaded")[0].text
+    return told
+
+
 def tallies(driver: Any) -> dict[int, str]:
     script = (
         "return [...document.querySelectorAll('#grid li')]"
@@ -377,6 +385,14 @@ def test_boxes_are_rejected_and_kept_by_key_and_export_honours_what_is_saved(
     command = f"export '{run}' --format csv --out {tmp_path}/boxes.csv --decisions {tmp_path}/decisions.json"
     assert main(shlex.split(command)) == 0
     assert "exported 4 images, 3 boxes" in capsys.readouterr().out
+    find(driver, "#forget")[0].click()
+    driver.switch_to.alert.accept()
+    assert tallies(driver) == {}
+    assert loaded(driver, tmp_path / "decisions.json").endswith(": decisions on 4 images")
+    assert tallies(driver) == expected
+    assert find(driver, "#decided")[0].text == "3 rejected, 2 kept"
+    assert loaded(driver, run / "predictions.jsonl").endswith(": no file of decisions that this page saves")
+    assert tallies(driver) == expected
     assert console_errors(driver) == []
 
 
@@ -396,6 +412,11 @@ def test_decisions_on_other_boxes_are_forgotten_and_those_beyond_the_page_kept(d
     driver.switch_to.alert.accept()
     assert find(driver, "#decided")[0].text == "0 rejected, 0 kept"
     assert not find(driver, "#save")[0].is_enabled()
+    decisions["images"].append({"image_id": "b", "fingerprint": "0" * 16, "decisions": ["keep"]})
+    (tmp_path / "others.json").write_text(json.dumps(decisions))
+    told = "decisions on 1 image; 1 image left out, which by now has other boxes"
+    assert loaded(driver, tmp_path / "others.json") == f"others.json: {told}"
+    assert find(driver, "#decided")[0].text == "1 rejected, 1 kept"  # that of the image beyond the page, too
     assert console_errors(driver) == []
 
 
