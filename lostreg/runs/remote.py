@@ -28,6 +28,7 @@ from lostreg.runs.folder import locked
 
 _RUN_FILES: Final = (PREDICTIONS_FILE, MAPS_FILE, RESULTS_FILE)  # that reports and exports read
 _PREFIX: Final = "lostreg-"  # of temporary folders
+_PROBE: Final = "lostreg-probe"  # an empty file that is deleted at once
 
 
 @contextmanager
@@ -42,9 +43,9 @@ def folder_of(out: Path | str) -> Iterator[Path]:
         out: a folder of this machine, or the URI of a store's.
 
     Raises:
-        OptionError: if the store cannot be read.
-        PredictionsError: if it cannot be written to, and what was computed stays on this machine; or if another run of
-            this machine is writing there.
+        OptionError: if the store cannot be read, or written to when the run begins.
+        PredictionsError: if it cannot be written to at its end, and what was computed stays on this machine; or if
+            another run of this machine is writing there.
     """
     if isinstance(out, Path):
         yield out
@@ -66,6 +67,7 @@ def folder_of(out: Path | str) -> Iterator[Path]:
             part.mkdir()
             try:
                 fetch_folder(out, part)
+                _check_writable(out, held / "probe")
             except BaseException:
                 shutil.rmtree(held, ignore_errors=True)
                 raise
@@ -85,6 +87,15 @@ def folder_of(out: Path | str) -> Iterator[Path]:
         for uri in gone:
             if kind_at(uri) == "file":  # a store need not have what a run that was killed has left
                 delete_file(uri)
+
+
+def _check_writable(out: str, folder: Path) -> None:
+    """Raise `OptionError` where a store takes no file, before anything is computed for it."""
+    folder.mkdir()
+    (folder / _PROBE).touch()
+    store_folder(folder, out)
+    delete_file(join_uri(out, _PROBE))
+    shutil.rmtree(folder)
 
 
 @contextmanager

@@ -158,11 +158,13 @@ def test_several_backbones_that_were_killed_go_on_from_this_machine(
     command = ["eval", "voc", "--root", str(write_voc(tmp_path / "voc", 3)), "--out", server.uri(f"{bucket}/two")]
     command += ["--device", "cpu", "--backbone", "imgfocus_vits14", "dino_vits16"]
 
-    def killed(*_: object) -> None:
-        raise MemoryError
+    def killed(folder: Path, _: str) -> None:
+        if folder.name == "run":
+            raise MemoryError
 
     with monkeypatch.context() as patch:  # what is computed stays on this machine, as after a kill
         patch.setattr("lostreg.runs.remote.store_folder", killed)
+        patch.setattr("lostreg.runs.remote.delete_file", lambda _: None)
         assert main(command) == 2
     assert contents(server.uri(f"{bucket}/two")) == {}
     capsys.readouterr()
@@ -211,6 +213,7 @@ REFUSED = {
     "another machine": ("export file://there/run --format csv --out {x}.csv", "it names the machine 'there'"),
     "no bucket": ("export {run} --format csv --out s3://{bucket}-none/x.csv", "cannot be written to"),
     "a run into a file": ("eval sample --out {run}/results.json", "is a file: expected a folder"),
+    "a run into no bucket": ("eval sample --out s3://{bucket}-none/run", "cannot be written to"),
     "a run where nobody may": ("eval sample --out {closed}", "cannot be read (When"),
 }
 
@@ -244,6 +247,7 @@ def test_what_does_not_go_is_one_line_and_changes_nothing(
     assert len(told) == 1
     assert message in told[0]
     assert str(tmp_path) not in told[0]
+    assert "what was computed" not in told[0]
     assert contents(server.uri(bucket)) == before
 
 
