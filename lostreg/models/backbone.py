@@ -15,6 +15,7 @@ from timm.models import Eva, VisionTransformer
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lostreg.checks import shown, whole_number
 from lostreg.errors import BackboneError, OptionError
@@ -132,6 +133,8 @@ class Backbone:
         return replace(self, model=placed_copy(self.model, device, dtype))
 
 
+_DRAWN: Final = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default, torch.ops.aten.erfinv_.default)
+_RAND: Final = torch.ops.aten.rand.default  # from which mixed rotary embeddings begin
 _LOG: Final = logging.getLogger(__name__)
 _TIMM_MODULES: Final = ("vision_transformer", "deit", "eva")
 _BLOCKS: Final = (Block, ResPostBlock, EvaBlock, EvaBlockPostNorm)
@@ -204,6 +207,9 @@ def check_supported(spec: BackboneSpec, model: nn.Module) -> None:
                 f"'{spec.timm_name}' has {type(block).__name__} blocks with {attention}: its queries, keys "
                 f"and values are not those of {', '.join(kind.__name__ for kind in _ATTENTIONS)}"
             )
+    channels = model.patch_embed.proj.in_channels
+    if channels != 3:
+        raise BackboneError(f"'{spec.timm_name}' takes images of {channels} channels: expected 3, for RGB")
     height, width = model.patch_embed.patch_size
     if height != width:
         raise BackboneError(f"'{spec.timm_name}' has {height}x{width} patches: expected square ones")
@@ -220,7 +226,7 @@ def fill_row(spec: BackboneSpec, model: nn.Module) -> BackboneSpec:
         int(model.patch_embed.patch_size[0]),  # type: ignore[index, union-attr]
         int(model.num_prefix_tokens) - int(class_token),  # type: ignore[arg-type]
         spec.feature,
-        str(model.pretrained_cfg.get("license") or spec.licence),  # type: ignore[operator, union-attr]
+        str((getattr(model, "pretrained_cfg", None) or {}).get("license") or spec.licence),
         spec.training,
         class_token=class_token,
     )
@@ -254,20 +260,36 @@ def load_backbone(
     """
     spec = find_spec(name)
     if weights is not None:
-        backbone = build_backbone(spec)
+        with _Unfilled():  # type: ignore[no-untyped-call]
+            backbone = build_backbone(spec)
         added = checkpoints.added_registers(Path(weights))
         if added:
             backbone = with_new_registers(backbone, added)
         source = checkpoints.load_file_into(backbone.model, Path(weights))
     elif spec.offline:
-        backbone = build_backbone(spec)
+        with _Unfilled():  # type: ignore[no-untyped-call]
+            backbone = build_backbone(spec)
         source = checkpoints.load_offline_into(backbone.model)
     else:
-        with checkpoints.hub_weights(spec.timm_name) as source:
+        with checkpoints.hub_weights(spec.timm_name) as source, _Unfilled():  # type: ignore[no-untyped-call]
             backbone = build_backbone(spec, pretrained=True)
     _LOG.debug("%s: %d blocks, weights: %s", name, backbone.depth, source)
     backbone.model.to(dtype).to(device)  # a device never holds what is only to be rounded
     return replace(backbone, weights=source)
+
+
+class _Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it a model is built without random weights: all are loaded, and PyTorch's generator belongs to the user.
+
+    What is drawn into a tensor leaves it as it is, in this thread alone.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _DRAWN:
+            return args[0]
+        return (torch.ops.aten.zeros.default if func is _RAND else func)(*args, **(kwargs or {}))
 
 
 def with_new_registers(backbone: Backbone, count: int) -> Backbone:

@@ -163,7 +163,8 @@ def own_backbone(
 ) -> Backbone:
     """A model of one's own as a backbone; `Discoverer` calls this for a model that it is given.
 
-    A timm `VisionTransformer` or `Eva` is copied, weights and all, and can do what a backbone of the table can.
+    A timm `VisionTransformer` or `Eva` is copied, weights and all, and can do what a backbone of the table can. Of a
+    subclass the steps of the forward have to be timm's: with other ones, it is called within a function.
 
     Anything else that can be called is a function: of images (B, 3, H, W), RGB, float32, normalised, with zeros where
     they are padded on the right and bottom to multiples of the patch size, to features (B, N, D) and their grid
@@ -194,6 +195,13 @@ def own_backbone(
         >>> lostreg.Discoverer(backbone, device="cpu").discover("dog.jpg").degrees.shape
         (7, 10)
     """
+    is_parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    inner: Any = getattr(model, "module" if is_parallel else "_orig_mod", None)  # the second of torch.compile
+    if isinstance(inner, VisionTransformer | Eva):
+        raise BackboneError(
+            f"expected the {type(inner).__name__} itself, not {type(model).__name__} around it; compiled blocks are an "
+            "option of Discoverer, compile=True"
+        )
     if isinstance(model, nn.Module) and model.training and not isinstance(model, VisionTransformer | Eva):
         raise BackboneError(f"{type(model).__name__} is in training mode: call its eval() first")
     if isinstance(model, VisionTransformer | Eva):
@@ -210,6 +218,7 @@ def _of_timm(
     name = str(name or config.get("architecture") or type(model).__name__)
     spec = BackboneSpec(name, name, 0, 0, "k", "of its weights", "of one's own")
     check_supported(spec, model)
+    _check_no_own_code(name, model)
     for block in model.blocks:
         qkv: Any = block.attn.qkv  # type: ignore[union-attr]
         if qkv is not None and getattr(type(qkv), "forward", None) is not nn.Linear.forward:
@@ -227,6 +236,22 @@ def _of_timm(
         _channels(config.get("std") or IMAGENET_DEFAULT_STD if std is None else std, "std", above=0.0),
         f"given sha256:{_fingerprint(own)}",
     )
+
+
+def _check_no_own_code(name: str, model: VisionTransformer | Eva) -> None:
+    """Refuse a step of one's own where `Forward` computes timm's in its place; all else is called as it is."""
+    steps: list[Any] = [model.forward, model.forward_features, model.forward_intermediates, model._pos_embed]
+    parts = [model.patch_embed.proj, model.patch_drop, model.blocks]
+    for block in model.blocks:
+        parts += [block, block.attn, getattr(block, "ls1", None), getattr(block, "ls2", None)]
+    steps += [part.forward for part in parts if isinstance(part, nn.Module)]
+    for step in steps:
+        if not str(step.__module__).startswith(("timm.", "torch.")):
+            own = getattr(step, "__qualname__", type(step).__name__)
+            raise BackboneError(
+                f"'{name}' has a {own} of its own, in whose place timm's would be computed: give a function of images "
+                "that calls the model, see own_backbone"
+            )
 
 
 def _of_function(
