@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -107,10 +108,20 @@ def test_dir_and_help_list_every_public_name_once_and_in_its_group() -> None:
 
 def test_type_checkers_are_told_of_every_public_name() -> None:
     tree = ast.parse(Path(str(lostreg.__file__)).read_text(encoding="utf-8"))
-    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    block, _ = [node for node in tree.body if isinstance(node, ast.If)]
     told = [alias for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
     assert sorted(alias.name for alias in told) == sorted(lostreg.__all__)
     assert all(alias.asname == alias.name for alias in told)  # else mypy takes them for private
+
+
+@pytest.mark.parametrize("package", [lostreg, lostreg.artifacts])
+def test_type_checkers_are_told_of_no_other_name(package: ModuleType) -> None:
+    """For them any name is there where a module has a `__getattr__`."""
+    tree = ast.parse(Path(str(package.__file__)).read_text(encoding="utf-8"))
+    hidden = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "not TYPE_CHECKING"]
+    seen = [node for node in tree.body if node not in hidden]
+    assert hidden
+    assert not any(getattr(node, "name", None) == "__getattr__" for part in seen for node in ast.walk(part))
 
 
 def test_the_version_is_said_once() -> None:

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -190,6 +190,12 @@ def check_several(images: object) -> None:
     is_one = is_one or ((isinstance(images, np.ndarray) or _is_tensor(images)) and images.ndim < 4)  # type: ignore[attr-defined]
     if is_one or not isinstance(images, Iterable):
         raise OptionError(f"expected several images, such as a list of paths, got one {type(images).__name__}")
+
+
+def listed(images: Iterable[Item]) -> Sequence[Item]:
+    """Images that can be asked for by number, of any iterable; raises as `check_several`."""
+    check_several(images)
+    return images if isinstance(images, Sequence) else list(images)
 
 
 def name_of(source: object) -> str:

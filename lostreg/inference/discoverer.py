@@ -229,6 +229,17 @@ class Discoverer:
         return discoveries(found[0], pictures, patch_size, self.options, keep_pixels=keep_pixels)
 
 
+def check_discoverer(value: object, order: str) -> None:
+    """Raise `OptionError` where something else stands for a discoverer, as where arguments are swapped.
+
+    Args:
+        value: that stands for it.
+        order: of the arguments, in words.
+    """
+    if not isinstance(value, Discoverer):
+        raise OptionError(f"expected {order}, not {shown(value)} in its place")
+
+
 def _with_bar(outcomes: Iterator[Item], images: Iterable[ImageSource]) -> Iterator[Item]:
     from tqdm.auto import tqdm
 

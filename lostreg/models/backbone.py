@@ -26,6 +26,12 @@ from lostreg.models.table import BACKBONES, BackboneSpec, check_name
 from lostreg.text import did_you_mean
 
 
+def check_backbone(value: object) -> None:
+    """Raise `OptionError` where something else stands for a backbone, such as its name."""
+    if not isinstance(value, Backbone):
+        raise OptionError(f"expected a Backbone, such as load_backbone gives, not {shown(value)} in its place")
+
+
 @dataclass(frozen=True)
 class Backbone:
     """A frozen model in evaluation mode, and what is needed to feed it.

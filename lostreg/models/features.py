@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lostreg.checks import LARGEST, whole_number
 from lostreg.errors import OptionError
-from lostreg.models.backbone import Backbone
+from lostreg.models.backbone import Backbone, check_backbone
 from lostreg.models.forward import Forward
 from lostreg.models.own import FunctionBackbone, FunctionFeatures
 from lostreg.models.table import FEATURES, Feature
@@ -69,6 +69,7 @@ def collect_features(backbone: Backbone, images: Tensor, wanted: Wanted) -> list
     Raises:
         OptionError: as for `patch_features`, and if nothing is wanted.
     """
+    check_backbone(backbone)
     extractor = feature_extractor(backbone, wanted)
     _check_images(backbone, images)
     patch = backbone.spec.patch_size
