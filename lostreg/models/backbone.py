@@ -157,6 +157,8 @@ def find_spec(name: str) -> BackboneSpec:
     Raises:
         BackboneError: if there is no such row or no such timm model; the nearest names are suggested.
     """
+    if not isinstance(name, str):
+        raise OptionError(f"expected the name of a backbone, not {shown(name)}")
     if name in BACKBONES:
         return BACKBONES[name]
     check_name(name)
@@ -238,6 +240,28 @@ def fill_row(spec: BackboneSpec, model: nn.Module) -> BackboneSpec:
     )
 
 
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that ``auto`` or a name stands for.
+
+    Raises:
+        OptionError: if PyTorch does not know the device, or it is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise OptionError(f"device must be auto, cpu, cuda, cuda:N or mps, not {shown(device)}") from error
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(found.type, False):
+        raise OptionError(f"device '{device}' was asked for, but PyTorch finds none here; try --device cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device '{device}' was asked for, but there are {torch.cuda.device_count()} GPUs")
+    return found
+
+
 def load_backbone(
     name: str,
     *,
@@ -252,10 +276,11 @@ def load_backbone(
         weights: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.tar`` file in timm's naming or that of
             the original DINO, DINOv2 or DeiT-III release, alone or within a training checkpoint (of several networks
             the teacher or moving average); None takes the hub's (or the offline extra's) weights.
-        device: where the model goes.
+        device: where the model goes; ``auto`` takes a GPU where there is one.
         dtype: precision of its parameters.
 
     Raises:
+        OptionError: if the device is not there, or the precision is of no floating-point numbers.
         BackboneError: if the name is unknown, the model unsupported, or no weights can be had.
         WeightsError: if the file is unreadable, or lacks a tensor, or has one too many.
 
@@ -264,7 +289,9 @@ def load_backbone(
         >>> backbone.spec.patch_size, backbone.prefix_names
         (14, ['CLS', 'register 1', 'register 2', 'register 3', 'register 4'])
     """
-    spec = find_spec(name)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OptionError(f"dtype must be a floating-point one of PyTorch, not {shown(dtype)}")
+    device, spec = resolve_device(device), find_spec(name)
     if weights is not None:
         with _Unfilled():  # type: ignore[no-untyped-call]
             backbone = build_backbone(spec)

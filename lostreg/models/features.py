@@ -76,6 +76,8 @@ def collect_features(backbone: Backbone, images: Tensor, wanted: Wanted) -> list
     grid = (images.shape[2] // patch, images.shape[3] // patch)
     rows = images.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1)  # (B, h, w, p, p, 3)
     pixels = rows.reshape(len(images), grid[0] * grid[1], patch * patch * 3).to(backbone.device)
+    if not len(images):
+        raise OptionError("expected at least one image")
     found = extractor(list(pixels), [grid] * len(images))
     return [packed.view(len(images), -1, packed.shape[1]) for packed in found]
 
@@ -158,6 +160,8 @@ def resolve_layer(backbone: Backbone, layer: int) -> int:
 
 def _check_images(backbone: Backbone, images: Tensor) -> None:
     patch = backbone.spec.patch_size
+    if not isinstance(images, Tensor):
+        raise OptionError(f"images must be a tensor (B, 3, H, W), not {type(images).__name__}")
     if images.ndim != 4 or images.shape[1] != 3:
         raise OptionError(f"images must have shape (B, 3, H, W), not {tuple(images.shape)}")
     height, width = images.shape[-2:]

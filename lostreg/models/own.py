@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from lostreg.checks import shown
 from lostreg.errors import BackboneError, OptionError
-from lostreg.models.backbone import Backbone, check_supported, fill_row
+from lostreg.methods.lost import is_features
+from lostreg.models.backbone import Backbone, check_supported, fill_row, resolve_device
 from lostreg.models.pixels import joined
 from lostreg.models.registers import RegisterNeurons
 from lostreg.models.table import BackboneSpec
@@ -183,7 +183,7 @@ def own_backbone(
     Raises:
         BackboneError: if it is a model that lostreg cannot read, or the function fails on the blank image or gives
             something else.
-        OptionError: if mean and std are not three numbers each.
+        OptionError: if mean and std are not three numbers in [0, 1] each, or the device is not there.
 
     Example:
         >>> def colours(images):  # the mean colour of each 16x16 patch
@@ -208,7 +208,7 @@ def own_backbone(
         return _of_timm(model, name, mean, std)
     if not callable(model):
         raise OptionError(f"backbone must be a name, a Backbone, a timm model or a function, not {shown(model)}")
-    return _of_function(model, name, mean, std, torch.device(device))
+    return _of_function(model, name, mean, std, resolve_device(device))
 
 
 def _of_timm(
@@ -233,7 +233,7 @@ def _of_timm(
         fill_row(spec, own),
         own,
         _channels(config.get("mean") or IMAGENET_DEFAULT_MEAN if mean is None else mean, "mean"),
-        _channels(config.get("std") or IMAGENET_DEFAULT_STD if std is None else std, "std", above=0.0),
+        _channels(config.get("std") or IMAGENET_DEFAULT_STD if std is None else std, "std"),
         f"given sha256:{_fingerprint(own)}",
     )
 
@@ -280,7 +280,7 @@ def _of_function(
         spec,
         _Called(function),
         _channels(IMAGENET_DEFAULT_MEAN if mean is None else mean, "mean"),
-        _channels(IMAGENET_DEFAULT_STD if std is None else std, "std", above=0.0),
+        _channels(IMAGENET_DEFAULT_STD if std is None else std, "std"),
         f"given sha256:{_fingerprint(function)}" if isinstance(function, nn.Module) else _plain(spec, features),
         dimensions=features.shape[2],
         place=device,
@@ -293,7 +293,7 @@ def _answer(name: str, answer: Any, images: Tensor) -> tuple[Tensor, Grid]:
     if not isinstance(answer, tuple | list) or len(answer) != 2:
         raise BackboneError(f"{expected}, not {_kind(answer)}")
     features, grid = answer
-    if not isinstance(features, Tensor) or features.ndim != 3 or not features.is_floating_point():
+    if not is_features(features) or features.ndim != 3 or not features.shape[2]:
         raise BackboneError(f"{expected}: the features are {_kind(features)}")
     try:
         rows, columns = (int(side) for side in grid)
@@ -313,14 +313,14 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
 
 
-def _channels(values: Sequence[float], name: str, above: float = -math.inf) -> tuple[float, float, float]:
+def _channels(values: Sequence[float], name: str) -> tuple[float, float, float]:
     try:
         red, green, blue = (float(value) for value in values)
     except (TypeError, ValueError) as error:
         raise OptionError(f"{name} must be three numbers, not {shown(values)}") from error
-    if not all(above < value < math.inf for value in (red, green, blue)):
-        kind = "finite numbers" if above else "numbers above 0"
-        raise OptionError(f"{name} must be three {kind}, not {shown(values)}")
+    if not all(0 <= value <= 1 and (value or name == "mean") for value in (red, green, blue)):
+        kind = "numbers in [0, 1]" if name == "mean" else "numbers above 0, 1 at most"
+        raise OptionError(f"{name} must be three {kind}, as of pixels in [0, 1], not {shown(values)}")
     return red, green, blue
 
 

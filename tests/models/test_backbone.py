@@ -11,7 +11,7 @@ from random_models import DEPTH, NARROW, OTHERS
 from small_vit import NAME, save_weights, small
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lostreg.errors import BackboneError, LostregError
+from lostreg.errors import BackboneError, LostregError, OptionError
 from lostreg.models.backbone import (
     Backbone,
     _Unfilled,
@@ -89,6 +89,20 @@ def test_a_backbone_that_is_loaded_leaves_the_user_s_random_numbers_alone(tmp_pa
     loaded = load_backbone(NAME, weights=weights).model.state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in small().model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"name": 3}, "expected the name of a backbone, not 3"),
+        ({"device": "nope"}, "device must be auto, cpu"),
+        ({"dtype": torch.int8}, "dtype must be a floating-point one of PyTorch, not torch.int8"),
+        ({"dtype": "float32"}, "not 'float32'"),
+    ],
+)
+def test_what_cannot_be_loaded_so_is_refused_before_it_is(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(OptionError, match=told):
+        load_backbone(**{"name": "dinov2_vitg14", **given})
 
 
 @pytest.mark.parametrize("name", BACKBONES)

@@ -208,6 +208,9 @@ def test_discoverers_of_functions_travel() -> None:
         (lambda images: images, r"not a tensor \(1, 3, 448, 448\) of torch.float32"),
         (lambda images: (images, (32, 32)), r"the features are a tensor \(1, 3, 448, 448\)"),
         (lambda _: (torch.ones(1, 4, 2, dtype=torch.int64), (2, 2)), "of torch.int64"),
+        (lambda _: (torch.ones(1, 4, 0), (2, 2)), r"the features are a tensor \(1, 4, 0\)"),
+        (lambda _: (torch.ones(1, 4, 2).to_sparse(), (2, 2)), r"the features are a tensor \(1, 4, 2\)"),
+        (lambda _: (torch.ones(1, 4, 2, device="meta"), (2, 2)), r"the features are a tensor \(1, 4, 2\)"),
         (lambda _: (torch.ones(1, 4, 2), 2), "the grid is 2"),
         (lambda _: (torch.ones(1, 5, 2), (2, 2)), r"shape \(1, 4, D\), not \(1, 5, 2\); CLS and registers are dropped"),
         (lambda _: (torch.ones(2, 4, 2), (2, 2)), r"not \(2, 4, 2\)"),
@@ -265,7 +268,10 @@ def test_a_module_in_training_mode_is_refused() -> None:
     ("options", "told"),
     [
         ({"mean": ()}, "mean must be three numbers, not"),
-        ({"mean": (0.5, float("nan"), 0.5)}, "mean must be three finite numbers"),
+        ({"mean": (0.5, float("nan"), 0.5)}, r"mean must be three numbers in \[0, 1\]"),
+        ({"mean": (123, 117, 104)}, r"mean must be three numbers in \[0, 1\], .*not \(123, 117, 104\)"),
+        ({"std": (58, 57, 57)}, "std must be three numbers above 0, 1 at most"),
+        ({"device": "nope"}, "device must be auto, cpu"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be three numbers above 0"),
     ],
 )
