@@ -241,7 +241,7 @@ def _of_timm(
 def _check_no_own_code(name: str, model: VisionTransformer | Eva) -> None:
     """Refuse a step of one's own where `Forward` computes timm's in its place; all else is called as it is."""
     steps: list[Any] = [model.forward, model.forward_features, model.forward_intermediates, model._pos_embed]
-    parts = [model.patch_embed.proj, model.patch_drop, model.blocks]
+    parts = [model.patch_embed, model.patch_embed.proj, model.patch_drop, model.blocks]
     for block in model.blocks:
         parts += [block, block.attn, getattr(block, "ls1", None), getattr(block, "ls2", None)]
     steps += [part.forward for part in parts if isinstance(part, nn.Module)]
