@@ -132,15 +132,17 @@ __doc__ = "\n\n".join(
 )
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib import metadata  # email, csv and zipfile come with it
+if not TYPE_CHECKING:  # for a checker of types any name would be one
 
-        return metadata.version("lostreg")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lostreg' has no attribute '{name}'")
-    home = import_module(f"lostreg.{_HOMES[name]}")
-    return home if _HOMES[name] == name else getattr(home, name)
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib import metadata  # email, csv and zipfile come with it
+
+            return metadata.version("lostreg")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'lostreg' has no attribute '{name}'")
+        home = import_module(f"lostreg.{_HOMES[name]}")
+        return home if _HOMES[name] == name else getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -58,13 +58,16 @@ def score_auc(scores: ArrayLike, hits: ArrayLike) -> float | None:
         In [0, 1]; 0.5 is no better than chance. None where there are no hits or no misses.
 
     Raises:
-        OptionError: if a score is not a finite number, or there are not as many of them as hits.
+        OptionError: if a score is not a finite number, a hit not true or false, or there are not as many of them.
 
     Example:
         >>> lostreg.metrics.score_auc([0.9, 0.4, 0.5], [True, True, False])
         0.5
     """
-    values, hit = numbers(scores, "scores"), np.asarray(hits, dtype=bool)
+    values, hit = numbers(scores, "scores"), np.asarray(hits)
+    if hit.size and not (hit.dtype.kind in "biuf" and np.isin(hit, (0, 1)).all()):
+        raise OptionError(f"expected hits that are true or false, not {shown(hits)}")
+    hit = hit.astype(bool)
     if values.shape != hit.shape or values.ndim != 1 or not np.isfinite(values).all():
         raise OptionError(f"expected one finite score an image, not {shown(scores)} for hits of shape {hit.shape}")
     if not len(hit) or hit.all() or not hit.any():

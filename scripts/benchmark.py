@@ -53,11 +53,11 @@ from lostreg.images.allocator import keep_freed_memory
 from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import read_image
 from lostreg.images.patches import PatchedPicture, cut_patches
-from lostreg.inference.discoverer import Discoverer, resolve_device
+from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.jobs import FeaturesJob, ObjectsJob
 from lostreg.jsonio import write_json
 from lostreg.methods.lost import Bias, Lost, lost_boxes
-from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone
+from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone, resolve_device
 from lostreg.runs.results import describe_device, package_versions, processor_name
 from lostreg.runs.sweep import with_trials
 

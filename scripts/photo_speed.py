@@ -20,9 +20,9 @@ import torch
 from lostreg import Discoverer, __version__
 from lostreg.demo.panels import draw_degrees, draw_objects
 from lostreg.demo.session import DemoSettings, Models, Visitor
-from lostreg.inference.discoverer import resolve_device
 from lostreg.inference.options import Options
 from lostreg.inference.stream import draw_sample
+from lostreg.models.backbone import resolve_device
 from lostreg.runs.results import describe_device
 
 _BIASES = (-0.9, -0.8, -0.7, -0.5, 0.0)  # slider moves

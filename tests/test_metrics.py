@@ -91,6 +91,12 @@ def test_the_auc_of_hits_alone_of_misses_alone_and_of_nothing_cannot_be_said() -
     assert score_auc([], []) is None
 
 
+@pytest.mark.parametrize("hits", [["False", "True"], [0.3, 1.0], [None, True]])
+def test_hits_are_true_or_false(hits: list[object]) -> None:
+    with pytest.raises(OptionError, match="expected hits that are true or false, not"):
+        score_auc([0.1, 0.2], hits)  # type: ignore[arg-type]
+
+
 NONE = np.zeros((0, 4))
 
 

@@ -5,8 +5,11 @@ import os
 import pydoc
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,16 +17,24 @@ import lostreg
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    """A folder ``lostreg`` with the files of the package that git knows, so that nothing else can help."""
-    source = tmp_path_factory.mktemp("parent") / "lostreg"
+def files(repository: Path) -> list[str]:
+    """What git knows, and what is new and not ignored."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=repository, capture_output=True)
-    files = listed.stdout.decode().splitlines()
-    for name in files:
-        if name.split("/")[0] in ("lostreg", "pyproject.toml", "README.md", "LICENSE"):
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((repository / name).read_bytes())
-    return source
+    return [name for name in listed.stdout.decode().splitlines() if (repository / name).is_file()]
+
+
+def copied(names: Iterable[str], repository: Path, target: Path) -> Path:
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes((repository / name).read_bytes())
+    return target
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory, repository: Path, files: list[str]) -> Path:
+    """A folder ``lostreg`` with the files of the package, so that nothing else can help."""
+    needed = [name for name in files if name.split("/")[0] in ("lostreg", "pyproject.toml", "README.md", "LICENSE")]
+    return copied(needed, repository, tmp_path_factory.mktemp("parent") / "lostreg")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +53,20 @@ def test_the_wheel_holds_the_package_alone(wheel: Path, repository: Path) -> Non
     recipes = (repository / "lostreg" / "recipes").iterdir()
     assert {f"lostreg/recipes/{path.name}" for path in recipes} <= set(names)
     assert {f"lostreg/gallery/{name}" for name in ("page.html", "gallery.css", "gallery.js")} <= set(names)
+
+
+def test_the_source_archive_is_the_repository(files: list[str], repository: Path, tmp_path: Path) -> None:
+    visible = [name for name in files if not name.startswith(".")]
+    source = copied(visible, repository, tmp_path / "lostreg")
+    (source / "datasets" / "voc").mkdir()
+    (source / "datasets" / "voc" / "fetched.jpg").touch()
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    (built,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert set(visible) <= names
+    assert "datasets/voc/fetched.jpg" not in names
 
 
 @pytest.mark.parametrize("installed", ["wheel", "editable"])
@@ -107,10 +132,20 @@ def test_dir_and_help_list_every_public_name_once_and_in_its_group() -> None:
 
 def test_type_checkers_are_told_of_every_public_name() -> None:
     tree = ast.parse(Path(str(lostreg.__file__)).read_text(encoding="utf-8"))
-    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    block, _ = [node for node in tree.body if isinstance(node, ast.If)]
     told = [alias for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
     assert sorted(alias.name for alias in told) == sorted(lostreg.__all__)
     assert all(alias.asname == alias.name for alias in told)  # else mypy takes them for private
+
+
+@pytest.mark.parametrize("package", [lostreg, lostreg.artifacts])
+def test_type_checkers_are_told_of_no_other_name(package: ModuleType) -> None:
+    """For them any name is there where a module has a `__getattr__`."""
+    tree = ast.parse(Path(str(package.__file__)).read_text(encoding="utf-8"))
+    hidden = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "not TYPE_CHECKING"]
+    seen = [node for node in tree.body if node not in hidden]
+    assert hidden
+    assert not any(getattr(node, "name", None) == "__getattr__" for part in seen for node in ast.walk(part))
 
 
 def test_the_version_is_said_once() -> None:

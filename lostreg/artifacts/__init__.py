@@ -17,7 +17,9 @@ __all__ = ["Measurement", "as_numbers", "measure", "write_report"]
 _HOMES = {"Measurement": "measurement", "measure": "measurement", "as_numbers": "report", "write_report": "report"}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lostreg.artifacts' has no attribute '{name}'")
-    return getattr(import_module(f"lostreg.artifacts.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # for a checker of types any name would be one
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'lostreg.artifacts' has no attribute '{name}'")
+        return getattr(import_module(f"lostreg.artifacts.{_HOMES[name]}"), name)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lostreg.checks import shown
 from lostreg.errors import ImageError, OptionError
-from lostreg.images.decode import ImageSource
-from lostreg.inference.discoverer import Discoverer
+from lostreg.images.decode import ImageSource, check_several
+from lostreg.inference.discoverer import Discoverer, check_discoverer
 from lostreg.inference.jobs import LookJob
 from lostreg.models.backbone import Backbone
 from lostreg.models.features import resolve_layer
@@ -73,6 +73,8 @@ def attention_maps(
         ...     print(maps[0].names[0], maps[0].mean.shape)
         CLS (5, 8, 11)
     """
+    check_discoverer(discoverer, "images and then a Discoverer")
+    check_several(images)
     backbone = discoverer.backbone
     if not isinstance(layers, Iterable):
         raise OptionError(f"layers must be a sequence of integers, not {shown(layers)}")

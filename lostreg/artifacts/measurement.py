@@ -6,7 +6,7 @@ which are run once more.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -22,8 +22,8 @@ from lostreg.artifacts.outliers import Cutoff, CutoffRule, NormTally, find_cutof
 from lostreg.artifacts.sample import Sample, look_inside
 from lostreg.checks import whole_seed
 from lostreg.errors import ImageError, LostregError, OptionError
-from lostreg.images.decode import ImageSource
-from lostreg.inference.discoverer import Discoverer
+from lostreg.images.decode import ImageSource, listed
+from lostreg.inference.discoverer import Discoverer, check_discoverer
 from lostreg.inference.jobs import LookJob
 from lostreg.inference.stream import draw_sample
 from lostreg.models.forward import Forward, Grid
@@ -164,7 +164,7 @@ class Measurement:
 
 
 def measure(
-    images: Sequence[ImageSource],
+    images: Iterable[ImageSource],
     discoverer: Discoverer,
     *,
     rule: CutoffRule | None = None,
@@ -198,7 +198,8 @@ def measure(
         >>> found.patches, found.emerges
         (88, None)
     """
-    rule = rule or CutoffRule("auto")
+    check_discoverer(discoverer, "images and then a Discoverer")
+    images, rule = listed(images), rule or CutoffRule("auto")
     if labels is not None and len(labels) != len(images):
         raise OptionError(f"expected one label an image, not {len(labels)} for {len(images)}")
     draw_sample(images, sample, seed)  # an option out of range costs no pass

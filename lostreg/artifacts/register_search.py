@@ -5,7 +5,7 @@ most active at outliers. A unit that is active everywhere writes no outliers, so
 active it is at outliers than at other patches. How many of them there are is measured too, where nobody says.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -20,7 +20,7 @@ from lostreg.artifacts.outliers import CutoffRule, NormTally, find_cutoff
 from lostreg.checks import whole_number, whole_seed
 from lostreg.errors import ImageError, RegistersError
 from lostreg.images.decode import ImageSource
-from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discoverer import Discoverer, check_discoverer
 from lostreg.inference.jobs import LookJob
 from lostreg.inference.stream import draw_sample
 from lostreg.models.backbone import Backbone
@@ -37,7 +37,7 @@ Outcome = TypeVar("Outcome")
 
 
 def find_registers(
-    images: Sequence[ImageSource],
+    images: Iterable[ImageSource],
     discoverer: Discoverer,
     *,
     count: int = 1,
@@ -72,6 +72,7 @@ def find_registers(
         ...     print(str(error)[:11])
         no outliers
     """
+    check_discoverer(discoverer, "images and then a Discoverer")
     count = whole_number(count, "count", most=discoverer.backbone.most_registers)
     neurons = None if neurons is None else whole_number(neurons, "neurons")
     sources, seed = draw_sample(images, sample, seed), whole_seed(seed)

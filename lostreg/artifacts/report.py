@@ -44,7 +44,7 @@ _FIGURES: Final[dict[str, Callable[[Sequence[Measurement]], Figure]]] = {
 
 
 def write_report(
-    out: Path,
+    out: str | Path,
     found: Sequence[Measurement],
     settings: dict[str, Any],
     *,
@@ -71,6 +71,7 @@ def write_report(
         >>> lostreg.artifacts.write_report(Path("report"), [found], {"seed": 0})[0].as_posix()
         'report/artifacts.html'
     """
+    out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         ablation = {"registers": [one.numbers() for one in variants]} if variants else {}

@@ -147,8 +147,7 @@ def find(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     """Train; the exit code is 2 if any image could not be used, though the others count."""
     from lostreg.datasets.folder import find_sources
-    from lostreg.inference.discoverer import resolve_device
-    from lostreg.models.backbone import load_backbone
+    from lostreg.models.backbone import load_backbone, resolve_device
     from lostreg.training.options import TrainingOptions
     from lostreg.training.processes import Processes, own_device
     from lostreg.training.train import train_registers

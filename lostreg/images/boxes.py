@@ -63,11 +63,11 @@ def as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
 def numbers(values: ArrayLike, name: str) -> NDArray[np.float64]:
     """An array of real numbers, float64; raises `OptionError` for what holds others, such as text."""
     try:
-        array = np.asarray(values)
+        array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)  # a tensor
         if array.size and array.dtype.kind not in "iufO":
             raise TypeError(f"they are of {array.dtype}")
         return array.astype(np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise OptionError(f"{name} must be numbers, not {shown(values)}: {str(error).partition(chr(10))[0]}") from error
 
 

@@ -2,9 +2,10 @@
 
 import io
 import os
+import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,7 @@ _BAND_PIXELS: Final = 1 << 20  # that are converted together
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
 _HEAD_BYTES: Final = 1 << 18
 _EXIF: Final = b"Exif\0\0"  # in front of the block that Pillow hands on
+_ADDRESS: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # no C:/
 _NO_MEMORY: Final = -4  # of OpenCV
 
 
@@ -192,6 +194,12 @@ def check_several(images: object) -> None:
         raise OptionError(f"expected several images, such as a list of paths, got one {type(images).__name__}")
 
 
+def listed(images: Iterable[Item]) -> Sequence[Item]:
+    """Images that can be asked for by number, of any iterable; raises as `check_several`."""
+    check_several(images)
+    return images if isinstance(images, Sequence) else list(images)
+
+
 def name_of(source: object) -> str:
     """What messages call an image: its path, or what kind of thing it is."""
     if isinstance(source, str | os.PathLike):
@@ -225,7 +233,13 @@ def decoding(name: str) -> Iterator[None]:
 def _content(source: object) -> io.BytesIO:
     """An encoded image, in memory of our own."""
     if isinstance(source, str | os.PathLike):
-        return _read_file(Path(os.fsdecode(source)))
+        path = Path(os.fsdecode(source))
+        if _ADDRESS.match(os.fsdecode(source)) and not path.exists():
+            raise ImageError(
+                f"{os.fsdecode(source)}: expected an image, not an address: download it first, or give its bytes or a "
+                "path; what lies in stores, such as s3://, is for lostreg discover"
+            )
+        return _read_file(path)
     if isinstance(source, StoredImage):
         return io.BytesIO(source.read(partial(_check_memory, name=source.name, why="its bytes take")))
     if callable(read := getattr(source, "read", None)):

@@ -51,13 +51,19 @@ class MapBatches:
         self.discoverer = Discoverer(backbone, **options)
 
     def __call__(self, batch: "Batch") -> "Batch":
-        """A table, or a batch of records, with the columns.
+        """A `pyarrow.Table` or `pyarrow.RecordBatch` with the columns, as the same kind.
 
         Raises:
-            OptionError: if it has no column of images, or of something else, or one of those that are appended.
+            OptionError: if it is of another library, or has no column of images, or of something else, or one of those
+                that are appended.
         """
         import pyarrow as pa
 
+        if not isinstance(batch, pa.Table | pa.RecordBatch):
+            raise OptionError(
+                f"expected a pyarrow.Table or pyarrow.RecordBatch, not {type(batch).__name__}: Ray Data's map_batches "
+                'has batch_format="pyarrow", and pyarrow.Table has from_pandas, from_pydict and from_pylist'
+            )
         if self.column not in batch.schema.names:
             raise OptionError(f"no column {self.column!r} of images: expected one of {', '.join(batch.schema.names)}")
         taken = sorted({self.prefix + name for name in COLUMNS} & set(batch.schema.names))

@@ -5,7 +5,7 @@
 labels. Of each image nothing is kept but what a ladder of biases made of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from lostreg.images.boxes import pairwise_iou
 from lostreg.images.decode import ImageSource
 from lostreg.images.patches import PatchedPicture
 from lostreg.inference.calibration import Calibration
-from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discoverer import Discoverer, check_discoverer
 from lostreg.inference.jobs import ObjectsJob
 from lostreg.inference.stream import draw_sample
 from lostreg.methods.bias import TRIALS, limits
@@ -36,7 +36,7 @@ _COVERED: Final = (5.0, 95.0)  # percentiles of the resamples
 
 
 def calibrate(
-    images: Sequence[ImageSource],
+    images: Iterable[ImageSource],
     discoverer: Discoverer,
     *,
     sample: int = defaults.CALIBRATION_IMAGES,
@@ -62,6 +62,7 @@ def calibrate(
         >>> -1 <= calibration.bias <= 1, calibration.images
         (True, 3)
     """
+    check_discoverer(discoverer, "images and then a Discoverer")
     sources, seed = draw_sample(images, sample, seed), whole_seed(seed)
     options = discoverer.options
     job = ObjectsJob(

@@ -10,7 +10,7 @@ from typing import Any, Concatenate, Final, ParamSpec
 
 import torch
 
-from lostreg.checks import shown
+from lostreg.checks import shown, whole_number
 from lostreg.defaults import BACKBONE
 from lostreg.errors import ImageError, LostregWarning, OptionError
 from lostreg.images.decode import ImageSource, Item, check_several, held
@@ -22,7 +22,7 @@ from lostreg.inference.objectness import Objectness
 from lostreg.inference.options import Options
 from lostreg.inference.postprocess import discoveries
 from lostreg.inference.stream import ImageStream, Job, Outcome
-from lostreg.models.backbone import Backbone, load_backbone, place_model
+from lostreg.models.backbone import Backbone, load_backbone, place_model, resolve_device
 from lostreg.models.blocks import check_compiler
 from lostreg.models.own import FunctionBackbone, OwnModel, own_backbone
 from lostreg.models.registers import RegisterNeurons
@@ -221,6 +221,7 @@ class Discoverer:
             One outcome an image, in input order, beginning with number ``skip``.
         """
         check_several(images)
+        skip = whole_number(skip, "skip", least=0)
         stream = self.stream_of(self._objects_job(keep_pixels=True)) if keep_pixels else self.stream
         return stream.outcomes(images, skip)
 
@@ -229,33 +230,22 @@ class Discoverer:
         return discoveries(found[0], pictures, patch_size, self.options, keep_pixels=keep_pixels)
 
 
+def check_discoverer(value: object, order: str) -> None:
+    """Raise `OptionError` where something else stands for a discoverer, as where arguments are swapped.
+
+    Args:
+        value: that stands for it.
+        order: of the arguments, in words.
+    """
+    if not isinstance(value, Discoverer):
+        raise OptionError(f"expected {order}, not {shown(value)} in its place")
+
+
 def _with_bar(outcomes: Iterator[Item], images: Iterable[ImageSource]) -> Iterator[Item]:
     from tqdm.auto import tqdm
 
     bar: Iterator[Item] = tqdm(outcomes, total=len(images) if isinstance(images, Sized) else None, unit="img")
     return bar
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """The device that ``auto`` or a name stands for.
-
-    Raises:
-        OptionError: if PyTorch does not know the device, or it is not there.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise OptionError(f"device must be auto, cpu, cuda, cuda:N or mps, not {shown(device)}") from error
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present.get(found.type, False):
-        raise OptionError(f"device '{device}' was asked for, but PyTorch finds none here; try --device cpu")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"device '{device}' was asked for, but there are {torch.cuda.device_count()} GPUs")
-    return found
 
 
 def _has_quick_bf16(device: torch.device) -> bool | None:

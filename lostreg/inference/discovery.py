@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lostreg.errors import ImageError, LostregError, OptionError
-from lostreg.images.boxes import spread
+from lostreg.images.boxes import as_boxes, spread
 from lostreg.images.decode import ImageSource, read_image
 from lostreg.images.draw import encoded, plot_objects, save_picture, score_text
 from lostreg.images.masks import MOST_OBJECTS
@@ -167,9 +167,13 @@ class Discovery:
 
         Returns:
             RGB, uint8.
+
+        Raises:
+            ImageError: if the pixels are something else.
+            OptionError: if the boxes are.
         """
         return plot_objects(
-            self._source_pixels() if pixels is None else pixels,
+            self._source_pixels() if pixels is None else read_image(pixels).pixels,
             (self.height, self.width),
             xyxy=self.xyxy,
             scores=self.scores,
@@ -177,7 +181,7 @@ class Discovery:
             degrees=self.degrees,
             patch=(self.patch_height, self.patch_width),
             refined=self.refined,
-            truth=truth,
+            truth=None if truth is None else as_boxes(truth),
         )
 
     def _source_pixels(self) -> NDArray[np.uint8]:
@@ -189,7 +193,7 @@ class Discovery:
         return np.full((1, 1, 3), _GREY, dtype=np.uint8)
 
     def save(self, path: str | Path) -> None:
-        """Write the picture that `plot` makes: PNG, JPEG or WebP, as the suffix says.
+        """Write the picture that `plot` makes: PNG, JPEG or WebP, as the suffix says. Its folder is made if need be.
 
         Numbers are another matter: see `to_dict`, `to_pandas`.
 
@@ -199,6 +203,8 @@ class Discovery:
         Example:
             >>> lostreg.Discoverer("dinov2_vits14_reg", device="cpu").discover("dog.jpg").save("found.png")
         """
+        if not isinstance(path, str | os.PathLike):
+            raise OptionError(f"expected the path of a picture to write, not {type(path).__name__}")
         save_picture(Path(path), self.plot())
 
     def to_dict(self, *, masks: bool = False) -> dict[str, Any]:
@@ -229,7 +235,7 @@ class Discovery:
 
     def to_pandas(self) -> "pd.DataFrame":
         """One row a box: see `lostreg.to_pandas`, which takes several images."""
-        return to_pandas([self])
+        return to_pandas(self)
 
     def to_supervision(self, *, masks: bool = True) -> "supervision.Detections":
         """What was found, for supervision's annotators, metrics and data sets.
@@ -289,18 +295,18 @@ class Discovery:
         return encoded(self.plot(), ".png")
 
 
-def to_pandas(discoveries: Iterable[Discovery]) -> "pd.DataFrame":
+def to_pandas(discoveries: Discovery | Iterable[Discovery]) -> "pd.DataFrame":
     """What was found in several images as one table, a row a box.
 
     Args:
-        discoveries: such as `Discoverer.discover_many` gives, taken one by one.
+        discoveries: one, or several, such as `Discoverer.discover_many` gives, taken one by one.
 
     Returns:
         Columns ``image`` (its place in the list, from 0), ``path`` (missing where there is none), ``width`` and
         ``height``, ``x1``, ``y1``, ``x2``, ``y2`` in pixels, ``score``, ``seed_row`` and ``seed_col``.
 
     Raises:
-        OptionError: if pandas is not installed.
+        OptionError: if pandas is not installed, or something is no discovery, such as an error among `outcomes`.
 
     Example:
         >>> discoverer = lostreg.Discoverer("dinov2_vits14_reg", device="cpu")
@@ -312,11 +318,18 @@ def to_pandas(discoveries: Iterable[Discovery]) -> "pd.DataFrame":
     pandas = _optional("pandas", "pandas")
     rows = [
         (image, found._name, found.width, found.height, *box, score, *seed)
-        for image, found in enumerate(discoveries)
+        for image, found in enumerate(_checked(discoveries))
         for box, score, seed in zip(found.xyxy.tolist(), found.scores.tolist(), found.seeds.tolist(), strict=True)
     ]
     table: pd.DataFrame = pandas.DataFrame(rows, columns=_COLUMNS)
     return table
+
+
+def _checked(discoveries: Discovery | Iterable[Discovery]) -> Iterator[Discovery]:
+    for number, found in enumerate([discoveries] if isinstance(discoveries, Discovery) else discoveries):
+        if not isinstance(found, Discovery):
+            raise OptionError(f"expected discoveries alone, number {number} is {type(found).__name__}: {found}")
+        yield found
 
 
 def _optional(library: str, requirement: str) -> Any:

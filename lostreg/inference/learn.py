@@ -1,6 +1,6 @@
 """What a collection of unlabelled images teaches about its objects: see `lostreg.methods.learned`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from lostreg.checks import whole_seed
 from lostreg.errors import ImageError, ObjectnessError, OptionError
 from lostreg.images.decode import ImageSource
 from lostreg.images.patches import PatchedPicture
-from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discoverer import Discoverer, check_discoverer
 from lostreg.inference.jobs import FeaturesJob, Grid, ObjectsJob
 from lostreg.inference.methods import TOKENS, PartsMaps, parts
 from lostreg.inference.objectness import Facts, Objectness, fingerprints
@@ -24,7 +24,7 @@ Lesson = tuple[Tensor, NDArray[np.bool_], NDArray[np.float32]]  # an image's tok
 
 
 def learn(
-    images: Sequence[ImageSource],
+    images: Iterable[ImageSource],
     discoverer: Discoverer,
     *,
     sample: int = defaults.OBJECTNESS_IMAGES,
@@ -50,6 +50,7 @@ def learn(
         >>> lostreg.learn(sorted(Path("photos").iterdir()), discoverer).facts.images
         3
     """
+    check_discoverer(discoverer, "images and then a Discoverer")
     sources, seed = draw_sample(images, sample, seed), whole_seed(seed)
     options = discoverer.options
     features = FeaturesJob(discoverer.backbone, [(options.feature, options.layer), TOKENS], compiled=options.compile)

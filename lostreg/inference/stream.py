@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lostreg.checks import whole_number, whole_seed
 from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError, is_out_of_memory
-from lostreg.images.decode import ImageSource, Item, name_of, read_image
+from lostreg.images.decode import ImageSource, Item, listed, name_of, read_image
 from lostreg.images.decoders import Asked, Decoders, Reading
 from lostreg.images.files import ImageFile
 from lostreg.images.memory import describe_bytes
@@ -406,14 +406,15 @@ def _tell(message: str) -> None:
     warnings.warn(message, LostregWarning, stacklevel=2)
 
 
-def draw_sample(images: Sequence[Item], count: int, seed: int) -> list[Item]:
+def draw_sample(images: Iterable[Item], count: int, seed: int) -> list[Item]:
     """Some images, or whatever stands for them, drawn at random and left in order; all of them where there are no more.
 
     Raises:
-        OptionError: if there are no images, ``count`` is below 1, or ``seed`` below 0.
+        OptionError: if there are no images or one in place of several, ``count`` is below 1, or ``seed`` below 0.
     """
     count, seed = whole_number(count, "sample"), whole_seed(seed)
-    if not images:
+    sources = listed(images)
+    if not len(sources):
         raise OptionError("expected at least one image")
-    drawn = random.Random(seed).sample(range(len(images)), min(count, len(images)))  # noqa: S311 - no secret
-    return [images[index] for index in sorted(drawn)]
+    drawn = random.Random(seed).sample(range(len(sources)), min(count, len(sources)))  # noqa: S311 - no secret
+    return [sources[index] for index in sorted(drawn)]

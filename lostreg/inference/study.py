@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lostreg.errors import ImageError
 from lostreg.images.decode import ImageSource, held
-from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discoverer import Discoverer, check_discoverer
 from lostreg.inference.discovery import Discovery
 from lostreg.inference.jobs import FeaturesJob
 from lostreg.inference.methods import METHODS, wanted_features
@@ -35,6 +35,7 @@ class Study:
     """
 
     def __init__(self, discoverer: Discoverer, image: ImageSource) -> None:
+        check_discoverer(discoverer, "a Discoverer and then an image")
         self.discoverer = discoverer
         self._source = held(image)
         self._kept: dict[tuple[Feature | Inside, int], Tensor] = {}

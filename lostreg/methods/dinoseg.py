@@ -60,7 +60,7 @@ def attended_maps(attention: Tensor, grid: tuple[int, int], head: int = HEAD) ->
             f"attention must have shape (B, heads, N) with N = {height} * {width} > 0, not {tuple(attention.shape)}"
         )
     if not 0 <= head < attention.shape[1]:
-        raise OptionError(f"head must be in [0, {attention.shape[1] - 1}], not {head}")
+        raise OptionError(f"dinoseg reads head {head}, counted from 0, of the attention: it has {attention.shape[1]}")
     values, order = attention[:, head].double().sort(dim=1, descending=True, stable=True)
     before = values.cumsum(dim=1) - values
     kept = before < _SHARE * values.sum(dim=1, keepdim=True)

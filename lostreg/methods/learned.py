@@ -118,7 +118,7 @@ def fit(images: Iterable[Teacher]) -> LinearObjectness:
         raise OptionError(f"expected tokens of as many dimensions in each image, not {dimensions}")
     tokens = torch.cat([tokens for tokens, _, _ in samples])
     if not tokens.isfinite().all():
-        raise OptionError("tokens must be finite: in half precision, try bf16 or fp32")
+        raise OptionError("tokens must be finite, in float32 too (what is too large for fp16 may fit bf16)")
     deviation, mean = torch.std_mean(tokens, dim=0, correction=0)
     deviation = deviation.clamp(min=_LEAST_DEVIATION)
     targets, weights = (np.concatenate(column) for column in list(zip(*samples, strict=True))[1:])

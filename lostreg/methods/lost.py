@@ -142,8 +142,10 @@ def searched(
     score: ScoreFunction | None,
 ) -> "Candidates":
     """What `lost_boxes` chooses from; takes and raises what it does."""
-    if not isinstance(features, Tensor):
-        raise OptionError(f"features must be a PyTorch tensor, not {type(features).__name__}")
+    if not is_features(features):
+        what = [features.dtype, features.layout, features.device] if isinstance(features, Tensor) else [type(features)]
+        kind = ", ".join(str(part) for part in what)
+        raise OptionError(f"features must be a dense PyTorch tensor of a floating dtype, not {kind}")
     if features.ndim != 3:
         raise OptionError(f"features must have shape (B, N, D), not {tuple(features.shape)}")
     grid = _checked_grid(grid)
@@ -485,7 +487,14 @@ def require_finite(finite: Tensor) -> None:
         OptionError: if those of one were not.
     """
     if not finite.all():
-        raise OptionError("features must be finite: in half precision, try bf16 or fp32")
+        raise OptionError("features must be finite, in float32 too (what is too large for fp16 may fit bf16)")
+
+
+def is_features(value: object) -> bool:
+    """Whether something is a tensor that can hold features: dense, of a floating dtype, and with values."""
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided and not value.is_meta
+    )
 
 
 def check_shape(features: Tensor, grid: tuple[int, int]) -> None:

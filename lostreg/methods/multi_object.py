@@ -83,7 +83,7 @@ def find_objects(candidates: Candidates, k_patches: int, max_objects: int, min_s
     """
     first = candidates.best()
     objects = first.split()
-    if max_objects > 1:
+    if max_objects > 1 and objects:
         _find_further(objects, _Rest.after(candidates, first), k_patches, max_objects - 1, min_score)
     return objects
 

@@ -15,6 +15,7 @@ from timm.models import Eva, VisionTransformer
 from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lostreg.checks import shown, whole_number
 from lostreg.errors import BackboneError, OptionError
@@ -23,6 +24,12 @@ from lostreg.models.blocks import check_mlp
 from lostreg.models.registers import RegisterNeurons
 from lostreg.models.table import BACKBONES, BackboneSpec, check_name
 from lostreg.text import did_you_mean
+
+
+def check_backbone(value: object) -> None:
+    """Raise `OptionError` where something else stands for a backbone, such as its name."""
+    if not isinstance(value, Backbone):
+        raise OptionError(f"expected a Backbone, such as load_backbone gives, not {shown(value)} in its place")
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ class Backbone:
         return replace(self, model=placed_copy(self.model, device, dtype))
 
 
+_DRAWN: Final = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default, torch.ops.aten.erfinv_.default)
+_RAND: Final = torch.ops.aten.rand.default  # from which mixed rotary embeddings begin
 _LOG: Final = logging.getLogger(__name__)
 _TIMM_MODULES: Final = ("vision_transformer", "deit", "eva")
 _BLOCKS: Final = (Block, ResPostBlock, EvaBlock, EvaBlockPostNorm)
@@ -148,6 +157,8 @@ def find_spec(name: str) -> BackboneSpec:
     Raises:
         BackboneError: if there is no such row or no such timm model; the nearest names are suggested.
     """
+    if not isinstance(name, str):
+        raise OptionError(f"expected the name of a backbone, not {shown(name)}")
     if name in BACKBONES:
         return BACKBONES[name]
     check_name(name)
@@ -204,6 +215,9 @@ def check_supported(spec: BackboneSpec, model: nn.Module) -> None:
                 f"'{spec.timm_name}' has {type(block).__name__} blocks with {attention}: its queries, keys "
                 f"and values are not those of {', '.join(kind.__name__ for kind in _ATTENTIONS)}"
             )
+    channels = model.patch_embed.proj.in_channels
+    if channels != 3:
+        raise BackboneError(f"'{spec.timm_name}' takes images of {channels} channels: expected 3, for RGB")
     height, width = model.patch_embed.patch_size
     if height != width:
         raise BackboneError(f"'{spec.timm_name}' has {height}x{width} patches: expected square ones")
@@ -220,10 +234,32 @@ def fill_row(spec: BackboneSpec, model: nn.Module) -> BackboneSpec:
         int(model.patch_embed.patch_size[0]),  # type: ignore[index, union-attr]
         int(model.num_prefix_tokens) - int(class_token),  # type: ignore[arg-type]
         spec.feature,
-        str(model.pretrained_cfg.get("license") or spec.licence),  # type: ignore[operator, union-attr]
+        str((getattr(model, "pretrained_cfg", None) or {}).get("license") or spec.licence),
         spec.training,
         class_token=class_token,
     )
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device that ``auto`` or a name stands for.
+
+    Raises:
+        OptionError: if PyTorch does not know the device, or it is not there.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise OptionError(f"device must be auto, cpu, cuda, cuda:N or mps, not {shown(device)}") from error
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(found.type, False):
+        raise OptionError(f"device '{device}' was asked for, but PyTorch finds none here; try --device cpu")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device '{device}' was asked for, but there are {torch.cuda.device_count()} GPUs")
+    return found
 
 
 def load_backbone(
@@ -240,10 +276,11 @@ def load_backbone(
         weights: a ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.ckpt`` or ``.tar`` file in timm's naming or that of
             the original DINO, DINOv2 or DeiT-III release, alone or within a training checkpoint (of several networks
             the teacher or moving average); None takes the hub's (or the offline extra's) weights.
-        device: where the model goes.
+        device: where the model goes; ``auto`` takes a GPU where there is one.
         dtype: precision of its parameters.
 
     Raises:
+        OptionError: if the device is not there, or the precision is of no floating-point numbers.
         BackboneError: if the name is unknown, the model unsupported, or no weights can be had.
         WeightsError: if the file is unreadable, or lacks a tensor, or has one too many.
 
@@ -252,22 +289,40 @@ def load_backbone(
         >>> backbone.spec.patch_size, backbone.prefix_names
         (14, ['CLS', 'register 1', 'register 2', 'register 3', 'register 4'])
     """
-    spec = find_spec(name)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OptionError(f"dtype must be a floating-point one of PyTorch, not {shown(dtype)}")
+    device, spec = resolve_device(device), find_spec(name)
     if weights is not None:
-        backbone = build_backbone(spec)
+        with _Unfilled():  # type: ignore[no-untyped-call]
+            backbone = build_backbone(spec)
         added = checkpoints.added_registers(Path(weights))
         if added:
             backbone = with_new_registers(backbone, added)
         source = checkpoints.load_file_into(backbone.model, Path(weights))
     elif spec.offline:
-        backbone = build_backbone(spec)
+        with _Unfilled():  # type: ignore[no-untyped-call]
+            backbone = build_backbone(spec)
         source = checkpoints.load_offline_into(backbone.model)
     else:
-        with checkpoints.hub_weights(spec.timm_name) as source:
+        with checkpoints.hub_weights(spec.timm_name) as source, _Unfilled():  # type: ignore[no-untyped-call]
             backbone = build_backbone(spec, pretrained=True)
     _LOG.debug("%s: %d blocks, weights: %s", name, backbone.depth, source)
     backbone.model.to(dtype).to(device)  # a device never holds what is only to be rounded
     return replace(backbone, weights=source)
+
+
+class _Unfilled(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within it a model is built without random weights: all are loaded, and PyTorch's generator belongs to the user.
+
+    What is drawn into a tensor leaves it as it is, in this thread alone.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _DRAWN:
+            return args[0]
+        return (torch.ops.aten.zeros.default if func is _RAND else func)(*args, **(kwargs or {}))
 
 
 def with_new_registers(backbone: Backbone, count: int) -> Backbone:

@@ -256,7 +256,7 @@ def check_mlp(mlp: nn.Module) -> None:
     Raises:
         BackboneError: if it is not.
     """
-    if not isinstance(mlp, Mlp | GluMlp | SwiGLU):
+    if type(mlp).forward not in (Mlp.forward, GluMlp.forward, SwiGLU.forward):
         raise BackboneError(f"cannot read the hidden units of a {type(mlp).__name__}: expected Mlp, GluMlp or SwiGLU")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lostreg.checks import LARGEST, whole_number
 from lostreg.errors import OptionError
-from lostreg.models.backbone import Backbone
+from lostreg.models.backbone import Backbone, check_backbone
 from lostreg.models.forward import Forward
 from lostreg.models.own import FunctionBackbone, FunctionFeatures
 from lostreg.models.table import FEATURES, Feature
@@ -69,12 +69,15 @@ def collect_features(backbone: Backbone, images: Tensor, wanted: Wanted) -> list
     Raises:
         OptionError: as for `patch_features`, and if nothing is wanted.
     """
+    check_backbone(backbone)
     extractor = feature_extractor(backbone, wanted)
     _check_images(backbone, images)
     patch = backbone.spec.patch_size
     grid = (images.shape[2] // patch, images.shape[3] // patch)
     rows = images.unfold(2, patch, patch).unfold(3, patch, patch).permute(0, 2, 3, 4, 5, 1)  # (B, h, w, p, p, 3)
     pixels = rows.reshape(len(images), grid[0] * grid[1], patch * patch * 3).to(backbone.device)
+    if not len(images):
+        raise OptionError("expected at least one image")
     found = extractor(list(pixels), [grid] * len(images))
     return [packed.view(len(images), -1, packed.shape[1]) for packed in found]
 
@@ -157,6 +160,8 @@ def resolve_layer(backbone: Backbone, layer: int) -> int:
 
 def _check_images(backbone: Backbone, images: Tensor) -> None:
     patch = backbone.spec.patch_size
+    if not isinstance(images, Tensor):
+        raise OptionError(f"images must be a tensor (B, 3, H, W), not {type(images).__name__}")
     if images.ndim != 4 or images.shape[1] != 3:
         raise OptionError(f"images must have shape (B, 3, H, W), not {tuple(images.shape)}")
     height, width = images.shape[-2:]

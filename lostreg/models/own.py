@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from lostreg.checks import shown
 from lostreg.errors import BackboneError, OptionError
-from lostreg.models.backbone import Backbone, check_supported, fill_row
+from lostreg.methods.lost import is_features
+from lostreg.models.backbone import Backbone, check_supported, fill_row, resolve_device
 from lostreg.models.pixels import joined
 from lostreg.models.registers import RegisterNeurons
 from lostreg.models.table import BackboneSpec
@@ -163,7 +163,8 @@ def own_backbone(
 ) -> Backbone:
     """A model of one's own as a backbone; `Discoverer` calls this for a model that it is given.
 
-    A timm `VisionTransformer` or `Eva` is copied, weights and all, and can do what a backbone of the table can.
+    A timm `VisionTransformer` or `Eva` is copied, weights and all, and can do what a backbone of the table can. Of a
+    subclass the steps of the forward have to be timm's: with other ones, it is called within a function.
 
     Anything else that can be called is a function: of images (B, 3, H, W), RGB, float32, normalised, with zeros where
     they are padded on the right and bottom to multiples of the patch size, to features (B, N, D) and their grid
@@ -182,7 +183,7 @@ def own_backbone(
     Raises:
         BackboneError: if it is a model that lostreg cannot read, or the function fails on the blank image or gives
             something else.
-        OptionError: if mean and std are not three numbers each.
+        OptionError: if mean and std are not three numbers in [0, 1] each, or the device is not there.
 
     Example:
         >>> def colours(images):  # the mean colour of each 16x16 patch
@@ -194,13 +195,20 @@ def own_backbone(
         >>> lostreg.Discoverer(backbone, device="cpu").discover("dog.jpg").degrees.shape
         (7, 10)
     """
+    is_parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    inner: Any = getattr(model, "module" if is_parallel else "_orig_mod", None)  # the second of torch.compile
+    if isinstance(inner, VisionTransformer | Eva):
+        raise BackboneError(
+            f"expected the {type(inner).__name__} itself, not {type(model).__name__} around it; compiled blocks are an "
+            "option of Discoverer, compile=True"
+        )
     if isinstance(model, nn.Module) and model.training and not isinstance(model, VisionTransformer | Eva):
         raise BackboneError(f"{type(model).__name__} is in training mode: call its eval() first")
     if isinstance(model, VisionTransformer | Eva):
         return _of_timm(model, name, mean, std)
     if not callable(model):
         raise OptionError(f"backbone must be a name, a Backbone, a timm model or a function, not {shown(model)}")
-    return _of_function(model, name, mean, std, torch.device(device))
+    return _of_function(model, name, mean, std, resolve_device(device))
 
 
 def _of_timm(
@@ -210,6 +218,7 @@ def _of_timm(
     name = str(name or config.get("architecture") or type(model).__name__)
     spec = BackboneSpec(name, name, 0, 0, "k", "of its weights", "of one's own")
     check_supported(spec, model)
+    _check_no_own_code(name, model)
     for block in model.blocks:
         qkv: Any = block.attn.qkv  # type: ignore[union-attr]
         if qkv is not None and getattr(type(qkv), "forward", None) is not nn.Linear.forward:
@@ -224,9 +233,25 @@ def _of_timm(
         fill_row(spec, own),
         own,
         _channels(config.get("mean") or IMAGENET_DEFAULT_MEAN if mean is None else mean, "mean"),
-        _channels(config.get("std") or IMAGENET_DEFAULT_STD if std is None else std, "std", above=0.0),
+        _channels(config.get("std") or IMAGENET_DEFAULT_STD if std is None else std, "std"),
         f"given sha256:{_fingerprint(own)}",
     )
+
+
+def _check_no_own_code(name: str, model: VisionTransformer | Eva) -> None:
+    """Refuse a step of one's own where `Forward` computes timm's in its place; all else is called as it is."""
+    steps: list[Any] = [model.forward, model.forward_features, model.forward_intermediates, model._pos_embed]
+    parts = [model.patch_embed, model.patch_embed.proj, model.patch_drop, model.blocks]
+    for block in model.blocks:
+        parts += [block, block.attn, getattr(block, "ls1", None), getattr(block, "ls2", None)]
+    steps += [part.forward for part in parts if isinstance(part, nn.Module)]
+    for step in steps:
+        if not str(step.__module__).startswith(("timm.", "torch.")):
+            own = getattr(step, "__qualname__", type(step).__name__)
+            raise BackboneError(
+                f"'{name}' has a {own} of its own, in whose place timm's would be computed: give a function of images "
+                "that calls the model, see own_backbone"
+            )
 
 
 def _of_function(
@@ -255,7 +280,7 @@ def _of_function(
         spec,
         _Called(function),
         _channels(IMAGENET_DEFAULT_MEAN if mean is None else mean, "mean"),
-        _channels(IMAGENET_DEFAULT_STD if std is None else std, "std", above=0.0),
+        _channels(IMAGENET_DEFAULT_STD if std is None else std, "std"),
         f"given sha256:{_fingerprint(function)}" if isinstance(function, nn.Module) else _plain(spec, features),
         dimensions=features.shape[2],
         place=device,
@@ -268,7 +293,7 @@ def _answer(name: str, answer: Any, images: Tensor) -> tuple[Tensor, Grid]:
     if not isinstance(answer, tuple | list) or len(answer) != 2:
         raise BackboneError(f"{expected}, not {_kind(answer)}")
     features, grid = answer
-    if not isinstance(features, Tensor) or features.ndim != 3 or not features.is_floating_point():
+    if not is_features(features) or features.ndim != 3 or not features.shape[2]:
         raise BackboneError(f"{expected}: the features are {_kind(features)}")
     try:
         rows, columns = (int(side) for side in grid)
@@ -288,14 +313,14 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
 
 
-def _channels(values: Sequence[float], name: str, above: float = -math.inf) -> tuple[float, float, float]:
+def _channels(values: Sequence[float], name: str) -> tuple[float, float, float]:
     try:
         red, green, blue = (float(value) for value in values)
     except (TypeError, ValueError) as error:
         raise OptionError(f"{name} must be three numbers, not {shown(values)}") from error
-    if not all(above < value < math.inf for value in (red, green, blue)):
-        kind = "finite numbers" if above else "numbers above 0"
-        raise OptionError(f"{name} must be three {kind}, not {shown(values)}")
+    if not all(0 <= value <= 1 and (value or name == "mean") for value in (red, green, blue)):
+        kind = "numbers in [0, 1]" if name == "mean" else "numbers above 0, 1 at most"
+        raise OptionError(f"{name} must be three {kind}, as of pixels in [0, 1], not {shown(values)}")
     return red, green, blue
 
 

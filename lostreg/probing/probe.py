@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lostreg.artifacts.probes import Spread
+from lostreg.checks import shown
 from lostreg.defaults import PROBE_SEEDS, PROBE_TOKENS
 from lostreg.errors import DatasetError, ImageError, LostregError, OptionError
-from lostreg.inference.discoverer import Discoverer
+from lostreg.inference.discoverer import Discoverer, check_discoverer
 from lostreg.metrics import class_overlaps, root_mean_square
 from lostreg.models.backbone import Backbone
 from lostreg.probing.data import Indices, ProbeData, check_seeds
@@ -169,6 +170,9 @@ def probe(
         >>> found.metric, found.dimensions, found.images, found.chance
         ('top-1', 768, (4, 2, 4), 50.0)
     """
+    check_discoverer(discoverer, "a Discoverer and then data")
+    if not isinstance(data, ProbeData):
+        raise OptionError(f"expected data of load_probe_data, not {shown(data)}")
     if tokens not in PROBE_TOKENS:
         raise OptionError(f"tokens must be one of {', '.join(PROBE_TOKENS)}, not {tokens!r}")
     seeds = check_seeds(seeds)

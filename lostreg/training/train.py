@@ -25,7 +25,7 @@ from lostreg.errors import ImageError, LostregWarning, OptionError, TrainingErro
 from lostreg.images.decode import ImageSource, name_of
 from lostreg.inference.stream import draw_sample
 from lostreg.jsonio import whole_file, write_json
-from lostreg.models.backbone import Backbone
+from lostreg.models.backbone import Backbone, check_backbone
 from lostreg.models.checkpoints import save_with_registers
 from lostreg.models.pixels import joined
 from lostreg.progress import OnProgress, Progress, telling
@@ -131,6 +131,7 @@ def train_registers(
         >>> trained.weights.name, trained.registers
         ('registers.safetensors', 4)
     """
+    check_backbone(backbone)
     options, folder = options or TrainingOptions(), Path(out)
     processes = Processes.meet(backbone.device)
     if options.batch_size % processes.count:

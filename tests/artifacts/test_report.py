@@ -200,7 +200,7 @@ def final(backbone: dict[str, Any]) -> dict[str, Any]:
 def test_probes_that_ran_are_in_table_and_numbers(tmp_path: Path) -> None:
     images, labels = noise([(64, 64)] * 14), ["a", "b"] * 7
     one = measure(images, discoverer(small()), rule=parse_rule("50%"), labels=labels)
-    write_report(tmp_path, [one], {})
+    write_report(str(tmp_path), [one], {})
     rows = {row[1]: row for row in cells(page(tmp_path)) if len(row) == 5}
     sample = numbers(tmp_path)["backbones"][0]["sample"]
     assert rows["position, outlier tokens"][2].startswith(

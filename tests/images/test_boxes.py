@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
@@ -40,6 +41,10 @@ def test_overlaps_equal_a_count_of_pixels(first, second) -> None:
         for column, other in enumerate(second):
             shared = (pixels(one) & pixels(other)).sum()
             assert found[row, column] == pytest.approx(shared / (pixels(one) | pixels(other)).sum())
+
+
+def test_boxes_may_be_part_of_a_graph() -> None:
+    assert pairwise_iou(torch.tensor([[0.0, 0, 2, 2]], requires_grad=True), [[0, 0, 2, 1]]).tolist() == [[0.5]]
 
 
 def test_boxes_of_another_shape_are_refused() -> None:

@@ -1,6 +1,7 @@
 """Tables in, tables out: typed columns, and what Ray Data makes of the callable."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,12 @@ def test_structs_and_batches_of_records_are_taken_too(find: lostreg.MapBatches, 
     assert isinstance(batch, pa.RecordBatch)
     assert batch.column("boxes").to_pylist() == find(pa.table({"bytes": contents}))["boxes"].to_pylist()
     assert find(batch.slice(0, 0).select(["bytes"])).num_rows == 0
+
+
+@pytest.mark.parametrize("kind", [dict, list, np.array])
+def test_tables_of_other_libraries_are_told_the_way(find: lostreg.MapBatches, kind: Any) -> None:
+    with pytest.raises(OptionError, match=r"not (dict|list|ndarray): .*batch_format=\"pyarrow\".*from_pandas"):
+        find(kind([("bytes", [b""])]) if kind is dict else kind([b""]))
 
 
 def test_columns_that_lack_or_clash_are_named(find: lostreg.MapBatches, backbone: Backbone) -> None:

@@ -16,14 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lostreg.artifacts.attention import attention_maps
+from lostreg.artifacts.measurement import measure
+from lostreg.artifacts.register_search import find_registers
 from lostreg.defaults import METHODS, PUBLISHED_METHODS
-from lostreg.errors import BackboneError, ImageError, LostregWarning, OptionError
+from lostreg.errors import BackboneError, ImageError, ImageUnavailableError, LostregWarning, OptionError
 from lostreg.images.decode import read_image
-from lostreg.inference.discoverer import Discoverer, _has_quick_bf16, resolve_device
+from lostreg.inference.calibrate import calibrate
+from lostreg.inference.discoverer import Discoverer, _has_quick_bf16
+from lostreg.inference.learn import learn
 from lostreg.inference.options import Options
 from lostreg.inference.study import Study
 from lostreg.methods.objectness import object_scores
-from lostreg.models.backbone import Backbone, build_backbone, find_spec
+from lostreg.models.backbone import Backbone, build_backbone, find_spec, resolve_device
 from lostreg.models.table import BACKBONES
 
 _cached: dict[str, Discoverer] = {}
@@ -96,6 +101,38 @@ def test_one_image_in_place_of_several_is_refused(discoverer: Discoverer, one: o
         next(iter(discoverer.discover_many(one)))  # type: ignore[call-overload]
     with pytest.raises(OptionError, match="expected several images"):
         discoverer.outcomes(one)  # type: ignore[arg-type]
+
+
+LOOKERS = (calibrate, learn, find_registers, attention_maps, measure)
+
+
+@pytest.mark.parametrize("look", LOOKERS)
+def test_what_looks_at_collections_says_what_it_expects(discoverer: Discoverer, look: Any) -> None:
+    for one in ("photo.jpg", scene(0)):
+        with pytest.raises(OptionError, match="expected several images"):
+            look(one, discoverer)
+    for swapped in ((discoverer, ["photo.jpg"]), ([scene(0)], "dinov2_vits14")):
+        with pytest.raises(OptionError, match=r"expected images and then a Discoverer, not .* in its place"):
+            look(*swapped)
+    with pytest.raises(OptionError, match=r"expected a Discoverer and then an image, not 'photo.jpg'"):
+        Study("photo.jpg", discoverer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("look", [calibrate, lambda *given: learn(*given).facts, lambda *given: measure(*given).cutoff])
+def test_collections_may_be_any_iterable(discoverer: Discoverer, look: Any) -> None:
+    assert look(scenes(4), discoverer) == look(iter(scenes(4)), discoverer)
+
+
+@pytest.mark.parametrize("address", ["https://example.org/x.jpg", "s3://bucket/x.jpg", "file:///x.jpg"])
+def test_addresses_are_told_the_way(discoverer: Discoverer, address: str) -> None:
+    with pytest.raises(ImageError, match=f"{address}: expected an image, not an address: download it") as raised:
+        discoverer.discover(address)
+    assert not isinstance(raised.value, ImageUnavailableError)  # another try is in vain
+
+
+def test_no_outcome_comes_before_the_first(discoverer: Discoverer) -> None:
+    with pytest.raises(OptionError, match="skip must be an integer of at least 0, not -1"):
+        discoverer.outcomes([], skip=-1)
 
 
 @pytest.mark.parametrize("image", [None, 3, ["a.jpg"], object()])

@@ -1,6 +1,7 @@
 """One image's result for other programs."""
 
 import dataclasses
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from conftest import disc_picture
 from PIL import Image
 
-from lostreg.errors import LostregError, OptionError
+from lostreg.errors import ImageError, LostregError, OptionError
 from lostreg.images.draw import score_text
 from lostreg.inference.discoverer import Discoverer
 from lostreg.inference.discovery import Discovery, to_pandas
@@ -111,6 +112,9 @@ def test_a_table_has_a_row_a_box(backbone: Backbone, photo: Path) -> None:
     assert np.array_equal(table[["x1", "y1", "x2", "y2"]], np.concatenate([one.xyxy for one in several]))
     assert np.array_equal(table["score"], np.concatenate([one.scores for one in several]))
     assert list(several[1].to_pandas().columns) == list(to_pandas([]).columns)
+    assert to_pandas(several[1]).equals(several[1].to_pandas())
+    with pytest.raises(OptionError, match=r"expected discoveries alone, number 1 is ImageError: broken"):
+        to_pandas([several[0], ImageError("broken")])  # type: ignore[list-item]
 
 
 def test_the_picture_is_saved_in_the_format_of_its_suffix(found: Discovery, tmp_path: Path) -> None:
@@ -118,6 +122,16 @@ def test_the_picture_is_saved_in_the_format_of_its_suffix(found: Discovery, tmp_
     assert np.array_equal(np.asarray(Image.open(tmp_path / "found.png")), found.plot())
     with pytest.raises(LostregError, match=r"expected a file ending in \.png"):
         found.save("found.json")
+    with pytest.raises(OptionError, match="expected the path of a picture to write, not BytesIO"):
+        found.save(io.BytesIO())  # type: ignore[arg-type]
+
+
+def test_pictures_and_boxes_to_plot_are_checked(found: Discovery) -> None:
+    assert found.plot(truth=[[10, 10, 30, 40]]).shape == found.plot().shape  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"boxes must have shape \(n, 4\), not \(2, 3\)"):
+        found.plot(truth=np.zeros((2, 3)))
+    with pytest.raises(ImageError, match=r"expected an RGB array .* got \(110, 150\) of uint8"):
+        found.plot(pixels=disc_picture()[..., 0])
 
 
 def test_without_pandas_the_way_to_it_is_named(found: Discovery, monkeypatch: pytest.MonkeyPatch) -> None:

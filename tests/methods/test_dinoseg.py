@@ -67,7 +67,7 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_input_says_what_was_expected() -> None:
     with pytest.raises(OptionError, match=r"N = 5 \* 5 > 0, not \(1, 6, 30\)"):
         attended_maps(torch.ones(1, 6, 30), (5, 5))
-    with pytest.raises(OptionError, match=r"head must be in \[0, 2\], not 4"):
+    with pytest.raises(OptionError, match="dinoseg reads head 4, counted from 0, of the attention: it has 3"):
         attended_maps(torch.ones(1, 3, 30), (5, 6))
     attention, features = torch.ones(2, 6, 30), torch.ones(2, 30, 4)
     features[1, 3, 2] = torch.nan

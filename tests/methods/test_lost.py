@@ -524,7 +524,12 @@ def test_components_are_what_a_flood_fill_of_each_mask_reaches(masks, rows, colu
         (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), torch.zeros(2, 1, 1)), "not \\(2, 1, 1\\)"),
         (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), "Auto"), "finite number or 'auto', not 'Auto'"),
         (lambda: lost_boxes(torch.ones(2, 12, 3), (3, 4), float("nan")), "finite number or 'auto', not nan"),
-        (lambda: lost_boxes(np.ones((2, 12, 3)), (3, 4)), "PyTorch tensor, not ndarray"),
+        (lambda: lost_boxes(np.ones((2, 12, 3)), (3, 4)), "dense PyTorch tensor of a floating dtype, not .*ndarray"),
+        (lambda: lost_boxes(torch.ones(2, 12, 3, device="meta"), (3, 4)), "dense .*not .*meta"),
+        (lambda: lost_boxes(torch.ones(2, 12, 3).to_sparse(), (3, 4)), "dense .*not .*sparse_coo"),
+        (lambda: lost_boxes(torch.ones(2, 12, 3, dtype=torch.complex64), (3, 4)), "floating dtype, not .*complex64"),
+        (lambda: lost_boxes(torch.ones(2, 12, 3, dtype=torch.int64), (3, 4)), "floating dtype, not .*int64"),
+        (lambda: lost_boxes(torch.ones(2, 12, 3).double() * 1e100, (3, 4)), "finite, in float32 too"),
         (lambda: lowest_degrees(torch.zeros(1, 4, dtype=torch.long), 5), "\\[1, 4\\], not 5"),
     ],
 )

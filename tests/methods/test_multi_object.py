@@ -11,7 +11,7 @@ from reference_lost import Reference, reference_several
 from lostreg.images.boxes import pairwise_iou
 from lostreg.methods import similarity
 from lostreg.methods.lost import Bias, Objects, find_candidates, prepare
-from lostreg.methods.multi_object import find_objects
+from lostreg.methods.multi_object import find_objects, lost_objects
 from lostreg.methods.similarity import connections_to
 
 
@@ -102,6 +102,11 @@ def test_a_weak_object_ends_the_search_and_is_kept_only_as_the_first() -> None:
     (weak,) = several(features, grid, "auto", 100, 3, 1.0)
     assert weak.scores[0] < 1
     assert weak.xyxy.tolist() == every.xyxy[:1].tolist()
+
+
+@pytest.mark.parametrize("bias", [0.0, "auto"])
+def test_no_images_have_no_objects(bias: float | str) -> None:
+    assert lost_objects(torch.ones(0, 12, 3), (3, 4), bias) == []
 
 
 def test_an_image_may_run_out_of_patches() -> None:

@@ -1,15 +1,26 @@
 """Every row of the table is tested by being in it."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from random_models import DEPTH, NARROW, OTHERS
+from small_vit import NAME, save_weights, small
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lostreg.errors import BackboneError, LostregError
-from lostreg.models.backbone import Backbone, build_backbone, find_spec, load_backbone, place_model, placed_copy
+from lostreg.errors import BackboneError, LostregError, OptionError
+from lostreg.models.backbone import (
+    Backbone,
+    _Unfilled,
+    build_backbone,
+    find_spec,
+    load_backbone,
+    place_model,
+    placed_copy,
+)
 from lostreg.models.table import BACKBONES, FEATURES
 
 SHORT = 2
@@ -53,6 +64,45 @@ def test_every_row_is_built_frozen_and_in_evaluation_mode(backbone: Backbone) ->
 
 def test_every_row_is_built_without_a_classifier(backbone: Backbone) -> None:
     assert not any(name.startswith("head") for name in backbone.model.state_dict())
+
+
+@pytest.mark.parametrize("kind", [*BACKBONES, *OTHERS])
+def test_a_model_for_weights_is_built_without_a_random_number(kind: str) -> None:
+    """And what is no weight, such as rotary embeddings, is there all the same."""
+    name, options = OTHERS.get(kind, (kind, NARROW))
+    spec = find_spec(name)
+    random_weights = build_backbone(spec, depth=DEPTH, **options).model
+    before = torch.get_rng_state()
+    with _Unfilled():
+        model = build_backbone(spec, depth=DEPTH, **options).model
+    assert torch.equal(torch.get_rng_state(), before)
+    model.load_state_dict(random_weights.state_dict())
+    for (name, had), (_, has) in zip(random_weights.named_buffers(), model.named_buffers(), strict=True):
+        assert torch.equal(had, has), name
+    image = torch.ones(1, 3, 4 * int(model.patch_embed.patch_size[0]), 112)  # type: ignore[index, union-attr]
+    assert torch.equal(model.forward_features(image), random_weights.forward_features(image))  # type: ignore[operator]
+
+
+def test_a_backbone_that_is_loaded_leaves_the_user_s_random_numbers_alone(tmp_path: Path) -> None:
+    weights = save_weights(small(), tmp_path / "weights.safetensors")
+    before = torch.get_rng_state()
+    loaded = load_backbone(NAME, weights=weights).model.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in small().model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"name": 3}, "expected the name of a backbone, not 3"),
+        ({"device": "nope"}, "device must be auto, cpu"),
+        ({"dtype": torch.int8}, "dtype must be a floating-point one of PyTorch, not torch.int8"),
+        ({"dtype": "float32"}, "not 'float32'"),
+    ],
+)
+def test_what_cannot_be_loaded_so_is_refused_before_it_is(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(OptionError, match=told):
+        load_backbone(**{"name": "dinov2_vitg14", **given})
 
 
 @pytest.mark.parametrize("name", BACKBONES)

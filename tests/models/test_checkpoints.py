@@ -110,6 +110,7 @@ def test_load_backbone_rounds_a_model_before_it_goes_to_a_device(
         return move(module, *where, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch.nn.Module, "to", record)
+    monkeypatch.setattr("lostreg.models.backbone.resolve_device", lambda device: device)
     backbone = load_backbone(spec.name, weights=path, device="meta", dtype=torch.bfloat16)
     assert (backbone.device.type, backbone.dtype) == ("meta", torch.bfloat16)
     assert moved == [(torch.bfloat16, torch.float32), ("meta", torch.bfloat16)]

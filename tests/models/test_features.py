@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from random_models import (
@@ -327,6 +328,17 @@ def test_an_unknown_feature_is_refused(tiny: Backbone, feature: Any) -> None:
 def test_images_that_do_not_fit_are_refused(tiny: Backbone, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         patch_features(tiny, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [(torch.zeros(0, 3, 32, 32), "at least one image"), (np.zeros((1, 3, 32, 32)), "must be a tensor .*not ndarray")],
+)
+def test_what_are_no_images_is_refused(tiny: Backbone, images: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        patch_features(tiny, images)
+    with pytest.raises(OptionError, match=r"expected a Backbone, .*not 'dino_vits16' in its place"):
+        patch_features("dino_vits16", torch.zeros(1, 3, 32, 32))  # type: ignore[arg-type]
 
 
 def test_asking_for_no_feature_at_all_is_refused(tiny: Backbone) -> None:

@@ -10,6 +10,8 @@ import timm
 import torch
 from conftest import disc_picture, same, scene
 from random_models import OTHERS, enliven
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from lostreg import Discoverer, artifacts, find_registers
@@ -72,6 +74,90 @@ def test_what_cannot_be_read_is_named() -> None:
         Discoverer(3, device="cpu")  # type: ignore[arg-type]
 
 
+def test_a_model_that_timm_did_not_create_needs_no_configuration() -> None:
+    model = VisionTransformer(img_size=224, patch_size=16, embed_dim=64, depth=2, num_heads=2).eval()
+    discoverer = Discoverer(model, device="cpu")
+    assert len(discoverer.discover(scene(3)))
+    assert (discoverer.backbone.mean, discoverer.backbone.std) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    own = own_backbone(model, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    assert (own.mean, own.std, own.spec.name) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "VisionTransformer")
+
+
+class Renamed(VisionTransformer):
+    """Nothing of the forward is its own."""
+
+    def __init__(self) -> None:
+        super().__init__(img_size=32, embed_dim=64, depth=2, num_heads=2)
+
+    def classes(self) -> int:
+        return self.num_classes
+
+
+class Halved(Renamed):
+    def forward_features(self, x: Tensor, *masks: Any) -> Tensor:
+        return super().forward_features(x / 2)
+
+
+class Placed(Renamed):
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        return 2 * super()._pos_embed(x)
+
+
+class Twice(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(super().forward(x))
+
+
+class Squared(nn.Module):
+    gamma = torch.ones(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma**2
+
+
+def _looped(model: Any) -> None:
+    model.blocks = Twice(*model.blocks)
+
+
+def _squared(model: Any) -> None:
+    model.blocks[1].ls2 = Squared()
+
+
+def _skipping(model: Any) -> None:
+    model.blocks[0].forward = lambda x: x
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "told"),
+    [
+        (Halved, None, "Halved.forward_features"),
+        (Placed, None, "Placed._pos_embed"),
+        (Renamed, _looped, "Twice.forward"),
+        (Renamed, _squared, "Squared.forward"),
+        (Renamed, _skipping, "lambda"),
+    ],
+)
+def test_no_step_of_the_user_s_own_is_left_out_in_silence(kind: Any, change: Any, told: str) -> None:
+    assert own_backbone(Renamed().eval()).depth == 2
+    model = kind().eval()
+    if change:
+        change(model)
+    with pytest.raises(BackboneError, match=f"{told}.* of its own.*: give a function of images"):
+        own_backbone(model)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_model_of_other_images_than_rgb_is_refused_at_once(channels: int) -> None:
+    with pytest.raises(BackboneError, match=f"takes images of {channels} channels: expected 3"):
+        own_backbone(VisionTransformer(img_size=32, embed_dim=64, depth=1, num_heads=2, in_chans=channels))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_what_is_wrapped_around_a_model_is_named(wrap: Any) -> None:
+    with pytest.raises(BackboneError, match=r"expected the Renamed itself, not .*compile=True"):
+        own_backbone(wrap(Renamed().eval()))
+
+
 def test_a_function_sees_normalised_pixels_and_zeros_beyond_the_image() -> None:
     seen: list[Tensor] = []
 
@@ -122,6 +208,9 @@ def test_discoverers_of_functions_travel() -> None:
         (lambda images: images, r"not a tensor \(1, 3, 448, 448\) of torch.float32"),
         (lambda images: (images, (32, 32)), r"the features are a tensor \(1, 3, 448, 448\)"),
         (lambda _: (torch.ones(1, 4, 2, dtype=torch.int64), (2, 2)), "of torch.int64"),
+        (lambda _: (torch.ones(1, 4, 0), (2, 2)), r"the features are a tensor \(1, 4, 0\)"),
+        (lambda _: (torch.ones(1, 4, 2).to_sparse(), (2, 2)), r"the features are a tensor \(1, 4, 2\)"),
+        (lambda _: (torch.ones(1, 4, 2, device="meta"), (2, 2)), r"the features are a tensor \(1, 4, 2\)"),
         (lambda _: (torch.ones(1, 4, 2), 2), "the grid is 2"),
         (lambda _: (torch.ones(1, 5, 2), (2, 2)), r"shape \(1, 4, D\), not \(1, 5, 2\); CLS and registers are dropped"),
         (lambda _: (torch.ones(2, 4, 2), (2, 2)), r"not \(2, 4, 2\)"),
@@ -179,7 +268,10 @@ def test_a_module_in_training_mode_is_refused() -> None:
     ("options", "told"),
     [
         ({"mean": ()}, "mean must be three numbers, not"),
-        ({"mean": (0.5, float("nan"), 0.5)}, "mean must be three finite numbers"),
+        ({"mean": (0.5, float("nan"), 0.5)}, r"mean must be three numbers in \[0, 1\]"),
+        ({"mean": (123, 117, 104)}, r"mean must be three numbers in \[0, 1\], .*not \(123, 117, 104\)"),
+        ({"std": (58, 57, 57)}, "std must be three numbers above 0, 1 at most"),
+        ({"device": "nope"}, "device must be auto, cpu"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be three numbers above 0"),
     ],
 )

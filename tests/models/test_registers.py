@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from random_models import PLAIN, SMALL, built
+from timm.layers.mlp import Mlp
 from torch import nn
 
 from lostreg.errors import BackboneError, LostregError, OptionError, RegistersError
@@ -206,6 +208,17 @@ def test_mlps_of_another_kind_are_refused(has_second_projection: bool) -> None:
     backbone.with_registers(RegisterNeurons(((0, 0),)))
     with pytest.raises(BackboneError, match="cannot read the hidden units of a OtherMlp"):
         backbone.with_registers(RegisterNeurons(((1, 0),)))
+
+
+def test_an_mlp_with_a_forward_of_its_own_is_not_taken_for_timm_s() -> None:
+    class Doubled(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    backbone = build_backbone(find_spec(PLAIN), depth=1)
+    backbone.model.blocks[0].mlp = Doubled(192)  # type: ignore[index, union-attr]
+    with pytest.raises(BackboneError, match="cannot read the hidden units of a Doubled"):
+        backbone.with_registers(RegisterNeurons(((0, 0),)))
 
 
 def test_a_discoverer_records_its_registers(gated: Backbone) -> None:

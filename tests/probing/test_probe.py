@@ -244,6 +244,10 @@ def test_one_token_that_is_not_finite_is_told_though_no_head_is_trained_on_it(
 
 def test_options_are_checked(tmp_path: Path) -> None:
     data = write_task(tmp_path, "classification", 12)
+    with pytest.raises(OptionError, match="expected a Discoverer and then data, not"):
+        probe(data, discoverer(small()))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="expected data of load_probe_data, not 'folder'"):
+        probe(discoverer(small()), "folder")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="tokens must be one of cls, cls\\+mean, mean, not 'all'"):
         probe(discoverer(small()), data, tokens="all")
     with pytest.raises(OptionError, match="at least one seed"):
