@@ -229,6 +229,7 @@ def test_method_options_reach_the_results(root: Path, tmp_path: Path) -> None:
         "test_time_registers": None,
         "max_objects": 3,
         "min_score": 0.1,
+        "score": None,
         "refine": True,
         "box_from": "mask",
         "masks": True,
