@@ -1,5 +1,6 @@
 """JSON documents, written whole or not at all, and JSON Lines that grow as a run goes on and survive a kill."""
 
+import errno
 import glob
 import json
 import math
@@ -238,6 +239,24 @@ def short_number(value: float) -> float | int:
     """At most three decimals, and none where there is nothing behind the point: patches end on whole pixels."""
     rounded = round(float(value), 3)
     return int(rounded) if rounded.is_integer() else rounded
+
+
+@contextmanager
+def full_disk_named(path: str | Path) -> Iterator[None]:
+    """Say where a disk is full, which the system does not say of a file that is open.
+
+    Args:
+        path: of what is written.
+
+    Raises:
+        LostregError: in place of an `OSError` that says no more than that.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LostregError(f"cannot write {path}: {error.strerror}") from error
+        raise
 
 
 def count_lines(path: Path) -> int:

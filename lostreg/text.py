@@ -66,12 +66,18 @@ class Unused:
         return free
 
 
-def did_you_mean(name: str, names: Collection[str]) -> str:
+def did_you_mean(name: str, names: Collection[str], most: int = 3, likeness: float = 0.5) -> str:
     """`` (did you mean A or B?)``, to put behind a name that is not among these; empty where none is near.
+
+    Args:
+        name: as it was given.
+        names: that there are.
+        most: of them that are told.
+        likeness: that each has at least, in [0, 1], as `difflib.get_close_matches` measures it.
 
     Example:
         >>> lostreg.text.did_you_mean("dino_vits61", ["dino_vits16", "registers"])
         ' (did you mean dino_vits16?)'
     """
-    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), names, n=most, cutoff=likeness)
     return f" (did you mean {' or '.join(near)}?)" if near else ""

@@ -139,9 +139,9 @@ class S3Server:
         )
 
 
-def write_video(path: Path, codec: str = "libx264", frames: int = 90) -> Path:
+def write_video(path: Path, codec: str = "libx264", frames: int = 90, options: dict[str, str] | None = None) -> Path:
     """A frame shows its number, in white bars for ones and black ones for zeros, the lowest digit on the left."""
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=30)
         stream.width, stream.height, stream.pix_fmt, stream.options = 160, 96, "yuv420p", {"g": "25"}
         for number in range(frames):

@@ -299,10 +299,16 @@ def _report(args: argparse.Namespace, kind: Format, chosen: "ExportSet") -> str:
             f"object: --min-score {defaults.CLEAR_SCORE} leaves them out"
         )
     strange = sum(utf8_name(image.name) != image.name for image in chosen.images)
-    if strange and kind.is_utf8:
+    if strange and kind.names_files:
         tell(
             f"{strange} file names are not UTF-8 and were changed: other tools find these images once their files have "
             "the names in the export"
+        )
+    parts = [image.name for image in chosen.images if image.is_part]
+    if parts and kind.names_files:
+        tell(
+            f"{len(parts)} images are no files of their own, such as {cut(parts[0])}: other tools do not find them. "
+            "--format yolo and voc write each as a file"
         )
     notes = []
     if chosen.unreadable:

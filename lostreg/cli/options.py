@@ -14,7 +14,7 @@ from lostreg.checks import LARGEST, cut, whole_seed
 from lostreg.errors import BackboneError, OptionError
 from lostreg.images.stores import is_uri, local_path
 from lostreg.models.table import FEATURES, check_name
-from lostreg.text import printable
+from lostreg.text import did_you_mean, printable
 from lostreg.training.processes import fails_first
 
 if TYPE_CHECKING:
@@ -36,6 +36,15 @@ class Parser(argparse.ArgumentParser):
         flag: Any = {"action": "store_const", "dest": "told_from", "default": argparse.SUPPRESS}
         told.add_argument("--quiet", const=logging.WARNING, help="tell warnings and errors alone, show no bars", **flag)
         told.add_argument("--verbose", const=logging.DEBUG, help="tell what the library does, too", **flag)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but a command itself refuses what it does not know: its help is the one to see."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = next((word.partition("=")[0] for word in unknown if word.startswith("--")), None)
+            near = did_you_mean(option, self._option_string_actions, most=1, likeness=0.75) if option else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on standard error."""

@@ -31,7 +31,7 @@ from lostreg.cli.options import (
     tell,
 )
 from lostreg.errors import ImageError, ImageUnavailableError, LostregError, OptionError
-from lostreg.jsonio import count_lines
+from lostreg.jsonio import count_lines, full_disk_named
 from lostreg.text import printable
 
 _OTHER_PICTURES = (".bmp", ".eps", ".gif", ".pdf", ".svg", ".tif", ".tiff")  # no folder is meant
@@ -82,13 +82,15 @@ def run(args: argparse.Namespace) -> int:
         outcomes = _outcomes(args, sources, keep_pixels=plots is not None)
         if output and output is not sys.stdout and Path(args.json).is_file():
             output.truncate(0)  # only now: a mistake in the other options costs no earlier file
-        if output is not sys.stdout:
-            print(_row("image", "x1", "y1", "x2", "y2", "score"))
+        has_heading = output is sys.stdout
         for index, (source, outcome) in enumerate(zip(sources, outcomes, strict=True)):
             if isinstance(outcome, ImageError):
                 if args.strict:
                     raise outcome
                 failed += 1
+            elif not has_heading:
+                print(_row("image", "x1", "y1", "x2", "y2", "score"))
+                has_heading = True
             name = source.as_posix() if isinstance(source, Path) else source.name
             _report(name, outcome, output, args)  # before the picture, so that a full disk costs no box
             if plots and not isinstance(outcome, ImageError):
@@ -170,6 +172,7 @@ def _open_json(target: str, stack: ExitStack) -> TextIO:
     if path.suffix.lower() in SUFFIXES:  # most likely a list of images that follows --json without its FILE
         raise OptionError(f"--json {target} is named like an image: expected a file for JSON Lines, or -")
     make_folder(path.parent)
+    stack.enter_context(full_disk_named(path))
     return stack.enter_context(path.open("a", encoding="utf-8", newline="\n"))
 
 
@@ -192,9 +195,15 @@ def _place_plots(target: Path, images: "list[Path | StoredImage]") -> list[Path]
     from lostreg.images.draw import PLOT_SUFFIXES
 
     suffix = target.suffix.lower()
-    if suffix in _OTHER_PICTURES and not target.is_dir():
-        raise OptionError(f"--plot {target}: expected a folder or a file ending in {', '.join(PLOT_SUFFIXES)}")
-    if suffix in PLOT_SUFFIXES and not target.is_dir():
+    if target.is_dir():
+        suffix = ""
+    is_foreign = suffix in _OTHER_PICTURES or (len(images) == 1 and suffix)  # of one image most likely a file is meant
+    if is_foreign and suffix not in PLOT_SUFFIXES:
+        raise OptionError(
+            f"--plot {target}: expected a folder or a file ending in {', '.join(PLOT_SUFFIXES)}; a folder whose name "
+            "has an ending must be there already"
+        )
+    if suffix in PLOT_SUFFIXES:
         if len(images) > 1:
             raise OptionError(f"--plot {target} is one file, but there are {len(images)} images: give a folder")
         make_folder(target.parent)

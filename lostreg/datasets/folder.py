@@ -1,5 +1,6 @@
 """Photos without ground truth: the images that a folder, glob, list or URI stands for, and their order."""
 
+import codecs
 import glob
 import hashlib
 import os
@@ -30,6 +31,7 @@ from lostreg.datasets.lake import (
     unpack,
 )
 from lostreg.datasets.parts import Part
+from lostreg.datasets.shards import packing_of
 from lostreg.errors import LostregWarning, OptionError
 from lostreg.images.files import SUFFIXES
 from lostreg.images.stores import FileRange, StoredImage, arrow, check_uri, is_uri, local_path
@@ -189,7 +191,7 @@ def find_sources(arguments: Iterable[str]) -> list[Path | StoredImage]:
                 raise OptionError(f"no file matches '{argument}'")
             kinds = sort_files(map(str, files))
             if kinds.images:
-                tell_others(kinds.others, argument)
+                tell_others(kinds.others, argument, next(iter(kinds.passed_over), None))
                 files = sorted(map(Path, kinds.images))
             sources += _named(find_collection(argument)) if kinds.packed else files
         else:
@@ -232,7 +234,8 @@ def _of_kinds(
 ) -> Collection:
     """Image files, where there are any, else the images in files that hold many."""
     if kinds.images or not kinds.packed:
-        tell_others(kinds.others, place)
+        example = (root / kinds.passed_over[0]).as_posix() if kinds.passed_over else None
+        tell_others(kinds.others, place, example)
         return _collect(root, kinds.images, nothing, apart)
     folder = os.path.abspath(root)  # noqa: PTH100 - without following links
     names, parts = unpack(kinds, str(place), lambda name: os.path.join(folder, name), every)  # noqa: PTH118
@@ -297,9 +300,21 @@ def _tell(error: OSError) -> None:
 
 def _listed(path: Path) -> list[str]:
     try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        with path.open("rb") as file:
+            head = file.read(8)
+            packing = packing_of(head)
+            if packing is not None:  # it may be larger than memory
+                raise OptionError(
+                    f"{path} is packed with {packing}: unpack it first; of archives, .tar alone is read as it is"
+                )
+            content = head + file.read()
     except OSError as error:
         raise OptionError(f"cannot read the list {path}: {error.strerror}") from error
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as Windows' Notepad writes "Unicode"
+    try:
+        text = content.decode("utf-16") if is_utf16 else content.decode("utf-8-sig", "surrogateescape")
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path} is no list of images: it begins as UTF-16 and is none") from error
     if "\0" in text:
         raise OptionError(f"{path} is no list of images: expected a text file with a path a line")
     lines = (line.removesuffix("\r") for line in text.split("\n"))  # names may hold what else ends lines

@@ -1,6 +1,7 @@
 """Images where image lakes keep them: in shards and tables, in folders of stores."""
 
 import fnmatch
+import glob
 import json
 import posixpath
 import re
@@ -9,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, repeat
 from typing import Final
 from urllib.parse import unquote
@@ -20,7 +21,7 @@ from lostreg.datasets.shards import list_shard
 from lostreg.datasets.tables import cell_at, forget_tables, list_table
 from lostreg.datasets.video import VIDEOS, forget_videos, frame_at, list_video
 from lostreg.errors import LostregWarning, OptionError
-from lostreg.images.files import HEIF_HINT, HEIF_SUFFIXES, SUFFIXES
+from lostreg.images.files import HEIF_HINT, HEIF_SUFFIXES, NOTES, SUFFIXES, is_note
 from lostreg.images.stores import (
     FileRange,
     StoredImage,
@@ -62,12 +63,14 @@ class Kinds:
         packed: files that hold many images.
         states: where Hugging Face's `datasets` says which files count.
         others: the rest, counted by endings.
+        passed_over: files that hold many images and count among the others, because there are image files.
     """
 
     images: list[str]
     packed: list[str]
     states: list[str]
     others: Counter[str]
+    passed_over: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,9 @@ def sort_files(files: Iterable[str]) -> Kinds:
     packings = tuple(PACKED)
     for file in files:
         low = file.lower()
-        if low.endswith(SUFFIXES):
+        if is_note(low):
+            kinds.others[NOTES] += 1
+        elif low.endswith(SUFFIXES):
             kinds.images.append(file)
         elif low.endswith(packings):
             kinds.packed.append(file)
@@ -105,11 +110,11 @@ def sort_files(files: Iterable[str]) -> Kinds:
             kinds.others[_ending(low)] += 1
             if posixpath.basename(low) == _STATE:
                 kinds.states.append(file)
-    if kinds.images:
-        kinds.others.update(_ending(file) for file in kinds.packed)
-        kinds.packed.clear()
     kinds.images.sort()
     kinds.packed.sort()
+    if kinds.images:
+        kinds.others.update(_ending(file) for file in kinds.packed)
+        kinds.passed_over, kinds.packed = kinds.packed, []
     return kinds
 
 
@@ -117,12 +122,23 @@ def _ending(name: str) -> str:
     return posixpath.splitext(name)[1].lower()
 
 
-def tell_others(others: Counter[str], place: object) -> None:
-    """Warn of what is left out, counted by endings."""
+def tell_others(others: Counter[str], place: object, passed_over: str | None = None) -> None:
+    """Warn of what is left out.
+
+    Args:
+        others: counted by endings.
+        place: what is read.
+        passed_over: path or URI of one of these that holds many images, such as a video.
+    """
     if others:
         counts = sorted(others.items(), key=lambda item: (-item[1], item[0]))
         endings = [f"{count:,} {ending or 'without ending'}" for ending, count in counts]
-        hint = f" ({HEIF_HINT})" if others.keys() & set(HEIF_SUFFIXES) else ""
+        hints = [HEIF_HINT] if others.keys() & set(HEIF_SUFFIXES) else []
+        if passed_over is not None:
+            folder, name = posixpath.split(passed_over)
+            alone = posixpath.join(glob.escape(folder), f"*{posixpath.splitext(name)[1]}")
+            hints.append(f'there are photos, and videos, shards and tables are taken alone, such as "{alone}"')
+        hint = f" ({'; '.join(hints)})" if hints else ""
         message = f"left out of {place}, by their endings: {name_some(endings)}{hint}"
         warnings.warn(message, LostregWarning, stacklevel=2)
 
@@ -154,7 +170,7 @@ def unpack(
         for name, listing in zip(packed, pool.map(_listing, files, packed, repeat(every)), strict=True):
             if isinstance(listing, NoImagesError):  # such as what img2dataset writes of a shard beside it
                 without = without or listing
-                others[_ending(name)] += 1
+                others[f"{_ending(name)} without images"] += 1
                 continue
             names += listing.names
             parts.append(listing.part)
@@ -279,7 +295,8 @@ def find_stored(
         files = list(matching("/".join(pattern), lambda one: _matching(there, one)))
     kinds = sort_files(files)
     if kinds.images:
-        tell_others(kinds.others, uri)
+        example = f"{path.rstrip('/')}/{kinds.passed_over[0]}" if kinds.passed_over else None
+        tell_others(kinds.others, uri, example)
         return root, tuple(kinds.images), (Objects(root, len(kinds.images)),)
     names, parts = unpack(kinds, uri, lambda name: join_uri(folder, name), every)
     if not names:

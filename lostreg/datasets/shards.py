@@ -14,12 +14,20 @@ from numpy.typing import NDArray
 
 from lostreg.datasets.parts import Listing
 from lostreg.errors import OptionError
-from lostreg.images.files import SUFFIXES
+from lostreg.images.files import NOTES, SUFFIXES, is_note
 from lostreg.images.stores import FileRange, StoredImage, is_uri, open_file, telling
 
 _REMOTE_BLOCK: Final = 1 << 20  # bytes that are asked for at once: one answer has the headers of many small images
 _LOCAL_BLOCK: Final = 1 << 12
-_PACKED: Final = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_PACKINGS: Final = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf": "7z",
+    b"Rar!": "rar",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +76,13 @@ def list_shard(file: str, name: str) -> Listing:
         try:
             for member in _members(shard, name):
                 path = _path(name, member.name)
-                ending = posixpath.splitext(path)[1].lower()
+                ending = NOTES if is_note(path) else posixpath.splitext(path)[1].lower()
                 start, size = member.offset_data, member.size
                 original = names.get(_path(name, member.linkname)) if member.islnk() else None
                 if original is not None:
                     start, size = starts[original], sizes[original]
                 is_file = original is not None or (member.isreg() and not member.issparse())
-                if not path.lower().endswith(SUFFIXES):
+                if ending == NOTES or not path.lower().endswith(SUFFIXES):
                     if is_file:
                         others[ending] += 1
                 elif not is_file:
@@ -90,6 +98,11 @@ def list_shard(file: str, name: str) -> Listing:
         except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
             fault = f"{name} is cut off or damaged behind {len(names):,} images ({error}): what lies before counts"
     return Listing(list(names), Shard(file, np.array(starts, np.int64), np.array(sizes, np.int64)), others, fault)
+
+
+def packing_of(head: bytes) -> str | None:
+    """What a file is packed with, by its first bytes; None where they do not tell."""
+    return next((kind for mark, kind in _PACKINGS.items() if head.startswith(mark)), None)
 
 
 def _path(shard: str, member: str) -> str:
@@ -110,7 +123,7 @@ def _members(shard: BinaryIO, name: str) -> Iterator[tarfile.TarInfo]:
     try:
         tar = tarfile.open(fileobj=shard, mode="r:")  # noqa: SIM115 - closed below
     except tarfile.TarError as error:
-        packing = next((kind for mark, kind in _PACKED.items() if head.startswith(mark)), None)
+        packing = packing_of(head)
         why = f"it is packed with {packing}, where no image can be read alone" if packing else error
         raise OptionError(f"{name}: expected a plain tar file ({why})") from error
     with tar:

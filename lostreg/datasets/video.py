@@ -1,5 +1,6 @@
 """Video files: every nth frame is an image, read with PyAV (extra ``video``)."""
 
+import errno
 import re
 import threading
 from collections import OrderedDict
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lostreg.datasets.parts import Listing, NoImagesError
-from lostreg.errors import OptionError
+from lostreg.errors import ImageError, OptionError
 from lostreg.images.stores import CheckSize, StoredImage, is_uri, open_file, telling
 
 VIDEOS: Final = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".3gp")
@@ -24,6 +25,8 @@ VIDEO_HINT: Final = 'needs PyAV: pip install "lostreg[video]"'
 _OPEN: Final = 4  # videos that stay open, each with its decoder
 _KEPT_BYTES: Final = 1 << 28  # of frames that another thread may be about to ask for
 _AHEAD: Final = 120  # frames from which seeking beats decoding on
+_PROMISING: Final = ("matroska,webm", "mov,mp4,m4a,3gp,3g2,mj2")  # formats whose header says how long a file is
+_SLACK_SECONDS: Final = 0.25  # and a frame, that a file may end before that
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,30 @@ def frame_at(name: str, locator: str) -> VideoFrame | None:
     return VideoFrame(name, file, *map(int, numbers.groups())) if numbers else None
 
 
+@dataclass(frozen=True, slots=True)
+class BrokenVideo(StoredImage):
+    """What stands in a list of images for a video that no frame can be read from: an image that cannot be read.
+
+    Attributes:
+        name: of the video.
+        file: absolute path or URI.
+        reason: why, for people.
+    """
+
+    name: str
+    file: str
+    reason: str
+
+    @property
+    def locator(self) -> str:
+        """The file."""
+        return self.file
+
+    def _read(self, check_size: CheckSize) -> bytes:
+        del check_size
+        raise ImageError(f"{self.name}: cannot be read ({self.reason})")
+
+
 @dataclass(frozen=True, eq=False)
 class Video:
     """Frames of a video.
@@ -70,17 +97,21 @@ class Video:
         file: absolute path or URI.
         times: when each is shown, in ticks of the stream, shape (n,), int64.
         every: how many frames of the video there are from one to the next.
+        fault: why there is no frame, for people; one image that cannot be read then stands for the video.
     """
 
     file: str
     times: NDArray[np.int64]
     every: int
+    fault: str = ""
 
     def __len__(self) -> int:
-        return len(self.times)
+        return len(self.times) or 1
 
-    def image(self, number: int, name: str) -> VideoFrame:
+    def image(self, number: int, name: str) -> VideoFrame | BrokenVideo:
         """One of them, by its number from 0."""
+        if self.fault:
+            return BrokenVideo(name, self.file, self.fault)
         return VideoFrame(name, self.file, int(self.times[number]), number * self.every, self.every)
 
 
@@ -88,7 +119,7 @@ def list_video(file: str, name: str, every: int | None = None) -> Listing:
     """Every nth frame of a video, called ``NAME#NUMBER`` by how many frames are shown before it.
 
     Nothing is decoded: the frames' times stand beside them. Where the file is cut off or damaged, what lies before
-    counts.
+    counts; where that is nothing, one image that cannot be read, called like the video.
 
     Args:
         file: absolute path or URI.
@@ -97,29 +128,59 @@ def list_video(file: str, name: str, every: int | None = None) -> Listing:
 
     Raises:
         NoImagesError: if it has no video, such as a file of sound alone.
-        OptionError: if it cannot be read, or PyAV is not installed.
+        OptionError: if it cannot be had now, or PyAV is not installed.
     """
     av = _av(name)
     times: list[int] = []
-    fault = ""
-    with telling(file), _opened(av, file) as container:
-        stream = _stream(container, name)
-        every = every or max(1, round(stream.average_rate or 1))
+    step, reason = 1, ""
+    with telling(file):
         try:
-            times.extend(
-                packet.pts
-                for packet in container.demux(stream)
-                if packet.size and packet.pts is not None and not packet.is_discard
-            )
+            with _opened(av, file) as container:
+                stream = _stream(container, name)
+                step = every or max(1, round(stream.average_rate or 1))
+                reason = _read_times(container, stream, times)
         except av.FFmpegError as error:
-            fault = f"{name} is cut off or damaged behind {len(times):,} frames ({error.strerror}): these count"
+            # FFmpeg says EIO, too, where a file ends in the middle of its header.
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EIO):
+                raise
+            reason = error.strerror
     if not times:
-        raise NoImagesError(f"{name}: no frame of it says when it is shown")
-    chosen = np.unique(np.array(times, np.int64))[::every]
+        fault = reason or "no frame of it says when it is shown"
+        return Listing([name], Video(file, np.empty(0, np.int64), step, fault))
+    chosen = np.unique(np.array(times, np.int64))[::step]
     digits = max(6, len(str(len(times))))
     return Listing(
-        [f"{name}#{number * every:0{digits}}" for number in range(len(chosen))], Video(file, chosen, every), fault=fault
+        [f"{name}#{number * step:0{digits}}" for number in range(len(chosen))],
+        Video(file, chosen, step),
+        fault=reason and f"{name} is cut off or damaged behind {len(times):,} frames ({reason}): these count",
     )
+
+
+def _read_times(container: Any, stream: Any, times: list[int]) -> str:
+    """Note when the frames of a video are shown.
+
+    Args:
+        container: the open file.
+        stream: its video.
+        times: gets them, in ticks of the stream, also those before an error.
+
+    Returns:
+        What shows that the file is cut off; empty where nothing does.
+    """
+    ends: dict[int, int] = {}  # when each stream ends, in its ticks
+    is_cut = False
+    for packet in container.demux():
+        if packet.size and packet.pts is not None:
+            is_cut = packet.is_corrupt
+            end = packet.pts + (packet.duration or 0)
+            ends[packet.stream_index] = max(ends.get(packet.stream_index, 0), end)
+            if packet.stream_index == stream.index and not packet.is_discard:
+                times.append(packet.pts)
+    seconds = max((float(end * container.streams[index].time_base) for index, end in ends.items()), default=0.0)
+    promised = (container.duration or 0) / 1e6 if container.format.name in _PROMISING else 0.0
+    if seconds < promised - _SLACK_SECONDS - float(1 / (stream.average_rate or 1)):
+        return f"it ends after {seconds:.1f} of {promised:.1f} seconds"
+    return "its last frame is cut" if is_cut else ""
 
 
 def forget_videos() -> None:

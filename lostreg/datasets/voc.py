@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lostreg.datasets.base import Benchmark, Example, name_some, read_size
 from lostreg.errors import DatasetError
-from lostreg.images.files import SUFFIXES
+from lostreg.images.files import SUFFIXES, is_note
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _SECOND_COLUMN = re.compile(r"\s+(-1|0|1)$")
@@ -214,7 +214,7 @@ def list_images(root: Path) -> dict[str, str]:
     for name in _listing(root / "JPEGImages"):
         stem, dot, ending = name.rpartition(".")
         suffix = (dot + ending).lower()
-        if suffix in SUFFIXES:
+        if suffix in SUFFIXES and not is_note(name):
             ranked.append((SUFFIXES.index(suffix), name, stem))
     return {stem: name for _, name, stem in sorted(ranked, reverse=True)}  # the first of the endings wins
 

@@ -22,7 +22,7 @@ class Format:
         has_masks: whether it has a place for masks.
         has_scores: whether it has a place for scores.
         has_unreadable: whether it lists images that could not be read.
-        is_utf8: whether names that are not UTF-8 are changed.
+        names_files: whether readers look for image files by its names, of which those that are not UTF-8 are changed.
         is_streamed: whether it is written as the predictions are read, so that no number of them is too many; in a
             store then also as a folder of parts.
     """
@@ -34,7 +34,7 @@ class Format:
     has_masks: bool = False
     has_scores: bool = False
     has_unreadable: bool = False
-    is_utf8: bool = False
+    names_files: bool = False
     is_streamed: bool = False
 
     @property
@@ -49,7 +49,7 @@ class Format:
 
 
 FORMATS: Final[dict[str, Format]] = {
-    "coco": Format("coco", (".json",), ("label", "keep_empty"), has_masks=True, has_scores=True, is_utf8=True),
+    "coco": Format("coco", (".json",), ("label", "keep_empty"), has_masks=True, has_scores=True, names_files=True),
     "voc": Format("voc", options=("label", "keep_empty", "files")),
     "yolo": Format("yolo", options=("label", "keep_empty", "files", "val_share"), has_masks=True),
     "csv": Format("csv_table", (".csv",), needs_sizes=False, has_scores=True, has_unreadable=True),
@@ -62,7 +62,7 @@ FORMATS: Final[dict[str, Format]] = {
         has_unreadable=True,
         is_streamed=True,
     ),
-    "labelstudio": Format("labelstudio", (".json", ".xml"), ("label", "image_url"), has_scores=True, is_utf8=True),
+    "labelstudio": Format("labelstudio", (".json", ".xml"), ("label", "image_url"), has_scores=True, names_files=True),
 }
 
 

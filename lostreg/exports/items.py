@@ -12,6 +12,7 @@ from lostreg.exports.names import below_one_folder
 from lostreg.images.decode import read_image
 from lostreg.images.files import SUFFIXES
 from lostreg.images.rle import Rle, rle_area
+from lostreg.images.stores import StoredImage
 from lostreg.runs.locate import ImageFinder, Source
 from lostreg.runs.predictions import Prediction
 
@@ -56,6 +57,12 @@ class ExportImage:
     height: int
     boxes: tuple[ExportBox, ...]
     source: Source | None = None
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it lies in a larger file: a frame of a video, a member of a shard, a row of a table."""
+        place = None if self.source is None else self.source.path
+        return isinstance(place, StoredImage) and place.locator != place.file
 
 
 @dataclass(frozen=True)

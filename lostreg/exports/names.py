@@ -10,11 +10,12 @@ from typing import Final
 
 from lostreg.text import Unused
 
+_PART: Final = re.compile(r"\.[^./#]+#(\d+)$")  # of a file: a frame of a video, a row of a table
 _LONGEST: Final = 180  # bytes of a stem: file systems take 255 with everything that is put in front and behind
 
 
 class Names:
-    """Hands out stems, relative paths without suffix, each once.
+    """Hands out stems, relative paths without suffix, each once. Of ``film.mp4#000120`` it is ``film-000120``.
 
     Two names are alike where their stems are, so that no two images share a label file; capitals and the way in which
     accents are written make no difference, because on some file systems they make none.
@@ -34,7 +35,7 @@ class Names:
         return self._unused.name(self._safe(name))
 
     def _safe(self, name: str) -> str:
-        *folders, last = [part for part in xml_text(name).split("/") if part not in ("", ".")] or ["_"]
+        *folders, last = [part for part in xml_text(file_name(name)).split("/") if part not in ("", ".")] or ["_"]
         parts = [self._folder(part) for part in folders] + [_visible(PurePosixPath(last).stem)]
         if self._flat:
             parts = [_short(re.sub(r"\s", "_", "__".join(parts)))]
@@ -49,6 +50,11 @@ def xml_text(name: str) -> str:
     return "".join(
         "_" if unicodedata.category(sign) in ("Cs", "Cc") or sign in "\ufffe\uffff" else sign for sign in name
     )
+
+
+def file_name(name: str) -> str:
+    """A name as that of a file of its own: a frame ``film.mp4#000120`` is ``film-000120.jpg``."""
+    return _PART.sub(r"-\1.jpg", name)
 
 
 def utf8_name(name: str) -> str:

@@ -12,10 +12,12 @@ from typing import Final, Literal
 from PIL import ExifTags, Image
 
 from lostreg.checks import cut
+from lostreg.datasets.video import VideoFrame
 from lostreg.errors import ImageError, PredictionsError
 from lostreg.exports.items import ExportImage
 from lostreg.images.decode import Header, read_header, read_image
 from lostreg.images.stores import StoredImage
+from lostreg.jsonio import full_disk_named
 from lostreg.runs.locate import Source, is_file
 
 Placing = Literal["copy", "link", "none"]
@@ -84,6 +86,8 @@ def _plan(image: ExportImage, source: Source, path: Path, reader: Reader) -> Pla
     header = read_header(path)
     kind, orientation = header.format, header.orientation
     exif = _is_turned(image, source, header)
+    if isinstance(source.path, VideoFrame):  # no file holds it as it is; a codec has taken more from it than JPEG will
+        return Plan(source.path, ".jpg", exif, encode=True)
     is_plain = kind in reader.kinds and (kind != "TIFF" or header.mode in ("RGB", "L"))
     is_upright = orientation.value == 1 or (kind == "JPEG" and exif and reader.turns)
     if not (is_plain and is_upright and orientation.is_plain and _readers_agree(path, orientation.value)):
@@ -102,7 +106,8 @@ def _on_disk(source: Path | StoredImage) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "image"
-        path.write_bytes(source.read())
+        with full_disk_named(path):
+            path.write_bytes(source.read())
         try:
             yield path
         except (ImageError, PredictionsError) as error:

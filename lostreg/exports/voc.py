@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from lostreg.exports.items import Box, ExportImage, ExportSet
-from lostreg.exports.names import Names, xml_text
+from lostreg.exports.names import Names, file_name, xml_text
 from lostreg.exports.pictures import Placing, Plan, Reader, place, plan_all
 from lostreg.exports.writing import put
 from lostreg.progress import OnProgress, Progress
@@ -35,8 +35,8 @@ def write(
         on_progress: called after each image.
 
     Returns:
-        How many images were encoded anew: those that are no JPEG or PNG files, have an EXIF orientation, or would be
-        read differently.
+        How many images were encoded anew: those that are no JPEG or PNG files, such as frames of videos, have an EXIF
+        orientation, or would be read differently.
 
     Raises:
         ImageError: if an image cannot be read.
@@ -55,7 +55,7 @@ def write(
 
 
 def _put_image(folder: Path, stem: str, image: ExportImage, what: Plan | None, *, files: Placing, label: str) -> None:
-    suffix = what.suffix if what else xml_text(Path(image.name).suffix) or ".jpg"
+    suffix = what.suffix if what else xml_text(Path(file_name(image.name)).suffix) or ".jpg"
     if what:
         place(what, folder / "JPEGImages" / (stem + suffix), files)
     put(folder / "Annotations" / f"{stem}.xml", _xml(image, stem + suffix, label))

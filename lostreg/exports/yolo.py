@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from lostreg.datasets.video import VIDEOS
 from lostreg.errors import LostregWarning
 from lostreg.exports.items import ExportBox, ExportImage, ExportSet
 from lostreg.exports.names import Names, escaped
@@ -20,6 +22,7 @@ from lostreg.progress import OnProgress, Progress
 
 READER: Final = Reader(kinds=("JPEG", "PNG", "WEBP", "BMP", "TIFF"), turns=True)
 VAL_SHARE: Final = 0.2
+_FRAME: Final = re.compile(rf"(.*(?:{'|'.join(map(re.escape, VIDEOS))}))#\d+", re.IGNORECASE | re.DOTALL)
 _LEAST_SIDE: Final = 1e-6  # what six decimals still hold: readers drop a box without width or height
 
 
@@ -38,9 +41,6 @@ def write(
     takes a data set either for segmentation or for detection: of the mask's outline or, without a mask, of the box. A
     polygon is one piece without holes: that of the largest piece, see `lostreg.images.masks.outlines`.
 
-    Warns:
-        LostregWarning: if a polygon leaves out pieces of its mask.
-
     Args:
         folder: that is filled.
         collection: what is exported.
@@ -50,7 +50,11 @@ def write(
         on_progress: called after each image.
 
     Returns:
-        How many images were encoded anew, because OpenCV or Ultralytics read them differently or not at all.
+        How many images were encoded anew, because OpenCV or Ultralytics read them differently or not at all, as they
+        do frames of videos.
+
+    Warns:
+        LostregWarning: if a polygon leaves out pieces of its mask, or no image is left for ``val``.
 
     Raises:
         ImageError: if an image cannot be read.
@@ -68,6 +72,9 @@ def write(
         put(folder / "labels" / f"{stem}.txt", "".join(rows.row(image, box) for box in image.boxes))
         on_progress(Progress(index + 1, len(plans)))
     put(folder / "data.yaml", _data(label, has_val=bool(val)))
+    if val_share > 0 and len(plans) > 1 and not val:
+        message = "all images are frames of one video, which is not divided: data.yaml validates with those to train on"
+        warnings.warn(message, LostregWarning, stacklevel=2)
     if rows.cut:
         message = f"{rows.cut} masks are of several pieces, of which a YOLO polygon holds the largest alone"
         warnings.warn(message, LostregWarning, stacklevel=2)
@@ -77,19 +84,22 @@ def write(
 def choose_val(ids: Sequence[str], share: float) -> set[int]:
     """Which images validate: those whose id's hash falls into the share, so that more images move none of these.
 
+    Frames of a video are nearly alike, so that all of them go where the video's name does.
+
     Args:
         ids: of the images.
         share: in [0, 1).
 
     Returns:
-        Indices; at least one, and not all, where the share is above 0 and there are two images or more.
+        Indices; at least one, and not all, where the share is above 0 and there are two images or videos or more.
     """
-    places = [int.from_bytes(hashlib.sha256(escaped(one).encode()).digest()[:8], "big") / 2**64 for one in ids]
-    chosen = {index for index, drawn in enumerate(places) if drawn < share}
-    if share > 0 and len(ids) > 1:
-        ranked = sorted(range(len(ids)), key=lambda index: places[index])
+    whole = [frame[1] if (frame := _FRAME.fullmatch(one)) else one for one in ids]
+    places = {one: int.from_bytes(hashlib.sha256(escaped(one).encode()).digest()[:8], "big") / 2**64 for one in whole}
+    chosen = {one for one, drawn in places.items() if drawn < share}
+    if share > 0 and len(places) > 1:
+        ranked = sorted(places, key=places.__getitem__)
         chosen = (chosen | {ranked[0]}) - {ranked[-1]}
-    return chosen if len(ids) > 1 else set()
+    return {index for index, one in enumerate(whole) if one in chosen} if len(places) > 1 else set()
 
 
 class _Rows:

@@ -1,5 +1,6 @@
 """Image files by their names alone: no decoder is loaded for them."""
 
+import posixpath
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,19 @@ SUFFIXES: Final = (
     + HEIF_SUFFIXES * HAS_HEIF
 )
 """Endings of files that are taken for images where nobody names them, in lower case; HEIC's with pillow-heif alone."""
+NOTES: Final = "._* of macOS"
+"""What files are counted as that `is_note` tells."""
+
+
+def is_note(path: str) -> bool:
+    """Whether a file is called like those in which macOS keeps notes on another one, whose ending they have.
+
+    Example:
+        >>> from lostreg.images.files import is_note
+        >>> is_note("photos/._dog.jpg")
+        True
+    """
+    return posixpath.basename(path).startswith("._")
 
 
 @dataclass(frozen=True)

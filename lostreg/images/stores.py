@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Final, Literal, cast
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from lostreg.errors import ImageError, ImageUnavailableError, OptionError
+from lostreg.jsonio import full_disk_named
 
 LAKE_HINT: Final = 'needs pyarrow: pip install "lostreg[lake]"'
 CONNECT_SECONDS: Final = 10.0
@@ -247,7 +248,7 @@ def fetch_file(uri: str, path: Path) -> None:
         OptionError: if it cannot be read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with telling(uri), open_file(uri) as there, path.open("wb") as here:
+    with telling(uri), full_disk_named(path), open_file(uri) as there, path.open("wb") as here:
         shutil.copyfileobj(there, here, _COPIED_BYTES)
 
 

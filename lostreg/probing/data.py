@@ -19,7 +19,7 @@ from lostreg.datasets.folder import find_images
 from lostreg.defaults import IGNORED, PROBE_TASKS
 from lostreg.errors import DatasetError, ImageError, OptionError
 from lostreg.images.decode import decoding, read_header
-from lostreg.images.files import SUFFIXES, ImageFile
+from lostreg.images.files import SUFFIXES, ImageFile, is_note
 from lostreg.inference.stream import available_cores
 from lostreg.jsonio import as_line
 
@@ -338,7 +338,8 @@ def _match(images: Path, maps: Path, kind: _Kind) -> list[_Pair]:
 
 def _by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """The files with these endings in a folder and below, by name without ending."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    paths = sorted(path for path in files if not is_note(path.name))
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:

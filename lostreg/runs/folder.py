@@ -21,7 +21,7 @@ from lostreg.datasets.base import ImageId
 from lostreg.defaults import RESULTS_FILE
 from lostreg.errors import LostregWarning, PredictionsError
 from lostreg.images.decode import ImageSource
-from lostreg.jsonio import count_lines, keep_lines, remove_left, whole_file, write_json
+from lostreg.jsonio import count_lines, full_disk_named, keep_lines, remove_left, whole_file, write_json
 from lostreg.runs.results import AFRESH, check_same_run, run_facts
 
 _LOG: Final = logging.getLogger(__name__)
@@ -151,6 +151,7 @@ class Run(Generic[AnyLine]):
             PredictionsError: if the folder cannot be written, is in use, or holds a run with other settings.
         """
         with ExitStack() as stack:
+            stack.enter_context(full_disk_named(self.out))
             stack.enter_context(locked(self.out))
             for path in (self._memory, self._results, *self._beside):
                 remove_left(path)
@@ -165,8 +166,8 @@ class Run(Generic[AnyLine]):
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
     def resume(self) -> Iterator[AnyLine]:
         """What an earlier run has done, each line read once; then `todo` is known, and `append` may be called.

@@ -202,6 +202,11 @@ BAD = {
         f"predict {{}}/good.jpg {{}}/dot.png --plot {{}}/a.png {FAST}",
         "one file, but .* 2 images",
     ),
+    "plot that is no picture": (
+        f"predict {{}}/good.jpg --plot {{}}/x.txt {FAST}",
+        "expected a folder or a file ending in",
+    ),
+    "JSON on a full disk": (f"predict {{}}/good.jpg --json /dev/full {FAST}", "cannot write /dev/full: No space left"),
     "plot over an image": (
         f"predict {{}}/good.jpg --plot {{}}/good.jpg {FAST}",
         r"--plot .*good\.jpg is among the images: give another folder",
@@ -296,7 +301,14 @@ BAD = {
         "'cuda' was asked for, but PyTorch finds none here; try --device cpu",
     ),
     "no device": ("predict {}/good.jpg --device toaster", "must be auto, cpu, cuda, cuda:N or mps, not 'toaster'"),
-    "unknown option": (f"predict {{}}/good.jpg --colour red {FAST}", "unrecognized arguments: --colour red"),
+    "unknown option": (
+        f"predict {{}}/good.jpg --colour red {FAST}",
+        r"^lostreg predict: error: unrecognized arguments: --colour red \(see lostreg predict --help\)$",
+    ),
+    "misspelt option": (
+        f"discover {{}} --out {{}}/out --maxobjects=3 {FAST}",
+        r"--maxobjects=3 \(did you mean --max-objects\?\) \(see lostreg discover --help\)$",
+    ),
     "score above 1": (f"predict {{}}/good.jpg --min-score 2 {FAST}", r"expected a number in \[0, 1\], not '2'"),
     "score below 0": (f"predict {{}}/good.jpg --min-score=-0.1 {FAST}", r"a number in \[0, 1\], not '-0\.1'"),
     "score of letters": (f"predict {{}}/good.jpg --min-score nan {FAST}", r"a number in \[0, 1\], not 'nan'"),

@@ -643,7 +643,9 @@ def test_a_file_that_is_not_there_costs_no_model(tmp_path: Path, capsys: pytest.
         patch.setattr("lostreg.inference.discoverer.load_backbone", None)
         for command in ("predict", "calibrate", "learn", "artifacts", "attention"):
             assert main([command, str(missing)]) == 2
-            assert f"error: {missing}: no such file\n" in capsys.readouterr().err
+            printed = capsys.readouterr()
+            assert f"error: {missing}: no such file\n" in printed.err
+            assert printed.out == ""  # no heading where no row follows
         assert main(["predict", str(missing), "--json", str(found)]) == 2
     (line,) = json_lines(found.read_text())
     assert line["error"] == f"{missing}: no such file"

@@ -1,7 +1,9 @@
 """``lostreg discover`` as a person with a folder of photos meets it, and the object options of its siblings."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +22,11 @@ from PIL import Image
 
 from lostreg import defaults
 from lostreg.cli.main import main
+from lostreg.datasets.folder import find_collection
+from lostreg.images.decode import read_image
 from lostreg.images.rle import decode_rle
 from lostreg.inference.objectness import Objectness
+from lostreg.runs.folder import Run
 from lostreg.runs.predictions import read_predictions
 
 FAST = ["--backbone", "imgfocus_vits14", "--device", "cpu"]
@@ -464,12 +469,65 @@ def test_figures_on_images_that_taught_are_called_transductive(
 
 def test_frames_of_a_film_are_photos(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     film, out = write_video(tmp_path / "film.mp4"), tmp_path / "out"
+    frame = read_image(find_collection(str(film), every=45)[1]).pixels
     for known in ("2 photos", "2 of these had been done before"):
         assert discover(film, out, "--every", "45") == 0
         assert known in capsys.readouterr().out
     assert main(["report", str(out)]) == 0
     assert "film.mp4#000045" in (out / "report.html").read_text(encoding="utf-8")
-    assert main(["export", str(out), "--format", "voc", "--out", str(tmp_path / "voc")]) == 0
-    assert len(list((tmp_path / "voc").rglob("*.xml"))) == 2
+    names = ["film-000000", "film-000045"]
+    for kind, files in (("voc", "--files none"), ("yolo", ""), ("voc", "--overwrite")):
+        place = tmp_path / kind
+        assert main(["export", str(out), "--format", kind, "--out", str(place), *files.split()]) == 0
+        labels = sorted([*place.rglob("Annotations/*.xml"), *place.rglob("labels/*/*.txt")])
+        assert [label.stem for label in labels] == names
+        if kind == "voc":
+            assert all(f"<filename>{label.stem}.jpg</filename>" in label.read_text() for label in labels)
+        if files != "--files none":
+            pictures = sorted(place.rglob("*.jpg"))
+            assert [picture.stem for picture in pictures] == names
+            assert abs(read_image(pictures[1]).pixels.astype(int) - frame).max() < 16  # as it was measured
+    assert "all images are frames of one video" in capsys.readouterr().err
+    for kind, file in (("coco", "a.json"), ("labelstudio", "b.json")):
+        assert main(["export", str(out), "--format", kind, "--out", str(tmp_path / file)]) == 0
+        told = "2 images are no files of their own, such as film.mp4#000000: .* --format yolo and voc write"
+        assert re.search(told, capsys.readouterr().err)
     assert discover(photos, tmp_path / "other", "--every", "45") == 2
     assert f"--every 45 is for videos, and {photos} has no frame of any" in capsys.readouterr().err
+
+
+def test_a_broken_video_is_one_failure_among_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    films, out = tmp_path / "films", tmp_path / "out"
+    films.mkdir()
+    whole = write_video(films / "b.mp4").read_bytes()
+    (films / "a.mp4").write_bytes(b"")
+    assert discover(films, out, "--every", "45") == 0
+    assert "3 photos" in capsys.readouterr().out
+    failed = (out / "failed.csv").read_text().splitlines()
+    assert failed[1:] == ["a.mp4,a.mp4: cannot be read (Invalid data found when processing input),unreadable"]
+    kept = (out / "predictions.jsonl").read_bytes()
+    assert discover(films, out, "--every", "45", "--retry-failed") == 0
+    assert (out / "predictions.jsonl").read_bytes() == kept
+    assert discover(films / "a.mp4", tmp_path / "alone", "--every", "45") == 2
+    assert discover(films, tmp_path / "strict", "--every", "45", "--strict") == 2
+    (films / "a.mp4").write_bytes(whole)  # it was mended: its frames take its place
+    assert discover(films, out, "--every", "45") == 0
+    printed = capsys.readouterr()
+    assert "4 photos" in printed.out
+    assert "1 images of the earlier run are gone" in printed.err
+    names = [one.image_id for one in read_predictions(out / "predictions.jsonl")]
+    assert names == [f"{film}.mp4#{number}" for film in "ab" for number in ("000000", "000045")]
+    assert (out / "failed.csv").read_text().count("\n") == 1
+
+
+def test_a_full_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(scene(0)).save(tmp_path / "a.png")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Run, "append_all", full)
+    assert discover(tmp_path, tmp_path / "out") == 2
+    assert f"error: cannot write {tmp_path / 'out'}: No space left on device\n" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Which files a folder, a glob and a list stand for, and what they are called."""
 
+import codecs
 import os
 import sys
 from pathlib import Path
@@ -191,15 +192,37 @@ def test_arguments_that_stand_for_nothing_are_refused(tmp_path: Path) -> None:
     assert find() == []
 
 
+@pytest.mark.parametrize("mark", [b"PK\x03\x04", b"\x1f\x8b\x08\x00"])
+def test_an_archive_is_no_list(tmp_path: Path, mark: bytes) -> None:
+    (tmp_path / "photos.zip").write_bytes(mark + bytes(100))
+    with pytest.raises(OptionError, match=r"photos.zip is packed with g?zip: unpack it first; .* \.tar alone"):
+        find_collection(str(tmp_path / "photos.zip"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+def test_lists_of_windows_are_read(tmp_path: Path, encoding: str) -> None:
+    text = "a.jpg\r\nété/日本.jpg\r\n"
+    mark = codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b""
+    (tmp_path / "list.txt").write_bytes(mark + text.encode(encoding))
+    assert find_collection(str(tmp_path / "list.txt")).names == ("a.jpg", "été/日本.jpg")
+
+
+def test_what_only_begins_like_utf16_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes(codecs.BOM_UTF16_LE + b"odd")
+    with pytest.raises(OptionError, match=r"list\.txt is no list of images: it begins as UTF-16"):
+        find_collection(str(tmp_path / "list.txt"))
+
+
 def test_what_is_left_out_is_counted_by_its_ending(photos: Path) -> None:
-    for name in ("a.MP4", "trip one/b.mp4", "notes", ".hidden", "c.heic", "d.heic", "e.heic"):
+    for name in ("a.mp4", "trip one/b.mp4", "notes", ".hidden", "c.heic", "d.heic", "e.heic"):
         (photos / name).touch()
     is_read = ".heic" in SUFFIXES
     heic = () if is_read else ("3 .heic",)
-    hint = "" if is_read else r' \(HEIC is read with pillow-heif: pip install "lostreg\[heif\]"\)'
+    heif = "" if is_read else r'HEIC is read with pillow-heif: pip install "lostreg\[heif\]"; '
+    hint = rf' \({heif}there are photos, and videos, shards and tables are taken alone, such as ".*/\*\.mp4"\)$'
     counts = ", ".join((*heic, "2 without ending", "2 .mp4", "1 .txt"))
     for find in (lambda: find_collection(str(photos)), lambda: find_images([str(photos)])):
-        with pytest.warns(LostregWarning, match=f"left out of .*photos, by their endings: {counts}{hint}$"):
+        with pytest.warns(LostregWarning, match=f"left out of .*photos, by their endings: {counts}{hint}"):
             find()
     with pytest.warns(LostregWarning, match="by their endings: .*1 .txt"):
         find_collection(f"{photos}/**/*")

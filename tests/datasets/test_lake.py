@@ -357,14 +357,34 @@ def test_where_there_are_image_files_they_count_alone(tmp_path: Path) -> None:
     assert len(found) == 5
     assert len(find_collection(f"{tmp_path}/*.tar")) == 4
     (tmp_path / "a.jpg").write_bytes(b"1")
-    with pytest.warns(LostregWarning, match=r"left out of .*: 1 .parquet, 1 .tar"):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "B.MP4").touch()
+    with pytest.warns(
+        LostregWarning, match=r"left out of .*: 1 .mp4, 1 .parquet, 1 .tar \(.*such as \"(.*)\"\)"
+    ) as told:
         assert find_collection(str(tmp_path)).names == ("a.jpg",)
+    pattern = str(told[0].message).split('"')[1]
+    assert len(find_collection(pattern)) == 4
+    with pytest.warns(LostregWarning, match=re.escape(pattern)):
+        find_sources([f"{tmp_path}/*"])
+
+
+def test_notes_of_macos_are_no_images(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", {"a/b.jpg": b"1", "a/._b.jpg": b"note", "._c.jpg": b"note"})
+    (tmp_path / "._0.tar").write_bytes(b"note")
+    with pytest.warns(LostregWarning, match=r"by their endings: 3 \._\* of macOS$"):
+        assert find_collection(str(tmp_path)).names == ("0.tar/a/b.jpg",)
+    for name in ("a.jpg", "._a.jpg"):
+        (tmp_path / name).write_bytes(b"1")
+    for find in (find_collection, lambda source: find_sources([source])):
+        with pytest.warns(LostregWarning, match=r"2 \._\* of macOS"):
+            assert len(find(str(tmp_path))) == 1
 
 
 def test_a_table_without_images_is_left_out_of_a_folder_with_others(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", MEMBERS)
     write_parquet(tmp_path / "00000.parquet", pa.table({"url": ["u"], "width": [20]}))
-    with pytest.warns(LostregWarning, match="by their endings: 1 .parquet$"):
+    with pytest.warns(LostregWarning, match="by their endings: 1 .parquet without images$"):
         assert len(find_collection(str(tmp_path))) == 4
     write_parquet(tmp_path / "1.parquet", pa.table({"left": [b"1"], "right": [b"1"]}))
     with pytest.raises(OptionError, match=r"^1.parquet: expected one column .* found left"):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lostreg.datasets import video
 from lostreg.datasets.folder import Collection, find_collection
 from lostreg.datasets.lake import stored_at
-from lostreg.errors import ImageError, OptionError
+from lostreg.errors import ImageError, ImageUnavailableError, LostregWarning, OptionError
 from lostreg.images.decode import ImageSource, read_image
 
 FRAMES = 90
@@ -103,10 +103,38 @@ def test_what_lies_before_a_cut_counts_and_a_broken_frame_is_its_own_fault(tmp_p
     assert number_of(whole[1]) == 10
 
 
+def cut(path: Path, share: float) -> Path:
+    path.write_bytes(path.read_bytes()[: round(path.stat().st_size * share)])
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.avi", "fast.mp4", "pieces.mp4"])
+def test_a_video_that_is_cut_off_is_told_and_a_whole_one_is_not(
+    name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    options = {"fast.mp4": {"movflags": "faststart"}, "pieces.mp4": {"movflags": "frag_keyframe+empty_moov"}}
+    path = write_video(tmp_path / name, CONTAINERS.get(name, "libx264"), options=options.get(name))
+    assert len(find_collection(str(path), every=10)) == 9
+    assert not recwarn.list
+    with pytest.warns(LostregWarning, match=rf"{name} is cut off or damaged behind \d\d frames \(it.*\): these count$"):
+        assert 3 <= len(find_collection(str(cut(path, 0.6)), every=10)) < 9
+
+
+@pytest.mark.parametrize(("name", "share"), [("a.mp4", 0.9), ("a.mp4", 0), ("a.mkv", 0.1), ("a.mkv", 0.15)])
+def test_a_video_without_a_frame_is_one_image_that_cannot_be_read(name: str, share: float, tmp_path: Path) -> None:
+    write_video(tmp_path / "b.avi", "mpeg4")
+    cut(write_video(tmp_path / name), share)
+    found = find_collection(str(tmp_path), every=45)
+    assert found.names == (name, "b.avi#000000", "b.avi#000045")
+    assert numbers_of(found, (1, 2)) == [0, 45]
+    broken = pickle.loads(pickle.dumps(found[0]))
+    with pytest.raises(ImageError, match=rf"^{name}: cannot be read \(\w.*\)$") as raised:
+        read_image(broken)
+    assert not isinstance(raised.value, ImageUnavailableError)
+
+
 def test_what_is_no_video_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.mp4").write_bytes(b"no video at all")
-    with pytest.raises(OptionError, match=r"a\.mp4: cannot be read \(Invalid data found"):
-        find_collection(str(tmp_path / "a.mp4"))
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         silence = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
@@ -115,6 +143,8 @@ def test_what_is_no_video_is_told_in_one_line(tmp_path: Path, monkeypatch: pytes
         container.mux(stream.encode())
     with pytest.raises(OptionError, match=r"sound\.mp4 holds no video"):
         find_collection(str(tmp_path / "sound.mp4"))
+    with pytest.warns(LostregWarning, match="by their endings: 1 .mp4 without images$"):
+        assert find_collection(str(tmp_path)).names == ("a.mp4",)
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(OptionError, match=r'a\.mp4 needs PyAV: pip install "lostreg\[video\]"'):
         find_collection(str(tmp_path / "a.mp4"))

@@ -280,6 +280,17 @@ def test_a_split_stays_when_images_are_added() -> None:
     assert choose_val(ids, 0) == set()
 
 
+def test_frames_of_a_video_stay_together() -> None:
+    videos = [f"{number}/film.MP4" for number in range(100)]
+    ids = [f"{video}#{frame:06}" for frame in (0, 30, 60) for video in videos]
+    val = choose_val(ids, 0.2)
+    assert len(val) == 3 * len({ids[index].partition("#")[0] for index in val})
+    assert val == {index for index in val if index % 100 in choose_val(videos, 0.2)}
+    assert choose_val(ids[::100], 0.5) == set()  # of one video
+    rows = [f"train.parquet#{row}" for row in range(100)]
+    assert 0 < len(choose_val(rows, 0.2)) < 100
+
+
 # CSV
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lostreg.exports.names import Names, below_one_folder, utf8_name, xml_text
+from lostreg.exports.names import Names, below_one_folder, file_name, utf8_name, xml_text
 
 PARTS = st.lists(st.text(st.sampled_from("aAäß.. /imges\u0301\n\udce4é-2\t"), max_size=8), min_size=1, max_size=4).map(
     "/".join
@@ -39,6 +39,13 @@ def test_flat_names_have_neither_folders_nor_white_space() -> None:
     names = Names(flat=True)
     assert names.stem("trip one/ä b.jpg") == "trip_one__ä_b"
     assert names.stem("trip_one/ä_b.png") == "trip_one__ä_b-2"
+
+
+def test_frames_and_rows_keep_their_numbers() -> None:
+    names = Names()
+    given_ = ["a.b/c.mp4#000015", "a.b/c.mp4#000030", "a.b/c.avi#000030", "t.parquet#7", "c#1.jpg"]
+    assert [names.stem(name) for name in given_] == ["a.b/c-000015", "a.b/c-000030", "a.b/c-000030-2", "t-7", "c#1"]
+    assert [file_name(name) for name in given_[3:]] == ["t-7.jpg", "c#1.jpg"]
 
 
 def test_images_of_one_stem_never_share_a_name() -> None:
