@@ -1,9 +1,10 @@
-"""``lostreg score``: the corloc of any predictions file; runs no model and needs no images."""
+"""``lostreg score``: the corloc of any predictions; runs no model and needs no images."""
 
 import argparse
 
 from lostreg.cli.build import open_benchmark
 from lostreg.cli.options import Subparsers, add_benchmark_options, run_place, tell
+from lostreg.defaults import PREDICTIONS_FILE
 
 
 def add_parser(commands: Subparsers) -> None:
@@ -11,11 +12,12 @@ def add_parser(commands: Subparsers) -> None:
     parser = commands.add_parser(
         "score",
         help="score a predictions file",
-        description="Score predictions of any origin: JSON Lines with image_id (file stem for VOC, integer id for "
-        "COCO, or paths of the image files as `lostreg discover` writes them) and boxes in pixels. Runs no model. The "
-        "last line is like `corloc 61.90 (3102/5011)`.",
+        description="Score predictions of any origin: JSON Lines with image_id (file stem for VOC, id for COCO, or "
+        "paths of the image files as `lostreg discover` writes them) and boxes [x1, y1, x2, y2] in pixels; a JSON list "
+        "of such objects; or COCO's results, a JSON list with image_id, bbox [x, y, width, height] and score, whose "
+        "categories are ignored. Runs no model. The last line is like `corloc 61.90 (3102/5011)`.",
     )
-    parser.add_argument("predictions", type=run_place, help="JSON Lines file, or its URI")
+    parser.add_argument("predictions", type=run_place, help="the file, or the folder of a run, or its URI")
     parser.add_argument("benchmark", help="voc07, voc12, coco20k, sample, voc or coco: see `lostreg datasets`")
     add_benchmark_options(parser)
     parser.set_defaults(run=run)
@@ -27,12 +29,14 @@ def run(args: argparse.Namespace) -> int:
     from lostreg.runs.predictions import read_predictions
     from lostreg.runs.remote import fetched
 
-    with fetched(args.predictions, beside=()) as file:
-        predictions = read_predictions(file)
+    with fetched(args.predictions, beside=(PREDICTIONS_FILE,)) as place:
+        predictions = read_predictions(place)
     benchmark = open_benchmark(args, with_images=False)
     named = named_by_files(predictions, benchmark)
     if named is not None:
-        tell(f"images are known by their files' names: {predictions[0].image_id} is {named[0].image_id}")
+        given, known = predictions[0].image_id, named[0].image_id
+        if str(given) != str(known):
+            tell(f"images are known by their files' names: {given} is {known}")
         predictions = named
     score, missing = score_predictions(predictions, benchmark)
     detection = score_detections(predictions, benchmark)
