@@ -282,6 +282,15 @@ def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -
     return corloc(boxes, [example.boxes for example in benchmark.examples]), found.count(None)
 
 
+def hits_of(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[bool]:
+    """Whether each image of a benchmark was hit; arguments and errors as for `score_predictions`."""
+    found = _by_example(predictions, benchmark)
+    return [
+        prediction is not None and is_hit(prediction.boxes, example.boxes)
+        for prediction, example in zip(found, benchmark.examples, strict=True)
+    ]
+
+
 def score_detections(predictions: Sequence[Prediction], benchmark: Benchmark) -> DetectionScores | None:
     """How well all boxes of a predictions file find all objects; None where a box has no score.
 

@@ -535,6 +535,20 @@ def test_score_counts_what_is_missing(root: Path, tmp_path: Path, capsys: pytest
     assert "1 images could not be read" in captured.err
 
 
+def test_two_runs_are_compared_image_by_image(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hit, miss = [[9, 9, 60, 60]], [[0, 0, 5, 5]]
+    for name, boxes in (("a", [hit, hit, hit, hit, miss]), ("b", [hit, miss, hit, hit])):  # one without a prediction
+        lines = [json.dumps({"image_id": f"im{number:02}", "boxes": box}) for number, box in enumerate(boxes)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "predictions.jsonl").write_text("\n".join(lines))
+    score = ["score", str(tmp_path / "a"), "voc", "--root", str(root), "--against", str(tmp_path / "b")]
+    assert main(score) == 0
+    *_, told, last = capsys.readouterr().out.splitlines()
+    assert told.startswith("+20.00 over the 60.00 of ")
+    assert told.endswith("/b: 95 % interval +0.00 to +60.00, paired by image")
+    assert last == "corloc 80.00 (4/5)"
+
+
 def test_score_of_a_coco_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "coco.json").write_text(
         json.dumps(
