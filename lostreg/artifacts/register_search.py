@@ -202,7 +202,7 @@ class _Search:
         self, sources: Sequence[ImageSource], neurons: tuple[tuple[int, int], ...], cutoff: float, count: int
     ) -> float:
         """Share of patches that are outliers still."""
-        cured = self._cured(sources, neurons, count)
+        cured = self._cured(sources, neurons, count, "checking")
         patches = np.concatenate([norms.output for _, norms in cured])
         return float((~(patches < cutoff)).mean())  # what is not finite is an outlier too
 
@@ -215,17 +215,17 @@ class _Search:
     ) -> float:
         """Share of former outliers whose norms are like those of other patches."""
         before = np.concatenate([norms.output for _, norms in affected])
-        cured = self._cured([source for source, _ in affected], neurons, count)
+        cured = self._cured([source for source, _ in affected], neurons, count, "trying")
         after = np.concatenate([norms.output for _, norms in cured])
         others = before[before < cutoff]
         limit = np.quantile(others, _ORDINARY) if others.size else cutoff
         return float((after[before >= cutoff] <= limit).mean())
 
     def _cured(
-        self, sources: Sequence[ImageSource], neurons: tuple[tuple[int, int], ...], count: int
+        self, sources: Sequence[ImageSource], neurons: tuple[tuple[int, int], ...], count: int, step: str
     ) -> list[tuple[ImageSource, TokenNorms]]:
         backbone = self._discoverer.backbone.with_registers(RegisterNeurons(neurons, count))
-        found = self._look(backbone, token_norms, sources, f"trying {len(neurons)}")
+        found = self._look(backbone, token_norms, sources, f"{step} {len(neurons)}")
         for _, norms in found:
             if isinstance(norms, ImageError):  # which could be read before
                 raise RegistersError(f"no neurons were found: {norms}")

@@ -43,6 +43,9 @@ _FIGURES: Final[dict[str, Callable[[Sequence[Measurement]], Figure]]] = {
 }
 
 
+_PLOTS: Final = ("norms", "layers", "neighbours", "probes", "gram", "registers")  # of lines and bars: no photographs
+
+
 def write_report(
     out: str | Path,
     found: Sequence[Measurement],
@@ -98,6 +101,7 @@ def write_report(
             cells=CELLS,
             settings=settings,
             shown_attention=len(attention),
+            plots=_PLOTS,
         )
         write_whole(out / PAGE, page, errors="backslashreplace")
     except OSError as error:
@@ -205,6 +209,7 @@ def _outcome(one: Measurement) -> str:
 def _summary(found: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
     for one in found:
         value, count = one.cutoff.value, one.outliers
+        rule = f"{one.cutoff.rule.value:.4g}" if one.cutoff.rule.kind == "number" else one.cutoff.rule
         yield (
             one.title,
             f"{one.seen.images:,}" + (f" ({len(one.seen.errors)} unreadable)" if one.seen.errors else ""),
@@ -212,7 +217,7 @@ def _summary(found: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
             "none found" if value is None else f"{count:,} ({100 * count / one.patches:.2f} %)",
             "-" if value is None else f"{value:.4g}",
             "-" if one.emerges is None else str(one.emerges),
-            f"{one.cutoff.rule}: {one.cutoff.reason}",
+            f"{rule}: {one.cutoff.reason}",
         )
 
 
@@ -220,14 +225,14 @@ def _probes(found: Sequence[Measurement]) -> Iterator[tuple[str, ...]]:
     for one in found:
         sample = one.sample
         for kind, position in sample.position.items():
-            yield one.title, f"position, {kind} tokens", *_probe_row(position)
+            yield one.title, f"position: {kind}", *_probe_row(position)
         for kind, pixels in sample.pixels.items():
-            yield one.title, f"pixels, {kind} tokens", *_probe_row(pixels)
+            yield one.title, f"pixels: {kind}", *_probe_row(pixels)
         if isinstance(sample.classes, Skipped):
             yield one.title, "class", *_probe_row(sample.classes)
         else:
             for kind, classes in sample.classes.items():
-                yield one.title, f"class, {kind}", *_probe_row(classes)
+                yield one.title, f"class: {kind}", *_probe_row(classes)
 
 
 def _probe_row(probe: PositionProbe | PixelProbe | ClassProbe | Skipped) -> tuple[str, str, str]:

@@ -94,7 +94,7 @@ def settings_of(args: argparse.Namespace, discoverer: "Discoverer", images: int)
 
     return {
         "images": images,
-        "sample": args.sample,
+        "sample": min(args.sample, images),
         "seed": args.seed,
         "annotations": args.annotations.name if args.annotations else None,
         **{name: value for name, value in discoverer.options.record().items() if name not in _OF_A_BACKBONE},

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from lostreg.cli.options import tell
@@ -63,6 +64,7 @@ class ProgressBar:
         self._description = description
         self._tell_errors = tell_errors
         self._step = ""
+        self._since = time.time()  # the last report: what comes next takes its time from then on
         self.errors = self.unavailable = 0
         self._bar: tqdm[None] | None = None
 
@@ -81,6 +83,7 @@ class ProgressBar:
             self._draw(progress)
         if progress.error is not None and self._tell_errors:
             self.tell(f"error: {progress.error}", logging.ERROR)
+        self._since = time.time()
 
     def _draw(self, progress: Progress) -> None:
         bar = self._bar_of(progress)
@@ -90,6 +93,7 @@ class ProgressBar:
             bar.set_postfix_str(progress.note, refresh=False)
         if progress.done <= progress.known:
             bar.initial = bar.n = bar.last_print_n = progress.done
+            bar.start_t = bar.last_print_t = time.time()
         else:
             bar.update(progress.done - bar.n)
 
@@ -113,6 +117,7 @@ class ProgressBar:
                 unit=_UNITS.get(progress.step, "img"),
                 file=sys.stderr,
             )
+            self._bar.start_t = self._bar.last_print_t = self._since
         return self._bar
 
     def _close(self) -> None:

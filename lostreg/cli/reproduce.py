@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from lostreg.cli import evaluate, sweep
+from lostreg.cli.build import open_benchmark
 from lostreg.cli.files import make_folder
 from lostreg.cli.options import Parser, Subparsers, join_bias, local_place, one_line, tell
 from lostreg.cli.recipes import DECIDED, Job, Recipe, decided, load_recipe, recipe_names
@@ -16,6 +17,7 @@ from lostreg.models.table import BACKBONES
 
 TABLE: Final = "table"  # of OUT/RECIPE, as .json and .md
 _OTHER_TRUTH: Final = ("--split", "--no-hard")  # options that change what published figures are of
+_OPENED: Final = ("benchmark", "root", "split", "images", "annotations", "no_hard", "limit", "turned")
 _ROW: Final = frozenset(("title", "benchmark", "folder", "command", "with", "measured", "fault", "note"))
 _HEADINGS: Final = (
     "row",
@@ -94,8 +96,9 @@ def run(args: argparse.Namespace) -> int:
     folder = args.out / recipe.name
     if args.dry_run:
         told = _told(folder)
+        refusals: dict[str, str] = {}
         for job, options in asked:
-            print(f"{job.line}  # {_state(job, options, told.get(_folder(job)))}")
+            print(f"{job.line}  # {_state(job, options, told.get(_folder(job)), refusals)}")
         return 0
     make_folder(folder)
     rows: list[dict[str, Any]] = []
@@ -103,8 +106,9 @@ def run(args: argparse.Namespace) -> int:
         for number, (job, options) in enumerate(asked, start=1):
             tell(f"{number} of {len(jobs)}: {job.line}")
             rows.append(_outcome(job, options))
-            if rows[-1]["fault"]:
-                tell(f"{job.row.title}, {job.benchmark}: {rows[-1]['fault']}", logging.WARNING)
+            row = {name: rows[-1][name] for name in ("title", "benchmark", "fault")}
+            if row["fault"] and not any(row.items() <= other.items() for other in rows[:-1]):  # of its eval and sweep
+                tell(f"{job.row.title}, {job.benchmark}: {row['fault']}", logging.WARNING)
     finally:
         rows += [_row(job, fault="not finished: the command was stopped") for job in jobs[len(rows) :]]
         _write(folder, recipe, args.passed, rows)
@@ -172,12 +176,24 @@ def _lacks(job: Job, options: argparse.Namespace) -> str:
     return "; ".join(lacks)
 
 
-def _state(job: Job, options: argparse.Namespace, told: dict[str, Any] | None) -> str:
+def _refusal(options: argparse.Namespace, refusals: dict[str, str]) -> str:
+    """Why the command could not open its benchmark; empty where it can. Each benchmark is opened once."""
+    key = str([(name, value) for name, value in vars(options).items() if name in _OPENED])
+    if key not in refusals:
+        try:
+            open_benchmark(options)
+            refusals[key] = ""
+        except (LostregError, OSError) as error:
+            refusals[key] = one_line(str(error))
+    return refusals[key]
+
+
+def _state(job: Job, options: argparse.Namespace, told: dict[str, Any] | None, refusals: dict[str, str]) -> str:
     results = _results(job)
     if results:
         other = f" as `{told['command']}`" if told and told["command"] != job.line else ""
         return ("done" if results.get("complete") else "begun") + other
-    return f"missing: {lack}" if (lack := _lacks(job, options)) else "to do"
+    return f"missing: {lack}" if (lack := _lacks(job, options) or _refusal(options, refusals)) else "to do"
 
 
 def _results(job: Job) -> dict[str, Any] | None:

@@ -154,4 +154,5 @@ def _last_line(rows: "Sequence[SweepRow]") -> str:
     from lostreg.runs.sweep import summary
 
     ends = summary(rows)
-    return f"auto - best fixed: mean {ends['mean']:+.2f}, worst {ends['worst']:+.2f} ({len(rows)} features)"
+    count = f"{len(rows)} feature{'s' if len(rows) > 1 else ''}"
+    return f"auto - best fixed: mean {ends['mean']:+.2f}, worst {ends['worst']:+.2f} ({count})"

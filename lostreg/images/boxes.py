@@ -47,8 +47,8 @@ def as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
     """Boxes as an array of shape (n, 4), float64.
 
     Raises:
-        OptionError: if they have another shape, or a coordinate is no number within ±2**31, where areas are exact
-            enough and finite.
+        OptionError: if they have another shape, a coordinate is no number within ±2**31, where areas are exact
+            enough and finite, or corners are swapped.
     """
     array = numbers(boxes, "boxes")
     if array.size == 0:
@@ -57,6 +57,8 @@ def as_boxes(boxes: ArrayLike) -> NDArray[np.float64]:
         raise OptionError(f"boxes must have shape (n, 4), not {array.shape}")
     if not (np.abs(array) <= FARTHEST).all():
         raise OptionError(f"boxes must have finite coordinates within ±{FARTHEST}, not {shown(array)}")
+    if (array[:, :2] > array[:, 2:]).any():
+        raise OptionError(f"boxes must be x1, y1, x2, y2 with x1 <= x2 and y1 <= y2, not {shown(array)}")
     return array
 
 

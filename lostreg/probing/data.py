@@ -313,7 +313,9 @@ def _folder_pairs(root: Path, kind: _Kind) -> tuple[list[_Pair], list[_Pair] | N
     images = root / "images"
     maps = next((root / name for name in kind.folders if (root / name).is_dir()), None)
     if not images.is_dir() or maps is None:
-        raise DatasetError(f"{root}: expected the folders images and {kind.folders[0]} (see docs/probes.md)")
+        places = ", ".join(place or "itself" for place in _VOC_PLACES)
+        voc = f", or VOC 2012, whose SegmentationClass was looked for in {places}" if kind.word == "mask" else ""
+        raise DatasetError(f"{root}: expected the folders images and {kind.folders[0]}{voc} (see docs/probes.md)")
     parts, map_parts = _parts(images), _parts(maps)
     if (parts is None) != (map_parts is None):
         raise DatasetError(f"{root}: expected the same parts in {images.name} and {maps.name}, such as train and val")

@@ -210,7 +210,8 @@ def _detection(predictions: Sequence[Prediction | None], examples: Sequence[Exam
 def named_by_files(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[Prediction] | None:
     """Predictions whose ids are paths, as those of `lostreg.runs.discover` are, with the benchmark's ids.
 
-    An image is known by its file's name, whatever folder that is in and however it ends.
+    An image is known by its file's name, whatever folder that is in and however it ends; one of COCO by its
+    number, too.
 
     Args:
         predictions: of one file.
@@ -223,14 +224,15 @@ def named_by_files(predictions: Sequence[Prediction], benchmark: Benchmark) -> l
     Raises:
         PredictionsError: if two images have one name, or not all names are the benchmark's.
     """
-    ids = {str(image_id): image_id for image_id in benchmark.left_out}
+    everyone = benchmark.left_out.union(example.image_id for example in benchmark.examples)
+    ids = {str(image_id): image_id for image_id in everyone}
     numbers = {name: image_id for name, image_id in ids.items() if isinstance(image_id, int)}
     ids |= {example.path.stem: example.image_id for example in benchmark.examples}
     names = [PurePath(str(one.image_id)).stem for one in predictions]
     found = [ids.get(name, numbers.get(_number(name))) for name in names]
     if not any(one is not None for one in found):
         return None
-    if not {one.image_id for one in predictions}.isdisjoint(benchmark.left_out.union(ids.values())):
+    if not everyone.isdisjoint(one.image_id for one in predictions):
         return None
     _check_unambiguous([(one.path.stem, str(one.path)) for one in benchmark.examples])
     _check_unambiguous([(name, str(one.image_id)) for name, one in zip(names, predictions, strict=True)])
@@ -278,6 +280,15 @@ def score_predictions(predictions: Sequence[Prediction], benchmark: Benchmark) -
     found = _by_example(predictions, benchmark)
     boxes = [[] if prediction is None else prediction.boxes for prediction in found]
     return corloc(boxes, [example.boxes for example in benchmark.examples]), found.count(None)
+
+
+def hits_of(predictions: Sequence[Prediction], benchmark: Benchmark) -> list[bool]:
+    """Whether each image of a benchmark was hit; arguments and errors as for `score_predictions`."""
+    found = _by_example(predictions, benchmark)
+    return [
+        prediction is not None and is_hit(prediction.boxes, example.boxes)
+        for prediction, example in zip(found, benchmark.examples, strict=True)
+    ]
 
 
 def score_detections(predictions: Sequence[Prediction], benchmark: Benchmark) -> DetectionScores | None:

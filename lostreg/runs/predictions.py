@@ -1,18 +1,25 @@
-"""The predictions file: JSON Lines, one image a line, appended as it is computed and safe to cut anywhere."""
+"""The predictions file: JSON Lines, one image a line, appended as it is computed and safe to cut anywhere.
+
+Read is also what other programs write: a JSON list of such objects, or of COCO results, one a box.
+"""
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from lostreg.checks import FARTHEST, shown
 from lostreg.datasets.base import ImageId
+from lostreg.defaults import PREDICTIONS_FILE
 from lostreg.errors import ImageUnavailableError, PredictionsError
 from lostreg.images.rle import Rle
 from lostreg.images.stores import StoredImage
 from lostreg.inference.discovery import Discovery
 from lostreg.jsonio import as_line, is_box, is_finite_number, is_id, short_number
+
+_EXPECTED: Final = "expected an object with image_id and boxes"
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,11 @@ def from_error(image_id: ImageId, error: Exception, source: Path | StoredImage |
 def read_predictions(path: str | Path) -> list[Prediction]:
     """All predictions of a file, such as the ``predictions.jsonl`` of a run, checked.
 
+    Args:
+        path: of JSON Lines, or of a JSON list of the same objects or of COCO results (``image_id``, ``bbox`` as
+            ``[x, y, width, height]`` and ``score``), which become one prediction an image, by falling score, of any
+            category; or the folder of a run.
+
     Raises:
         PredictionsError: if the file is missing or empty, or a line is cut or malformed; it names the line.
 
@@ -92,7 +104,7 @@ def read_predictions(path: str | Path) -> list[Prediction]:
         >>> [(one.image_id, one.boxes, one.scores) for one in lostreg.read_predictions("predictions.jsonl")]
         [('000005', [[13, 7, 99, 80]], [0.8])]
     """
-    path = Path(path)
+    path = Path(path) / PREDICTIONS_FILE if Path(path).is_dir() else Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -106,6 +118,8 @@ def read_predictions(path: str | Path) -> list[Prediction]:
 def stream_predictions(path: Path) -> Iterator[Prediction]:
     """The predictions of a file, one by one; a last line that its writer did not finish is left out.
 
+    A JSON list, see `read_predictions`, is read whole before the first.
+
     Raises:
         PredictionsError: if the file cannot be read, or a line is malformed; it names the line.
     """
@@ -117,14 +131,65 @@ def stream_predictions(path: Path) -> Iterator[Prediction]:
 
 
 def _parse_lines(lines: Iterable[bytes], path: Path, *, may_be_cut: bool = False) -> Iterator[Prediction]:
+    lines, is_first = iter(lines), True
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield parse_prediction(line)
-            except (ValueError, TypeError) as error:
-                if may_be_cut and not line.endswith(b"\n") and error.__cause__:  # no whole JSON
-                    return
-                raise PredictionsError(f"{path}, line {number}: {error}") from error
+        if not line.strip():
+            continue
+        if is_first and line.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+            yield from _parse_list(b"\n".join((line, *lines)), path)
+            return
+        is_first = False
+        try:
+            yield parse_prediction(line)
+        except (ValueError, TypeError) as error:
+            if may_be_cut and not line.endswith(b"\n") and error.__cause__:  # no whole JSON
+                return
+            raise PredictionsError(f"{path}, line {number}: {error}") from error
+
+
+def _parse_list(content: bytes, path: Path) -> Iterator[Prediction]:
+    """The objects of a JSON list; COCO results among them come last, one prediction an image."""
+    try:
+        entries = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise PredictionsError(f"{path}: expected a JSON list of COCO results, or JSON Lines ({error})") from error
+    results: dict[ImageId, list[tuple[float, list[float]]]] = {}
+    for number, entry in enumerate(entries, start=1):
+        try:
+            if isinstance(entry, dict) and "bbox" in entry:
+                image_id, box, score = _parse_result(entry)
+                results.setdefault(image_id, []).append((score, box))
+            else:
+                yield _parse_fields(entry)
+        except (ValueError, TypeError) as error:
+            raise PredictionsError(f"{path}, entry {number} of the list: {error}") from error
+    for image_id, found in results.items():
+        found.sort(key=lambda scored: -scored[0])
+        yield Prediction(image_id, [box for _, box in found], scores=[score for score, _ in found])
+
+
+def _parse_result(entry: dict[str, Any]) -> tuple[ImageId, list[float], float]:
+    """Image, box as ``x1, y1, x2, y2``, and score of one of COCO's results."""
+    image_id, bbox = entry.get("image_id"), entry["bbox"]
+    score: Any = entry.get("score")
+    if not is_id(image_id) or not is_box(bbox) or not is_finite_number(score):
+        raise TypeError(
+            "expected an object with image_id, bbox as [x, y, width, height] and a finite score "
+            f"(found {shown(image_id)}, {shown(bbox)}, {shown(score)})"
+        )
+    x, y, width, height = bbox
+    return image_id, _with_area([x, y, x + width, y + height]), score
+
+
+def _with_area(box: list[float]) -> list[float]:
+    """The box itself.
+
+    Raises:
+        ValueError: if its corners are swapped, or it is flat.
+    """
+    if not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(f"expected boxes [x1, y1, x2, y2] with x1 < x2 and y1 < y2, not {shown(box)}")
+    return box
 
 
 def parse_prediction(line: bytes) -> Prediction:
@@ -134,28 +199,31 @@ def parse_prediction(line: bytes) -> Prediction:
     other programs write them; what is there has to fit. Run lengths of masks are checked where they are decoded.
 
     Raises:
-        ValueError: if it is no JSON, or a field has a value that cannot be.
+        ValueError: if it is no JSON, or a field has a value that cannot be, such as a box with x2 <= x1.
         TypeError: if a field is of another type than it should be.
     """
-    expected = "expected an object with image_id and boxes"
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{expected} ({error})") from error
+        raise ValueError(f"{_EXPECTED} ({error})") from error
+    return _parse_fields(fields)
+
+
+def _parse_fields(fields: Any) -> Prediction:
     if not isinstance(fields, dict):
-        raise TypeError(f"{expected} (found {type(fields).__name__})")
+        raise TypeError(f"{_EXPECTED} (found {type(fields).__name__})")
     image_id, boxes, reason = fields.get("image_id"), fields.get("boxes"), fields.get("error")
     if not is_id(image_id):
-        raise TypeError(f"{expected} (image_id is {shown(image_id)})")
+        raise TypeError(f"{_EXPECTED} (image_id is {shown(image_id)})")
     if not isinstance(boxes, list) or not all(is_box(box) for box in boxes):
-        raise TypeError(f"{expected} (boxes is not a list of [x1, y1, x2, y2])")
+        raise TypeError(f"{_EXPECTED} (boxes is not a list of [x1, y1, x2, y2])")
     if reason is False or reason == "":
         reason = None
     if not isinstance(reason, str | None):
         raise TypeError(f"expected the error as text, not {shown(reason)}")
     return Prediction(
         image_id,
-        boxes,
+        [_with_area(box) for box in boxes],
         _side(fields, "width"),
         _side(fields, "height"),
         _of_boxes(fields, "scores", is_finite_number, "finite score") or (),

@@ -373,7 +373,7 @@ def test_progress_is_told_of_each_image(one: Plant) -> None:
     assert steps[:6] == [("norms", done, 6) for done in range(1, 7)]
     assert steps[6:10] == [("neurons", done, 4) for done in range(1, 5)]
     assert steps[10:14] == [("trying 1", done, 4) for done in range(1, 5)]
-    assert steps[-1] == ("trying 3", 4, 4)
+    assert steps[-1] == ("checking 3", 4, 4)
 
 
 def test_nine_in_ten_outliers_have_to_be_cured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html
 import io
+import itertools
 import json
 import re
 import warnings
@@ -203,11 +204,9 @@ def test_probes_that_ran_are_in_table_and_numbers(tmp_path: Path) -> None:
     write_report(str(tmp_path), [one], {})
     rows = {row[1]: row for row in cells(page(tmp_path)) if len(row) == 5}
     sample = numbers(tmp_path)["backbones"][0]["sample"]
-    assert rows["position, outlier tokens"][2].startswith(
-        f"top-1 {sample['position']['outlier']['accuracy']['mean']:.2f} ± "
-    )
-    assert rows["pixels, normal tokens"][2].startswith(f"L2 error {sample['pixels']['normal']['error']['mean']:.2f} ± ")
-    assert rows["class, CLS"][4] == "14 images of 2 classes"
+    assert rows["position: outlier"][2].startswith(f"top-1 {sample['position']['outlier']['accuracy']['mean']:.2f} ± ")
+    assert rows["pixels: normal"][2].startswith(f"L2 error {sample['pixels']['normal']['error']['mean']:.2f} ± ")
+    assert rows["class: CLS"][4] == "14 images of 2 classes"
     assert set(sample["classes"]) == {"CLS", "mean of patches", "one outlier token", "one normal token"}
 
 
@@ -238,6 +237,30 @@ def test_any_number_of_backbones_stand_side_by_side(count: int, found: Measureme
 
 def values(figure: Figure, panel: int = 0) -> Any:
     return figure.axes[panel].images[0].get_array()
+
+
+def test_no_tick_or_legend_covers_another_thing(found: Measurement, plain: Measurement) -> None:
+    norms, layers = figures.norm_histograms([found, plain]), figures.norms_by_layer([found, plain])
+    for figure in (norms, layers):
+        figure.draw_without_rendering()
+    for panel in norms.axes:
+        low, high = panel.get_xlim()
+        labels = sorted(
+            tick.label1.get_window_extent().intervalx.tolist()
+            for tick in (*panel.xaxis.get_major_ticks(), *panel.xaxis.get_minor_ticks())
+            if low <= tick.get_loc() <= high and tick.label1.get_text()
+        )
+        assert len(labels) > 1
+        assert all(left[1] < right[0] for left, right in itertools.pairwise(labels))
+    for panel in layers.axes:
+        legend = panel.get_legend()
+        assert legend is not None
+        assert legend.get_window_extent().y1 < panel.xaxis.label.get_window_extent().y0
+
+
+def test_a_cut_off_that_is_a_number_is_told_in_four_digits(tmp_path: Path) -> None:
+    write_report(tmp_path, [measure(pictures(), discoverer(small()), rule=parse_rule("84.06272343186815"))], {})
+    assert "84.06: no norm reaches 84.06" in page(tmp_path)
 
 
 def test_the_map_of_places_shows_shares_of_outliers_or_norms(found: Measurement, plain: Measurement) -> None:

@@ -121,7 +121,7 @@ def test_artifacts_writes_a_report_and_says_what_it_found(
     (one,) = content["backbones"]
     assert (one["outliers"], one["patches"], one["outliers_emerge_in_layer"]) == (5, 40, LAYER)
     assert one["weights"].startswith("file planted.safetensors sha256:")
-    assert (content["images"], content["sample"], content["seed"]) == (6, 256, 0)
+    assert (content["images"], content["sample"], content["seed"]) == (6, 6, 0)
     assert (out / "artifacts.html").read_text().startswith("<!DOCTYPE html>")
     assert {path.stem for path in out.glob("*.png")} == {
         *("norms", "layers", "places", "neighbours", "probes", "gram", "examples-1")

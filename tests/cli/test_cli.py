@@ -244,7 +244,7 @@ def test_eval_ends_with_the_score_and_score_agrees(
     last = capsys.readouterr().out.splitlines()[-1]
     results = json.loads((out / "results.json").read_text())
     assert last == f"corloc {results['corloc']:.2f} ({results['hits']}/5)"
-    assert main(["score", str(out / "predictions.jsonl"), "voc", "--root", str(root)]) == 0
+    assert main(["score", str(out), "voc", "--root", str(root)]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines()[-1] == last
     assert captured.err == ""
@@ -536,6 +536,20 @@ def test_score_counts_what_is_missing(root: Path, tmp_path: Path, capsys: pytest
     assert "1 images could not be read" in captured.err
 
 
+def test_two_runs_are_compared_image_by_image(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hit, miss = [[9, 9, 60, 60]], [[0, 0, 5, 5]]
+    for name, boxes in (("a", [hit, hit, hit, hit, miss]), ("b", [hit, miss, hit, hit])):  # one without a prediction
+        lines = [json.dumps({"image_id": f"im{number:02}", "boxes": box}) for number, box in enumerate(boxes)]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "predictions.jsonl").write_text("\n".join(lines))
+    score = ["score", str(tmp_path / "a"), "voc", "--root", str(root), "--against", str(tmp_path / "b")]
+    assert main(score) == 0
+    *_, told, last = capsys.readouterr().out.splitlines()
+    assert told.startswith("+20.00 over the 60.00 of ")
+    assert told.endswith("/b: 95 % interval +0.00 to +60.00, paired by image")
+    assert last == "corloc 80.00 (4/5)"
+
+
 def test_score_of_a_coco_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "coco.json").write_text(
         json.dumps(
@@ -554,6 +568,14 @@ def test_score_of_a_coco_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     options = ["--images", str(tmp_path), "--annotations", str(tmp_path / "coco.json")]
     assert main(["score", str(tmp_path / "found.jsonl"), "coco", *options]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "corloc 50.00 (1/2)"
+    for image_id in (9, "9", "000000000009"):  # results of a detector
+        boxes = {0.3: [50, 50, 9, 9], 0.8: [0, 0, 10, 9]}
+        results = [{"image_id": image_id, "category_id": 3, "bbox": box, "score": n} for n, box in boxes.items()]
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        assert main(["score", str(tmp_path / "results.json"), "coco", *options]) == 0
+        out = capsys.readouterr().out
+        assert "all objects, of no class: AP 45.45, AP50 50.50" in out
+        assert out.splitlines()[-1] == "corloc 50.00 (1/2)"
 
 
 def test_backbones_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

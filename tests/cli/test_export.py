@@ -360,3 +360,15 @@ def test_sizes_that_foreign_predictions_lack_are_read(tmp_path: Path) -> None:
     assert (found["images"][0]["width"], found["images"][0]["height"]) == (60, 40)
     assert "score" not in found["annotations"][0]
     assert collect(tmp_path / "predictions.jsonl", tmp_path / "photos").boxes == 1
+
+
+def test_results_of_coco_are_exported_with_sizes_read_from_images(tmp_path: Path) -> None:
+    write_run(tmp_path, ["a.jpg"])
+    (tmp_path / "photos/a.jpg").rename(tmp_path / "photos/000000000025.jpg")
+    entry = {"image_id": 25, "category_id": 3, "bbox": [10, 5, 60, 20], "score": 0.7}  # it reaches beyond the image
+    (tmp_path / "results.json").write_text(json.dumps([entry]))
+    command = "{}/results.json --images {}/photos --format coco --out {}/"
+    assert run(command + "x.json", tmp_path) == 0
+    (box,) = json.loads((tmp_path / "x.json").read_text())["annotations"]
+    assert (box["image_id"], box["bbox"], box["score"]) == (25, [10, 5, 50, 20], 0.7)
+    assert run(command.replace(" --images {}/photos", "") + "y.json", tmp_path) == 2

@@ -166,7 +166,11 @@ def test_a_broken_image_is_told_and_the_others_count(
         ([OTHER, "--weights", "none.pth"], "--weights is one file, but there are 2 backbones"),
         (["--data", "{pets}/none"], "no such folder"),
         (["--data", "{pets}/cat"], "expected a sub-folder for each of at least 2 classes"),
-        (["--task", "depth"], "expected the folders images and depth"),
+        (["--task", "depth"], "expected the folders images and depth (see"),
+        (
+            ["--task", "segmentation"],
+            "images and masks, or VOC 2012, whose SegmentationClass was looked for in itself, V",
+        ),
         (["--task", "everything"], "invalid choice: 'everything'"),
         (["--seeds", "0"], "expected an integer of at least 1"),
         (["timm:none"], "none"),

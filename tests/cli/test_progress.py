@@ -1,5 +1,8 @@
 """The bar on standard error: not before there is progress, and without an earlier run's images in its speed."""
 
+import re
+import time
+
 import pytest
 
 from lostreg.cli.progress import ProgressBar, judge_failures
@@ -82,6 +85,17 @@ def test_steps_have_a_bar_each_and_so_has_one_that_begins_again(capsys: pytest.C
     for line, (_, total) in zip(lines, steps, strict=True):
         assert ": 100%" in line
         assert f" {total}/{total} [" in line
+
+
+def test_the_first_images_take_their_time_from_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar("model") as bar:
+        time.sleep(0.25)
+        for done in range(1, 6):  # of one batch
+            bar(Progress(done, 5))
+    drawn = capsys.readouterr().err
+    rates = [float(rate) for rate in re.findall(r"([\d.]+)img/s", drawn)]
+    assert rates
+    assert max(rates) <= 20, drawn
 
 
 @pytest.mark.parametrize(

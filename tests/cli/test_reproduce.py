@@ -187,6 +187,22 @@ def test_a_benchmark_that_is_not_there_is_named_with_the_command_that_fetches_it
     )
 
 
+def test_a_dry_run_finds_what_the_run_refuses_which_tells_it_once(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_voc(Path("few/VOCdevkit/VOC2007"), 3)
+    (root / "JPEGImages/im01.jpg").unlink()
+    for benchmark, fault in (("voc", "1 of 3 images are missing"), ("voc07", "expected 5011 images")):
+        row = f'[[row]]\ntitle = "A"\nbackbone = "dinov2_vits14"\nbenchmarks = ["{benchmark}"]\nsweep = "--features k"'
+        Path("part.toml").write_text(f'options = "--root {root}"\n{row}')
+        assert reproduce("part.toml", "--dry-run") == 0
+        states = [line.partition("  # ")[2] for line in capsys.readouterr().out.splitlines()]
+        assert len(states) == 2
+        assert all(state.startswith("missing: ") and fault in state for state in states), states
+        assert reproduce("part.toml") == 2
+        assert capsys.readouterr().err.count(states[0].removeprefix("missing: ")) == 1
+
+
 def test_a_part_of_a_benchmark_is_told_and_not_compared(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce(recipe, "--only", "coco", "--with", "--limit", "2") == 0
     (row,) = table()

@@ -145,7 +145,8 @@ def test_eval_and_sweep_go_on_with_what_a_store_has(
     assert told.err.splitlines()[-1] == f"lostreg: written to {out}"
     for name in ("predictions.jsonl", "maps.jsonl"):
         assert contents(out)[name] == (tmp_path / "here" / name).read_bytes()
-    assert main(["score", stores.join_uri(out, "predictions.jsonl"), "voc", "--root", str(root)]) == 0
+    for place in (stores.join_uri(out, "predictions.jsonl"), out):
+        assert main(["score", place, "voc", "--root", str(root)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == last
     command = ["sweep", "voc", "--root", str(root), *FAST, "--features", "k", "--biases", "0"]
     assert main([*command, "--out", server.uri(f"{bucket}/sweep")]) == 0
@@ -196,7 +197,6 @@ REFUSED = {
     "a page of no run": ("report {else}", "elsewhere holds no predictions.jsonl"),
     "a page of predictions": ("report {run}/predictions.jsonl", "is a predictions file: expected its folder, s3://"),
     "forbidden": ("export {closed} --format csv --out {x}.csv", "cannot be read (When getting information for key"),
-    "score of a folder": ("score {run} sample", "found"),
     "another ending": ("export {run} --format csv --out {x}.json", "expected a file ending in .csv for this format"),
     "no ending": ("export {run} --format csv --out {x}", "expected a file ending in .csv for this format"),
     "pictures": ("export {run} --format voc --out {x}", "voc is a folder with the images: expected --out on this mach"),

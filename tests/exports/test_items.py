@@ -93,7 +93,7 @@ def test_the_size_of_an_image_that_is_left_out_is_not_asked_for(tmp_path: Path) 
 
 def test_messages_cut_long_names_in_the_middle(tmp_path: Path) -> None:
     with pytest.raises(PredictionsError) as caught:
-        collection_of(tmp_path, line("x" * 999 + ".jpg", boxes=[[9, 9, 5, 5]], scores=[], seeds=[]))
+        collection_of(tmp_path, line("x" * 999 + ".jpg", boxes=[[999, 9, 1005, 15]], scores=[], seeds=[]))
     assert len(str(caught.value)) < 250
     assert ".jpg'" in str(caught.value)
 
@@ -149,9 +149,7 @@ def test_low_scores_are_left_out_and_images_without_a_box_are_known(tmp_path: Pa
             {"masks": [MASK, {"size": [1 << 20, 1 << 20], "counts": "1"}]},
             "expected masks of 60x40 pixels, found one of 1048576x1048576",
         ),
-        ({"boxes": [[5, 5, 5, 9], [0, 0, 1, 1]]}, r"box \[5, 5, 5, 9\] covers nothing of the image of 60x40"),
-        ({"boxes": [[9, 5, 5, 9], [0, 0, 1, 1]]}, "covers nothing"),
-        ({"boxes": [[60, 0, 70, 9], [0, 0, 1, 1]]}, "covers nothing"),
+        ({"boxes": [[60, 0, 70, 9], [0, 0, 1, 1]]}, r"box \[60, 0, 70, 9\] covers nothing of the image of 60x40"),
         ({"width": 0}, "lack its width and height; --images DIR"),
     ],
 )

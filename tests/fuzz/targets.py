@@ -376,6 +376,13 @@ def _read_run(path: Path, rng: Random) -> None:
     rng.choice((_show_run, _export_run, _parse_run, _score_run, _go_on_with_run))(path.parent)
 
 
+def _results() -> list[bytes]:
+    entries = [
+        {"image_id": "a.jpg", "category_id": 1, "bbox": [1, 2, 30, 40.5], "score": share} for share in (0.5, 0.9)
+    ]
+    return [json.dumps(entries).encode()]
+
+
 def _show_run(folder: Path) -> None:
     run = RunFolder(folder)
     run.survey()
@@ -530,7 +537,9 @@ TARGETS: Final = (
     Target("arrow", "t.arrow", lambda: _tables()[1:], mutate_bytes, _read_packed, (OptionError,), 1),
     Target("predictions", "predictions.jsonl", lambda: [_run()["predictions.jsonl"]], mutate_lines, _read_run,
            (PredictionsError, OptionError, ImageError), 6),
-    Target("maps", "maps.jsonl", lambda: [_run()["maps.jsonl"]], mutate_lines, _read_run, (PredictionsError,), 5),
+    Target("coco results", "predictions.jsonl", _results, mutate_json,
+           lambda path, rng: _score_run(path.parent), (PredictionsError, OptionError), 1),
+    Target("maps", "maps.jsonl", lambda: [_run()["maps.jsonl"]], mutate_lines, _read_run, (PredictionsError,), 4),
     Target("results", "results.json", lambda: [_run()["results.json"]], mutate_json, _read_run,
            (PredictionsError,), 2),
     Target("decisions", "decisions.json", _decisions, mutate_json, _use_decisions, (PredictionsError,), 1),

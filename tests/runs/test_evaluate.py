@@ -643,3 +643,12 @@ def test_images_of_coco_that_are_not_scored_are_known_by_their_numbers(benchmark
     named = named_by_files(paths("COCO_train2014_000000000009.jpg", "COCO_train2014_000000000030.jpg"), coco)
     assert named is not None
     assert [one.image_id for one in named] == [9, 30]
+
+
+@pytest.mark.parametrize("given", ["9", "000000000009", "COCO_train2014_000000000009"])
+def test_numbers_of_coco_may_be_text(benchmark: Benchmark, given: str) -> None:
+    for path in ("x/COCO_train2014_000000000009.jpg", "x/cat.jpg"):
+        example = dataclasses.replace(benchmark.examples[0], image_id=9, path=Path(path))
+        named = named_by_files(paths(given, "30"), Benchmark("coco", "", (example,), left_out=frozenset({30})))
+        assert named is not None
+        assert [one.image_id for one in named] == [9, 30]

@@ -26,7 +26,9 @@ COORDINATES = st.integers(0, 10**7).map(lambda thousandths: thousandths / 1000)
 @st.composite
 def sound(draw: st.DrawFn) -> Prediction:
     """A prediction that may be, with a score and a seed a box or none at all."""
-    boxes = draw(st.lists(st.lists(COORDINATES, min_size=4, max_size=4), max_size=3))
+    side = st.lists(COORDINATES, min_size=2, max_size=2, unique=True).map(sorted)
+    corners = draw(st.lists(st.tuples(side, side), max_size=3))
+    boxes = [[across[0], down[0], across[1], down[1]] for across, down in corners]
     score = st.integers(0, 1000).map(lambda thousandths: thousandths / 1000)
     seed = st.lists(st.integers(0, 99), min_size=2, max_size=2)
     error = draw(st.none() | st.text(min_size=1))
@@ -229,6 +231,82 @@ def test_whatever_else_a_line_has_must_fit_its_boxes(tmp_path: Path, fields: dic
     assert len(str(caught.value)) < len(str(tmp_path)) + 250  # long values lose their middle
 
 
+@pytest.mark.parametrize("box", [[60, 9, 9, 60], [9, 60, 60, 9], [9, 9, 9, 60], [9, 9, 60, 9]])
+def test_boxes_with_swapped_corners_or_without_area_are_named_by_their_line(tmp_path: Path, box: list[int]) -> None:
+    path = write(tmp_path / "p.jsonl", GOOD, json.dumps({"image_id": "b", "boxes": [[0, 0, 5, 5], box]}))
+    for read in (read_predictions, stream_predictions):
+        with pytest.raises(
+            PredictionsError, match=r"p\.jsonl, line 2: expected boxes .* with x1 < x2 and y1 < y2, not"
+        ):
+            list(read(path))
+
+
+def write_list(path: Path, *entries: Any) -> Path:
+    path.write_text(json.dumps(entries, indent=1), encoding="utf-8-sig")
+    return path
+
+
+def result(image_id: str | int, bbox: list[float], score: float, category: int = 1) -> dict[str, Any]:
+    return {"image_id": image_id, "category_id": category, "bbox": bbox, "score": score}
+
+
+def test_results_of_coco_become_a_prediction_an_image_by_falling_score(tmp_path: Path) -> None:
+    path = write_list(
+        tmp_path / "results.json",
+        result(9, [1, 2, 3, 4.5], 0.2, category=18),
+        result(7, [0, 0, 5, 5], 3),
+        result(9, [10, 20, 30, 40], 0.9, category=1),
+    )
+    expected = [
+        Prediction(9, [[10, 20, 40, 60], [1, 2, 4, 6.5]], scores=[0.9, 0.2]),
+        Prediction(7, [[0, 0, 5, 5]], scores=[3]),
+    ]
+    assert read_predictions(path) == list(stream_predictions(path)) == expected
+
+
+def test_a_list_of_our_own_objects_is_read(tmp_path: Path) -> None:
+    path = write_list(tmp_path / "p.json", json.loads(GOOD), {"image_id": 2, "boxes": []})
+    assert read_predictions(path) == [Prediction("a", [[0, 0, 5, 5]]), Prediction(2, [])]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (result(1, [0, 0, -5, 5], 1), "with x1 < x2 and y1 < y2, not"),
+        (result(1, [0, 0, 5, 0], 1), "with x1 < x2 and y1 < y2, not"),
+        (result(1, [0, 0, 5], 1), r"bbox as \[x, y, width, height\] and a finite score"),
+        (result(1, [0, 0, 5, 2**32], 1), r"bbox as \[x, y, width, height\] and a finite score"),
+        (result(1, [0, 0, 5, 5], math.nan), "a finite score"),
+        ({"image_id": 1, "bbox": [0, 0, 5, 5]}, "a finite score"),
+        ({"bbox": [0, 0, 5, 5], "score": 1}, "expected an object with image_id, bbox"),
+        ({"image_id": 1, "segmentation": {}, "score": 1}, "expected an object with image_id and boxes"),
+        ([1], "expected an object with image_id and boxes"),
+    ],
+    ids=str,
+)
+def test_a_malformed_entry_of_a_list_is_named_by_its_number(tmp_path: Path, entry: Any, message: str) -> None:
+    path = write_list(tmp_path / "results.json", result(1, [0, 0, 5, 5], 1), entry)
+    with pytest.raises(PredictionsError, match=rf"results\.json, entry 2 of the list: .*{message}"):
+        read_predictions(path)
+
+
+@pytest.mark.parametrize("content", ["[", "[" * 100_000, '[{"image_id": 1}', "[1] [2]"])
+def test_a_list_that_is_no_json_is_one_clear_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(PredictionsError, match=r"results\.json: expected a JSON list of COCO results"):
+        read_predictions(tmp_path / "results.json")
+
+
+def test_lines_are_read_one_by_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", GOOD, "nonsense")
+    assert next(stream_predictions(path)).image_id == "a"  # before the second is looked at
+
+
+def test_the_folder_of_a_run_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "predictions.jsonl", GOOD)
+    assert read_predictions(tmp_path) == read_predictions(tmp_path / "predictions.jsonl")
+
+
 @pytest.mark.parametrize("depth", [900, 950, 990, 1_000, 100_000])
 @pytest.mark.parametrize("name", ["image_id", "boxes", "width", "scores", "seeds", "masks", "error"])
 def test_values_of_many_levels_are_one_clear_error(tmp_path: Path, name: str, depth: int) -> None:
@@ -256,9 +334,9 @@ def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path: Path) -> None:
 def test_missing_and_empty_files_cannot_be_scored(tmp_path: Path) -> None:
     with pytest.raises(PredictionsError, match=r"none\.jsonl: No such file"):
         read_predictions(tmp_path / "none.jsonl")
-    with pytest.raises(PredictionsError, match="directory"):
+    with pytest.raises(PredictionsError, match=r"predictions\.jsonl: No such file"):
         read_predictions(tmp_path)
-    for content in ("", "\n\n"):
+    for content in ("", "\n\n", "[]"):
         path = tmp_path / "empty.jsonl"
         path.write_text(content)
         with pytest.raises(PredictionsError, match="holds no predictions"):
