@@ -178,17 +178,17 @@ def _parse_result(entry: dict[str, Any]) -> tuple[ImageId, list[float], float]:
             f"(found {shown(image_id)}, {shown(bbox)}, {shown(score)})"
         )
     x, y, width, height = bbox
-    return image_id, _with_area([x, y, x + width, y + height]), score
+    return image_id, _in_order([x, y, x + width, y + height]), score
 
 
-def _with_area(box: list[float]) -> list[float]:
+def _in_order(box: list[float]) -> list[float]:
     """The box itself.
 
     Raises:
-        ValueError: if its corners are swapped, or it is flat.
+        ValueError: if its corners are swapped. Some detectors' boxes have no area: they hit nothing.
     """
-    if not (box[0] < box[2] and box[1] < box[3]):
-        raise ValueError(f"expected boxes [x1, y1, x2, y2] with x1 < x2 and y1 < y2, not {shown(box)}")
+    if box[0] > box[2] or box[1] > box[3]:
+        raise ValueError(f"expected boxes [x1, y1, x2, y2] with x1 <= x2 and y1 <= y2, not {shown(box)}")
     return box
 
 
@@ -199,7 +199,7 @@ def parse_prediction(line: bytes) -> Prediction:
     other programs write them; what is there has to fit. Run lengths of masks are checked where they are decoded.
 
     Raises:
-        ValueError: if it is no JSON, or a field has a value that cannot be, such as a box with x2 <= x1.
+        ValueError: if it is no JSON, or a field has a value that cannot be, such as a box with x2 < x1.
         TypeError: if a field is of another type than it should be.
     """
     try:
@@ -223,7 +223,7 @@ def _parse_fields(fields: Any) -> Prediction:
         raise TypeError(f"expected the error as text, not {shown(reason)}")
     return Prediction(
         image_id,
-        [_with_area(box) for box in boxes],
+        [_in_order(box) for box in boxes],
         _side(fields, "width"),
         _side(fields, "height"),
         _of_boxes(fields, "scores", is_finite_number, "finite score") or (),
