@@ -14,7 +14,8 @@ DECIDED = {
     "exif",
     "registers",
     "objectness",
-}  # named elsewhere, by the command, and found in images or a file
+    "score",
+}  # named elsewhere, by the command, and found in images or a file; a function, which only Python has
 COMMANDS = {
     "predict": ["photo.jpg"],
     "discover": ["photos", "--out", "out"],
