@@ -61,13 +61,13 @@ def paired_gain(first: ArrayLike, other: ArrayLike) -> tuple[float, float, float
         The gain, and the lower and upper bound.
 
     Raises:
-        OptionError: if they are not as many, or none.
+        OptionError: if they are not as many, or none, or one is not true or false.
 
     Example:
         >>> lostreg.metrics.paired_gain([True, False, False, True], [True, True, True, True])
         (50.0, 0.0, 100.0)
     """
-    before, after = np.asarray(first, dtype=bool), np.asarray(other, dtype=bool)
+    before, after = _hits(first), _hits(other)
     if before.shape != after.shape or before.ndim != 1 or not before.size:
         raise OptionError(f"expected hits of the same images, not of shapes {before.shape} and {after.shape}")
     changes = after.astype(int) - before
@@ -75,6 +75,13 @@ def paired_gain(first: ArrayLike, other: ArrayLike) -> tuple[float, float, float
     draws = np.random.default_rng(0).multinomial(changes.size, shares, size=10_000)
     low, high = 100 * np.percentile(draws[:, 0] - draws[:, 1], (2.5, 97.5)) / changes.size
     return 100 * float(changes.mean()), float(low), float(high)
+
+
+def _hits(hits: ArrayLike) -> NDArray[np.bool_]:
+    hit = np.asarray(hits)
+    if hit.size and not (hit.dtype.kind in "biuf" and np.isin(hit, (0, 1)).all()):
+        raise OptionError(f"expected hits that are true or false, not {shown(hits)}")
+    return hit.astype(bool)
 
 
 def score_auc(scores: ArrayLike, hits: ArrayLike) -> float | None:
@@ -94,10 +101,7 @@ def score_auc(scores: ArrayLike, hits: ArrayLike) -> float | None:
         >>> lostreg.metrics.score_auc([0.9, 0.4, 0.5], [True, True, False])
         0.5
     """
-    values, hit = numbers(scores, "scores"), np.asarray(hits)
-    if hit.size and not (hit.dtype.kind in "biuf" and np.isin(hit, (0, 1)).all()):
-        raise OptionError(f"expected hits that are true or false, not {shown(hits)}")
-    hit = hit.astype(bool)
+    values, hit = numbers(scores, "scores"), _hits(hits)
     if values.shape != hit.shape or values.ndim != 1 or not np.isfinite(values).all():
         raise OptionError(f"expected one finite score an image, not {shown(scores)} for hits of shape {hit.shape}")
     if not len(hit) or hit.all() or not hit.any():

@@ -54,6 +54,8 @@ def test_a_paired_gain_knows_of_images_that_changed_alone() -> None:
     assert paired_gain(first, first) == (0, 0, 0)
     with pytest.raises(OptionError, match="hits of the same images"):
         paired_gain([True], [True, False])
+    with pytest.raises(OptionError, match="true or false"):
+        paired_gain([True], [0.3])
 
 
 def test_hits_are_counted_over_images() -> None:

@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     detection = score_detections(predictions, benchmark)
     if note := note_other_sizes(predictions, benchmark):
         tell(note)
-    if missing:
-        tell(f"{missing} of {len(benchmark)} images have no prediction and count as misses")
+    _tell_missing(missing, benchmark)
     unreadable = sum(prediction.error is not None for prediction in predictions)
     if unreadable:
         tell(f"{unreadable} images could not be read when predicting and count as misses")
@@ -59,13 +58,20 @@ def run(args: argparse.Namespace) -> int:
     if detection:
         print(detection)
     if others is not None:
-        before = hits_of(_named(others, benchmark), benchmark)
+        others = _named(others, benchmark)
+        _tell_missing(score_predictions(others, benchmark)[1], benchmark, f" in {args.against}")
+        before = hits_of(others, benchmark)
         gain, low, high = paired_gain(before, hits_of(predictions, benchmark))
         corloc = 100 * sum(before) / len(before)
         interval = f"95 % interval {low:+.2f} to {high:+.2f}, paired by image"
         print(f"{gain:+.2f} over the {corloc:.2f} of {args.against}: {interval}")
     print(score)
     return 0
+
+
+def _tell_missing(missing: int, benchmark: "Benchmark", where: str = "") -> None:
+    if missing:
+        tell(f"{missing} of {len(benchmark)} images have no prediction{where} and count as misses")
 
 
 def _read(place: Path | str) -> "list[Prediction]":

@@ -15,7 +15,7 @@
   const rgb = (index) => facts.colours[index % facts.colours.length];
   const paint = (index) => `rgb(${rgb(index).join(" ")})`;
   const decided = new Map();  // by image, one a box: "keep", "reject" or null
-  const elsewhere = [];  // decisions on images that are not on this page
+  let elsewhere = [];  // decisions on images that are not on this page
   const past = [];  // images with what was decided on them before, to undo
   let shown = [];
   let open = null, opened = null, selected = 0;
@@ -213,34 +213,43 @@
     }
   }
 
-  // Decisions of a file or of the browser: the images that they are on, and how many have other boxes by now.
+  const isEntry = ({ image_id, fingerprint, decisions }) =>
+    ["string", "number"].includes(typeof image_id) && typeof fingerprint === "string"
+    && Array.isArray(decisions) && decisions.every((one) => one === null || one === "keep" || one === "reject");
+
+  // Decisions of a file or of the browser: the images that they are on, and how many have other boxes by now, or are not
+  // on this page.
   function take(entries) {
+    if (!entries.every(isEntry)) throw new TypeError("no decisions");
     const byImage = new Map(items.map((item) => [idOf(item), item]));
     const ids = new Set(entries.map((entry) => entry.image_id)), known = [];
-    const others = elsewhere.filter((entry) => !ids.has(entry.image_id));
-    elsewhere.splice(0, Infinity, ...others, ...entries.filter((entry) => !byImage.has(entry.image_id)));
-    const here = entries.filter((entry) => byImage.has(entry.image_id));
+    const [here, beyond] = [true, false].map((wanted) => entries.filter((entry) => byImage.has(entry.image_id) === wanted));
+    elsewhere = elsewhere.filter((entry) => !ids.has(entry.image_id)).concat(beyond);
     for (const entry of here) {
       const item = byImage.get(entry.image_id);
       if (item.fingerprint !== entry.fingerprint || item.boxes.length !== entry.decisions.length) continue;
       decided.set(item, entry.decisions);
       known.push(item);
     }
-    return { known, changed: here.length - known.length };
+    return { known, changed: here.length - known.length, beyond: beyond.length };
   }
 
   async function load(file) {
     let told = "no file of decisions that this page saves";
     try {
       const { format, images } = JSON.parse(await file.text());
-      if (format === facts.decisions.format) {
-        const { known, changed } = take(images);
+      const ids = new Set(items.map(idOf));
+      if (format === facts.decisions.format && !images.some((entry) => ids.has(entry.image_id))) {
+        told = "on none of the images of this page, so nothing is taken";
+      } else if (format === facts.decisions.format) {
+        const { known, changed, beyond } = take(images);
         past.length = 0;
         known.forEach(update);
         if (open) mark();
         keep();
         told = `decisions on ${counted(known.length, "image")}`
-          + (changed ? `; ${counted(changed, "image")} left out, which by now has other boxes` : "");
+          + (changed ? `; left out, because boxes are others by now: ${counted(changed, "image")}` : "")
+          + (beyond ? `; not on this page: ${counted(beyond, "image")}` : "");
       }
     } catch {
       // told as it is
@@ -312,7 +321,8 @@
   function forget() {
     if (!confirm("Forget all decisions on this run?")) return;
     const items = [...decided.keys()];
-    elsewhere.length = past.length = 0;
+    elsewhere = [];
+    past.length = 0;
     decided.clear();
     items.forEach(update);
     keep();

@@ -9,7 +9,7 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -25,6 +25,7 @@ CONNECT_SECONDS: Final = 10.0
 REQUEST_SECONDS: Final = 30.0  # without a byte
 ATTEMPTS: Final = 3  # of a request
 _COPIED_BYTES: Final = 1 << 20  # at a time
+_PROBE: Final = ".lostreg-probe"
 _OPEN_FILES: Final = 64  # handles of stores' files that are kept
 _S3_SCHEMES: Final = ("s3", "s3a")
 _GOOGLE_SCHEMES: Final = ("gs", "gcs")
@@ -253,7 +254,7 @@ def fetch_file(uri: str, path: Path) -> None:
 
 
 def fetch_folder(uri: str, folder: Path) -> None:
-    """Copy a store's folder, with all its subfolders, into one of this machine; nothing where there is none.
+    """Copy a store's folder, with all its subfolders but no hidden files, into one of this machine, if it is there.
 
     Raises:
         OptionError: if it is a file, or cannot be read.
@@ -262,7 +263,8 @@ def fetch_folder(uri: str, folder: Path) -> None:
     if names is None:
         raise OptionError(f"{uri} is a file: expected a folder")
     for name in names:
-        fetch_file(join_uri(uri, name), folder / name)
+        if not Path(name).name.startswith("."):
+            fetch_file(join_uri(uri, name), folder / name)
 
 
 def files_below(folder: Path) -> list[str]:
@@ -281,6 +283,20 @@ def store_folder(folder: Path, uri: str) -> None:
             store, path = _opened(join_uri(uri, name))
             with (folder / name).open("rb") as here, store.open_output_stream(path) as there:
                 shutil.copyfileobj(here, there, _COPIED_BYTES)
+
+
+def check_writable(uri: str) -> None:
+    """Make sure that a store's folder takes files, by an empty hidden one that is deleted where that is allowed.
+
+    Raises:
+        OptionError: if it cannot be written to.
+    """
+    place = join_uri(uri, _PROBE)
+    with telling(uri, "written to"):
+        store, path = _opened(place)
+        store.open_output_stream(path).close()
+    with suppress(OptionError):
+        delete_file(place)
 
 
 def delete_file(uri: str) -> None:

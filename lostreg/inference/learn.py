@@ -14,7 +14,7 @@ from lostreg.images.patches import PatchedPicture
 from lostreg.inference.discoverer import Discoverer, check_discoverer
 from lostreg.inference.jobs import FeaturesJob, Grid, ObjectsJob
 from lostreg.inference.methods import TOKENS, PartsMaps, parts
-from lostreg.inference.objectness import Facts, Objectness, fingerprints
+from lostreg.inference.objectness import Facts, Objectness, fingerprint
 from lostreg.inference.stream import draw_sample
 from lostreg.methods.learned import fit
 from lostreg.methods.parts import candidate_masks
@@ -58,12 +58,15 @@ def learn(
     method = parts(bias, options.k_patches, scorer=options.scorer)
     job = ObjectsJob(features, method, normalize=True, beside=1, convert=_lessons)
     errors: list[ImageError] = []
+    names: set[str] = set()
 
     def lessons() -> Iterator[Lesson]:
-        for outcome in telling(discoverer.stream_of(job).outcomes(sources), len(sources), on_progress):
+        outcomes = telling(discoverer.stream_of(job).outcomes(sources), len(sources), on_progress)
+        for source, outcome in zip(sources, outcomes, strict=True):
             if isinstance(outcome, ImageError):
                 errors.append(outcome)
             else:
+                names.update(filter(None, [fingerprint(source)]))
                 yield outcome
 
     try:
@@ -80,7 +83,7 @@ def learn(
             images=len(sources) - len(errors),
             unreadable=len(errors),
             seed=seed,
-            names=fingerprints(sources),
+            names=tuple(sorted(names)),
         ),
     )
 

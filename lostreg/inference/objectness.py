@@ -22,7 +22,7 @@ from lostreg.jsonio import as_dataclass, read_json, whole_file
 from lostreg.methods.learned import LinearObjectness
 
 FORMAT: Final = "lostreg objectness 1"
-_MOST_BYTES: Final = 1 << 20  # of a file; one of 1,536 dimensions takes 7 kB
+_MOST_BYTES: Final = 1 << 28  # of a file; one of 1,536 dimensions takes 7 kB, and 20 bytes for each image that taught
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Facts:
         images: how many unlabelled images taught it.
         unreadable: how many more could not be read.
         seed: of the sample of images.
-        names: fingerprints of the names of these images' files, without folders, as `fingerprints` gives them; None of
-            a file that does not know them.
+        names: `fingerprint` of each image that taught, as far as they have names; None of a file that does not know.
     """
 
     backbone: str
@@ -51,11 +50,11 @@ class Facts:
         vars(self).update(plain | {"seed": whole_seed(self.seed)})
 
 
-def fingerprints(images: Iterable[ImageSource]) -> tuple[str, ...]:
-    """Of each image's file name, without its folder, the first 16 digits of SHA-256; sorted. No name, none."""
-    named = (name_of(image) for image in images if isinstance(image, str | os.PathLike | ImageFile | StoredImage))
-    digests = {hashlib.sha256(os.fsencode(PurePath(name).name)).hexdigest()[:16] for name in named}
-    return tuple(sorted(digests))
+def fingerprint(image: ImageSource) -> str | None:
+    """The first 16 digits of SHA-256 of the name of an image's file, without its folder; None where it has none."""
+    if not isinstance(image, str | os.PathLike | ImageFile | StoredImage):
+        return None
+    return hashlib.sha256(os.fsencode(PurePath(name_of(image)).name)).hexdigest()[:16]
 
 
 _COUNTS: Final = ("images", "unreadable")
@@ -100,8 +99,10 @@ class Objectness:
 
     def shared_with(self, images: Iterable[ImageSource]) -> int | None:
         """How many of these images are, by the names of their files, among those that taught; None if unknown."""
-        names = self.facts.names
-        return None if names is None else len(set(names) & set(fingerprints(images)))
+        if self.facts.names is None:
+            return None
+        names = set(self.facts.names)
+        return sum(fingerprint(image) in names for image in images)
 
     def save(self, path: str | Path) -> None:
         """Write the safetensors file that ``--objectness FILE`` takes.

@@ -135,13 +135,11 @@ class Options:
     def _take_functions(self) -> None:
         """Name a bias and a score of the user's own; raise `OptionError` where they are neither that nor allowed."""
         if callable(self.bias):
-            self._set("bias", self.bias if isinstance(self.bias, OwnBias) else OwnBias(self.bias))
+            self._set("bias", OwnBias.of(self.bias))
         elif not (self.bias is None or isinstance(self.bias, Calibration)):
             self._set("bias", check_bias(self.bias))
-        if callable(self.score):
-            self._set("score", self.score if isinstance(self.score, OwnScore) else OwnScore(self.score))
-        elif self.score is not None:
-            raise OptionError(f"score must be a function of features and masks, not {shown(self.score)}")
+        if self.score is not None:
+            self._set("score", OwnScore.of(self.score))
 
     def _check_together(self) -> None:
         """Raise `OptionError` where options contradict each other."""

@@ -151,8 +151,8 @@ def searched(
     grid = _checked_grid(grid)
     fixed = bias if callable(bias) or (isinstance(bias, Tensor) and bias.ndim) else check_bias(bias)
     normalize = resolve_normalize(fixed, normalize, default=False)
-    added = OwnBias(fixed) if callable(fixed) else fixed
-    scorer = object_scores if score is None else OwnScore(score)
+    added = OwnBias.of(fixed) if callable(fixed) else fixed
+    scorer = object_scores if score is None else OwnScore.of(score)
     return find_candidates(prepare(features, normalize=normalize), grid, added, k_patches, scorer)
 
 

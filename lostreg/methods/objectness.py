@@ -32,7 +32,7 @@ _RESOLUTION: Final = 1e-6  # of float32: variance below this share of the featur
 def object_scores(features: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Score K masks of each image.
 
-    Scorer do not change when all features are scaled or the map is mirrored. They are 0 for a mask that covers
+    Scores do not change when all features are scaled or the map is mirrored. They are 0 for a mask that covers
     everything or nothing, and close to 0 for features that are all the same.
 
     Args:

@@ -5,13 +5,14 @@ They get copies: what they change in place changes no result.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lostreg.checks import shown
 from lostreg.errors import OptionError
 from lostreg.methods.bias import fixed_bias
 from lostreg.methods.similarity import Similarities
@@ -26,6 +27,15 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor | NDArray[Any] | Sequence[floa
 @dataclass(frozen=True)
 class _Own:
     function: Callable[..., Any]
+
+    @classmethod
+    def of(cls, function: "Callable[..., Any] | Self") -> Self:
+        """The function as one of these, which it may be already; raises `OptionError` if it cannot be called."""
+        if not callable(function):
+            raise OptionError(f"{cls._takes}, not {shown(function)}")
+        return function if isinstance(function, cls) else cls(function)
+
+    _takes = "expected a function"
 
     @property
     def name(self) -> str:
@@ -47,18 +57,26 @@ class OwnBias(_Own):
 
 @dataclass(frozen=True)
 class OwnScore(_Own):
-    """A `ScoreFunction` in the place of `lostreg.methods.objectness.object_scores`."""
+    """A `ScoreFunction` in the place of `lostreg.methods.objectness.object_scores`: empty masks score 0."""
+
+    _takes = "score must be a function of features and masks"
 
     def __call__(self, features: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Scores of the K masks of each image, see there; raises `OptionError` unless they are K numbers in [0, 1]."""
-        on_device = torch.from_numpy(masks).to(features.device)
-        scores = [self._scores(*image) for image in zip(features, on_device, strict=True)]
-        return np.array(scores, dtype=np.float32).reshape(masks.shape[:2])
+        scores = np.zeros(masks.shape[:2], dtype=np.float32)
+        for image, of_image, row in zip(features, masks, scores, strict=True):
+            some = of_image.any(axis=(1, 2))  # what earlier objects left nothing of is none
+            if some.any():
+                row[some] = self._scores(image, torch.from_numpy(of_image[some]).to(image.device))
+        return scores
 
     def _scores(self, features: Tensor, masks: Tensor) -> NDArray[np.float32]:
         given = self.function(features.clone(), masks.clone())
         try:
-            scores = torch.as_tensor(given).detach().to("cpu", torch.float32).numpy()
+            values = torch.as_tensor(given).detach()
+            if values.is_complex():
+                raise TypeError("complex")
+            scores = values.to("cpu", torch.float32).numpy()
         except (RuntimeError, TypeError, ValueError) as error:
             raise OptionError(f"{self._expected(len(masks))}, not {type(given).__name__}") from error
         if scores.shape != (len(masks),):

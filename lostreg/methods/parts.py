@@ -29,7 +29,7 @@ from lostreg.methods.bias import on_device
 from lostreg.methods.exact import exact_float32
 from lostreg.methods.learned import taught_ranks
 from lostreg.methods.lost import Candidates, Objects, tight_boxes
-from lostreg.methods.objectness import Contrasts, Scorer, contrasts, object_scores, size_factor
+from lostreg.methods.objectness import Contrasts, contrasts, object_scores, size_factor
 
 CLUSTERS: Final = (2, 3, 4)
 FINE_CLUSTERS: Final = (6, 8)  # whose pieces are further objects alone: small ones win too often
@@ -249,8 +249,15 @@ def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[P
         parts.append(np.concatenate([trials, coarse, fine])[new])
         leading.append(len(trials) + int((new < len(trials) + len(coarse)).sum()))
     masks = [np.concatenate(pair) for pair in zip(candidates.masks, parts, strict=True)]
+    scorer = candidates.maps.scorer
+    if scorer is not object_scores:  # a user's own, which stands alone
+        scored = [scorer(one[None], new[None])[0] for one, new in zip(candidates.features, parts, strict=True)]
+        return [
+            Parted(of_image, np.concatenate([of_trials, scores]), None, count)
+            for of_image, of_trials, scores, count in zip(masks, candidates.scores, scored, leading, strict=True)
+        ]
     with exact_float32(candidates.features.device):
-        compared = _compare(candidates.features, masks, candidates.maps.scorer)
+        compared = _compare(candidates.features, masks)
     return [
         Parted(of_image, np.concatenate([of_trials, scores[len(of_trials) :]]), of_masks, count)
         for of_image, of_trials, (scores, of_masks), count in zip(
@@ -259,16 +266,8 @@ def candidate_masks(candidates: Candidates, labels: NDArray[np.uint8]) -> list[P
     ]
 
 
-def _compare(
-    features: Tensor, images: Sequence[Mask], scorer: Scorer
-) -> list[tuple[NDArray[np.float32], Contrasts | None]]:
-    """Scores and contrasts of each image's masks; of all images at once on a GPU, which would wait for the host.
-
-    A score of a user's own has no contrasts beside it.
-    """
-    if scorer is not object_scores:
-        images_alone = zip(features, images, strict=True)
-        return [(scorer(one[None], masks[None])[0], None) for one, masks in images_alone]
+def _compare(features: Tensor, images: Sequence[Mask]) -> list[tuple[NDArray[np.float32], Contrasts]]:
+    """Scores and contrasts of each image's masks; of all images at once on a GPU, which would wait for the host."""
     if features.device.type == "cpu":
         batches = [(one[None], masks[None]) for one, masks in zip(features, images, strict=True)]
     else:

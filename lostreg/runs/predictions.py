@@ -148,15 +148,16 @@ def _parse_lines(lines: Iterable[bytes], path: Path, *, may_be_cut: bool = False
 
 
 def _parse_list(content: bytes, path: Path) -> Iterator[Prediction]:
-    """The objects of a JSON list; COCO results among them come last, one prediction an image."""
+    """The objects of a JSON list, or of COCO results, if its first entry is one, a prediction an image."""
     try:
         entries = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise PredictionsError(f"{path}: expected a JSON list of COCO results, or JSON Lines ({error})") from error
     results: dict[ImageId, list[tuple[float, list[float]]]] = {}
+    are_results = isinstance(entries[0], dict) and "bbox" in entries[0] if entries else False
     for number, entry in enumerate(entries, start=1):
         try:
-            if isinstance(entry, dict) and "bbox" in entry:
+            if are_results and isinstance(entry, dict):
                 image_id, box, score = _parse_result(entry)
                 results.setdefault(image_id, []).append((score, box))
             else:
@@ -170,7 +171,8 @@ def _parse_list(content: bytes, path: Path) -> Iterator[Prediction]:
 
 def _parse_result(entry: dict[str, Any]) -> tuple[ImageId, list[float], float]:
     """Image, box as ``x1, y1, x2, y2``, and score of one of COCO's results."""
-    image_id, bbox = entry.get("image_id"), entry["bbox"]
+    image_id = entry.get("image_id")
+    bbox: Any = entry.get("bbox")
     score: Any = entry.get("score")
     if not is_id(image_id) or not is_box(bbox) or not is_finite_number(score):
         raise TypeError(
@@ -178,7 +180,10 @@ def _parse_result(entry: dict[str, Any]) -> tuple[ImageId, list[float], float]:
             f"(found {shown(image_id)}, {shown(bbox)}, {shown(score)})"
         )
     x, y, width, height = bbox
-    return image_id, _in_order([x, y, x + width, y + height]), score
+    corners = [x, y, x + width, y + height]
+    if not is_box(corners):
+        raise ValueError(f"expected boxes within ±{FARTHEST}, not {shown(corners)}")
+    return image_id, _in_order(corners), score
 
 
 def _in_order(box: list[float]) -> list[float]:

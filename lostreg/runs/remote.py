@@ -5,7 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -15,6 +15,7 @@ from lostreg.defaults import MAPS_FILE, PREDICTIONS_FILE, RESULTS_FILE
 from lostreg.errors import LostregError, LostregWarning, OptionError, PredictionsError
 from lostreg.images.stores import (
     check_uri,
+    check_writable,
     delete_file,
     fetch_file,
     fetch_folder,
@@ -28,7 +29,6 @@ from lostreg.runs.folder import locked
 
 _RUN_FILES: Final = (PREDICTIONS_FILE, MAPS_FILE, RESULTS_FILE)  # that reports and exports read
 _PREFIX: Final = "lostreg-"  # of temporary folders
-_PROBE: Final = "lostreg-probe"  # an empty file that is deleted at once
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def folder_of(out: Path | str) -> Iterator[Path]:
             part.mkdir()
             try:
                 fetch_folder(out, part)
-                _check_writable(out, held / "probe")
+                check_writable(out)
             except BaseException:
                 shutil.rmtree(held, ignore_errors=True)
                 raise
@@ -87,16 +87,6 @@ def folder_of(out: Path | str) -> Iterator[Path]:
         for uri in gone:
             if kind_at(uri) == "file":  # a store need not have what a run that was killed has left
                 delete_file(uri)
-
-
-def _check_writable(out: str, folder: Path) -> None:
-    """Raise `OptionError` where a store takes no file, before anything is computed for it."""
-    folder.mkdir()
-    (folder / _PROBE).touch()
-    store_folder(folder, out)
-    with suppress(OptionError):  # to write may be allowed where to delete is not
-        delete_file(join_uri(out, _PROBE))
-    shutil.rmtree(folder)
 
 
 @contextmanager

@@ -122,7 +122,8 @@ def _differences(earlier: Any, now: dict[str, Any]) -> Iterator[tuple[str, Any, 
     if before:
         before = {**{key: value for key, value in _UNRECORDED.items() if key in now}, **before}
     for key in [*now, *(key for key in before if key not in now)]:
-        if before.get(key) != now.get(key):
+        # Whether figures are transductive follows from the objectness and the images, which are compared.
+        if key != "transductive" and before.get(key) != now.get(key):
             yield key, before.get(key), now.get(key)
 
 

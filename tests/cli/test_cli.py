@@ -544,7 +544,9 @@ def test_two_runs_are_compared_image_by_image(root: Path, tmp_path: Path, capsys
         (tmp_path / name / "predictions.jsonl").write_text("\n".join(lines))
     score = ["score", str(tmp_path / "a"), "voc", "--root", str(root), "--against", str(tmp_path / "b")]
     assert main(score) == 0
-    *_, told, last = capsys.readouterr().out.splitlines()
+    output = capsys.readouterr()
+    assert f"1 of 5 images have no prediction in {tmp_path / 'b'} and count as misses" in output.err
+    *_, told, last = output.out.splitlines()
     assert told.startswith("+20.00 over the 60.00 of ")
     assert told.endswith("/b: 95 % interval +0.00 to +60.00, paired by image")
     assert last == "corloc 80.00 (4/5)"

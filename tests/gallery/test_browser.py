@@ -414,9 +414,20 @@ def test_decisions_on_other_boxes_are_forgotten_and_those_beyond_the_page_kept(d
     assert not find(driver, "#save")[0].is_enabled()
     decisions["images"].append({"image_id": "b", "fingerprint": "0" * 16, "decisions": ["keep"]})
     (tmp_path / "others.json").write_text(json.dumps(decisions))
-    told = "decisions on 1 image; 1 image left out, which by now has other boxes"
+    told = "decisions on 1 image; left out, because boxes are others by now: 1 image; not on this page: 1 image"
     assert loaded(driver, tmp_path / "others.json") == f"others.json: {told}"
     assert find(driver, "#decided")[0].text == "1 rejected, 1 kept"  # that of the image beyond the page, too
+    for name, images, told in (
+        (
+            "none",
+            [{**decisions["images"][0], "image_id": "z"}],
+            "on none of the images of this page, so nothing is taken",
+        ),
+        ("odd", [{**decisions["images"][0], "decisions": "x"}], "no file of decisions that this page saves"),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**decisions, "images": images}))
+        assert loaded(driver, tmp_path / f"{name}.json") == f"{name}.json: {told}"
+        assert find(driver, "#decided")[0].text == "1 rejected, 1 kept"
     assert console_errors(driver) == []
 
 

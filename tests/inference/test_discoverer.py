@@ -554,9 +554,22 @@ def test_the_score_of_ones_own_that_is_ours_changes_nothing(backbone: Backbone) 
         assert all(same(plain.discover(image), own.discover(image)) for image in (scene(1), scene(3)))
 
 
+def test_masks_of_which_earlier_objects_left_nothing_are_not_asked_for(backbone: Backbone) -> None:
+    def filled(features: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        assert features.ndim == 2
+        assert masks.flatten(1).any(dim=1).all()
+        return 1 - masks.float().mean(dim=(1, 2)) / 2
+
+    options = {"device": "cpu", "method": "maskcut", "max_objects": 4, "min_score": 0.0}
+    discoverer = Discoverer(backbone, score=filled, **options)
+    for number in range(6):
+        assert discoverer.discover(scene(number)).masks.any(axis=(1, 2)).all()
+
+
 @pytest.mark.parametrize(
     ("answer", "told"),
     [
+        (torch.zeros(6, dtype=torch.complex64), "not Tensor"),
         (None, "not NoneType"),
         ("0.5", "not str"),
         (0.5, r"not shape \(\)"),

@@ -55,6 +55,8 @@ def test_a_seed_that_is_not_connected_scores_0_whatever_a_function_says() -> Non
 
 
 def test_functions_are_checked() -> None:
+    with pytest.raises(OptionError, match="score must be a function of features and masks, not 3"):
+        lostreg.lost_boxes(FEATURES, GRID, score=3)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match=r"the bias that .*lambda> gives must be a finite number, not nan"):
         lostreg.lost_boxes(FEATURES, GRID, lambda _: float("nan"))
     with pytest.raises(OptionError, match=r"the score .*lambda> must give 1 numbers in \[0, 1\], one a mask, not 2.0"):

@@ -326,9 +326,9 @@ def test_candidates_are_compared_together_as_each_alone(monkeypatch: pytest.Monk
     features = noise(0, images=3, grid=(6, 7))
     masks = np.random.default_rng(0).random((9, 6, 7)) > 0.5
     several = [masks[:4], masks[4:4], masks[4:]]
-    alone = parts._compare(features, several, object_scores)
+    alone = parts._compare(features, several)
     monkeypatch.setattr(parts, "object_scores", lambda _, padded: object_scores(features, padded))
     monkeypatch.setattr(parts, "contrasts", lambda _, padded: contrasts(features, padded))
-    for found, expected in zip(parts._compare(features.to("meta"), several, parts.object_scores), alone, strict=True):
+    for found, expected in zip(parts._compare(features.to("meta"), several), alone, strict=True):
         for one, other in zip((found[0], *found[1]), (expected[0], *expected[1]), strict=True):
             np.testing.assert_allclose(one, other, atol=1e-6)
