@@ -114,6 +114,7 @@ def _in_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return create(name, **({} if "_small_" in name else NARROW), **options)
 
     monkeypatch.setattr(timm, "create_model", small)
+    monkeypatch.setattr("lostreg.models.backbone._Unfilled", nullcontext)  # their random weights stay
     monkeypatch.setattr("lostreg.datasets.registry.load_voc", _load_voc_of_any_length)
 
 
