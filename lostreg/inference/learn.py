@@ -66,7 +66,9 @@ def learn(
             if isinstance(outcome, ImageError):
                 errors.append(outcome)
             else:
-                names.update(filter(None, [fingerprint(source)]))
+                name = fingerprint(source)
+                if name is not None:
+                    names.add(name)
                 yield outcome
 
     try:

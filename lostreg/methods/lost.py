@@ -30,6 +30,7 @@ from lostreg.methods.similarity import Similarities
 
 OfMethod = TypeVar("OfMethod", bound="Maps")
 Bias = float | Literal["auto"] | Tensor | Callable[[Similarities], Tensor]
+GivenBias = float | Literal["auto"] | Tensor | BiasFunction  # as users give it
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class LostResult:
 def lost_boxes(
     features: Tensor,
     grid: tuple[int, int],
-    bias: float | Literal["auto"] | Tensor | BiasFunction = 0.0,
+    bias: GivenBias = 0.0,
     k_patches: int = 100,
     *,
     normalize: bool | None = None,
@@ -136,7 +137,7 @@ def lost_boxes(
 def searched(
     features: Tensor,
     grid: tuple[int, int],
-    bias: float | Literal["auto"] | Tensor | BiasFunction,
+    bias: GivenBias,
     k_patches: int,
     normalize: bool | None,
     score: ScoreFunction | None,

@@ -7,7 +7,6 @@ first search, and a score still compares an object with all the rest of the imag
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,9 +16,18 @@ from lostreg.checks import share, whole_number
 from lostreg.defaults import CLEAR_SCORE, K_PATCHES, OVERLAP
 from lostreg.images.boxes import pairwise_iou
 from lostreg.methods.exact import exact_float32
-from lostreg.methods.lost import Candidates, LostMaps, LostResult, Objects, expand_seed, lowest_degrees, searched
+from lostreg.methods.lost import (
+    Candidates,
+    GivenBias,
+    LostMaps,
+    LostResult,
+    Objects,
+    expand_seed,
+    lowest_degrees,
+    searched,
+)
 from lostreg.methods.objectness import Scorer
-from lostreg.methods.own import BiasFunction, ScoreFunction
+from lostreg.methods.own import ScoreFunction
 from lostreg.methods.similarity import connections_to
 
 
@@ -27,7 +35,7 @@ from lostreg.methods.similarity import connections_to
 def lost_objects(
     features: Tensor,
     grid: tuple[int, int],
-    bias: float | Literal["auto"] | Tensor | BiasFunction = 0.0,
+    bias: GivenBias = 0.0,
     k_patches: int = K_PATCHES,
     *,
     max_objects: int = 5,

@@ -29,13 +29,9 @@ class _Own:
     function: Callable[..., Any]
 
     @classmethod
-    def of(cls, function: "Callable[..., Any] | Self") -> Self:
-        """The function as one of these, which it may be already; raises `OptionError` if it cannot be called."""
-        if not callable(function):
-            raise OptionError(f"{cls._takes}, not {shown(function)}")
+    def of(cls, function: Any) -> Self:
+        """The function as one of these, which it may be already."""
         return function if isinstance(function, cls) else cls(function)
-
-    _takes = "expected a function"
 
     @property
     def name(self) -> str:
@@ -59,7 +55,9 @@ class OwnBias(_Own):
 class OwnScore(_Own):
     """A `ScoreFunction` in the place of `lostreg.methods.objectness.object_scores`: empty masks score 0."""
 
-    _takes = "score must be a function of features and masks"
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise OptionError(f"score must be a function of features and masks, not {shown(self.function)}")
 
     def __call__(self, features: Tensor, masks: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Scores of the K masks of each image, see there; raises `OptionError` unless they are K numbers in [0, 1]."""
@@ -67,11 +65,11 @@ class OwnScore(_Own):
         for image, of_image, row in zip(features, masks, scores, strict=True):
             some = of_image.any(axis=(1, 2))  # what earlier objects left nothing of is none
             if some.any():
-                row[some] = self._scores(image, torch.from_numpy(of_image[some]).to(image.device))
+                row[some] = self._scores(image, torch.from_numpy(of_image[some]).to(image.device))  # a copy
         return scores
 
     def _scores(self, features: Tensor, masks: Tensor) -> NDArray[np.float32]:
-        given = self.function(features.clone(), masks.clone())
+        given = self.function(features.clone(), masks)
         try:
             values = torch.as_tensor(given).detach()
             if values.is_complex():
